@@ -1,0 +1,283 @@
+"""Configuration: typed, frozen, unknown keys fail. A recipe is a YAML file; any leaf can be overridden by its path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+ConfigT = TypeVar("ConfigT", bound="Config")
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TextSampling(Config):
+    """Temperature 0 takes the most likely token. No truncation in training: the whole distribution is the policy."""
+
+    temperature: float = Field(1.0, ge=0)
+    top_k: int = Field(0, ge=0, description="0: off")
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
+class ImageSampling(TextSampling):
+    guidance_scale: float = Field(2.0, ge=0, description="classifier-free guidance; 1: off. The paper uses 3")
+
+
+class SamplingParams(Config):
+    """How documents are sampled. Travels with every rollout, so that scoring can repeat it exactly."""
+
+    text: TextSampling = TextSampling()
+    image: ImageSampling = ImageSampling()
+    max_images: int = Field(4, ge=0, description="drawing is not allowed after this many")
+    max_text_tokens: int = Field(64, ge=1, description="per text segment; a longer one truncates the document")
+
+    def greedy(self) -> SamplingParams:
+        return self.model_copy(
+            update={
+                "text": self.text.model_copy(update={"temperature": 0.0}),
+                "image": self.image.model_copy(update={"temperature": 0.0}),
+            }
+        )
+
+
+class OptimConfig(Config):
+    lr: float = Field(gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class RunConfig(Config):
+    """What every training has."""
+
+    model: str = "storyboard"
+    output_dir: str
+    seed: int = 0
+    device: str = "auto"
+    num_threads: int | None = Field(None, ge=1, description="CPU threads; fixed for bitwise repeatable runs")
+    max_steps: int = Field(ge=1)
+    save_steps: int = Field(20, ge=1)
+    logging_steps: int = Field(1, ge=1)
+    sample_steps: int = Field(10, ge=1, description="save sampled documents every so many steps")
+    report_to: Literal["none", "tensorboard"] = "none"
+
+
+class MixtureSource(Config):
+    """One data set of a mixture: a JSONL file of records, or a built-in source such as `storyboard:interleaved`."""
+
+    name: str
+    weight: float = Field(gt=0)
+    num_records: int | None = Field(None, ge=1, description="use only the first so many; None: all")
+
+
+class WarmupConfig(RunConfig):
+    """Supervised fine-tuning on a hybrid mixture (the paper's stage 1)."""
+
+    optim: OptimConfig
+    sources: tuple[MixtureSource, ...] = Field(min_length=1)
+    batch_size: int = Field(16, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1, description="None: the whole batch at once")
+    text_weight: float = Field(1.0, ge=0)
+    image_weight: float = Field(1.0, ge=0)
+    caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of image-only answers trained without prompt")
+    eval_steps: int = Field(10, ge=1)
+    num_eval_records: int = Field(48, ge=1)
+    sampling: SamplingParams = SamplingParams()
+
+    @model_validator(mode="after")
+    def _check(self) -> WarmupConfig:
+        if self.text_weight == 0 and self.image_weight == 0:
+            raise ValueError("text_weight and image_weight are both 0: nothing would be trained")
+        return self
+
+
+class RewardConfig(Config):
+    """One reward. `name` is built in (format, text_critic, image_text) or `package.module:function`."""
+
+    name: str
+    weight: float = 1.0
+    scale: float = Field(1.0, gt=0, description="the raw value is divided by this after `shift` is subtracted")
+    shift: float = 0.0
+    modality: Literal["text", "image", "both"] = "both"
+
+
+class ModalityConfig(Config):
+    """What the objective does with the choices of one modality."""
+
+    weight: float = Field(1.0, ge=0)
+    epsilon: float = Field(0.2, gt=0, description="clip range below 1")
+    epsilon_high: float | None = Field(None, gt=0, description="clip range above 1; None: epsilon")
+    beta: float = Field(0.0, ge=0, description="KL coefficient")
+    entropy_coef: float = 0.0
+
+
+class AdvantageConfig(Config):
+    """`outcome`: one advantage per document. `process`: per step, collecting later steps (the paper).
+
+    `discount` weighs the reward of a step that is j steps later by discount ** j (1: the paper).
+    `normalize`: one mean and std over all steps of the group (`group`, the paper) or one per step index (`step`).
+    """
+
+    credit: Literal["outcome", "process", "mixed"] = "process"
+    outcome_share: float = Field(0.5, ge=0, le=1, description="share of the outcome advantage under `mixed`")
+    discount: float = Field(1.0, ge=0, le=1)
+    normalize: Literal["group", "step"] = "group"
+    scale_rewards: bool = Field(True, description="divide by the standard deviation")
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+
+
+class GRPOConfig(RunConfig):
+    """Unified group-relative policy optimisation (the paper's stage 2)."""
+
+    optim: OptimConfig
+    prompts: MixtureSource = MixtureSource(name="storyboard:prompts", weight=1.0)
+    rewards: tuple[RewardConfig, ...] = Field(min_length=1)
+    num_generations: int = Field(8, ge=2, description="G, the rollouts of one prompt")
+    prompts_per_step: int = Field(12, ge=1)
+    num_iterations: int = Field(1, ge=1, description="passes over a rollout batch")
+    num_minibatches: int = Field(1, ge=1, description="optimizer steps per pass")
+    micro_batch_size: int = Field(48, ge=1, description="rollouts per forward pass; does not change the gradient")
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
+    advantages: AdvantageConfig = AdvantageConfig()
+    text: ModalityConfig = ModalityConfig()
+    image: ModalityConfig = ModalityConfig()
+    sampling: SamplingParams = SamplingParams()
+    score_guidance: Literal["exact", "ignore"] = Field(
+        "exact", description="`ignore` scores the unguided policy (the field's habit); its gap is logged"
+    )
+    resample_attempts: int = Field(0, ge=0, description="sample groups without spread again, so many times")
+    max_missing_rewards: float = Field(0.2, ge=0, le=1, description="a larger share of missing rewards stops the run")
+    parity_bound: float = Field(1e-3, gt=0, description="largest allowed |replayed - sampled| log-probability")
+
+    @model_validator(mode="after")
+    def _check(self) -> GRPOConfig:
+        total = self.prompts_per_step * self.num_generations
+        if total % self.num_minibatches:
+            raise ValueError(
+                f"num_minibatches={self.num_minibatches} does not divide the rollout batch of "
+                f"prompts_per_step * num_generations = {total}; choose a divisor"
+            )
+        if self.sampling.text.temperature == 0 or self.sampling.image.temperature == 0:
+            raise ValueError("temperature 0 is greedy: all rollouts of a group would be equal; use a temperature > 0")
+        if self.score_guidance == "exact" and self.loss_type == "gspo" and self.num_iterations * self.num_minibatches == 1:
+            raise ValueError("gspo with a single update per batch has ratio 1: use num_iterations or num_minibatches > 1")
+        return self
+
+
+class EvaluateConfig(Config):
+    num_prompts: int = Field(240, ge=1)
+    num_retention: int = Field(240, ge=1)
+    batch_size: int = Field(120, ge=1)
+    split: Literal["validation", "test"] = "test"
+    seed: int = 1234
+
+
+class DemoConfig(Config):
+    output_dir: str = "runs/demo"
+    seed: int = 0
+    warmup: WarmupConfig
+    grpo: GRPOConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def recipe_path(name: str | Path) -> Path:
+    """A YAML file, or a recipe that ships with the package by its short name (`demo`)."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"recipe {str(path)!r} does not exist")
+        return path
+    packaged = Path(str(resources.files("diptych") / "recipes"))
+    candidate = packaged / f"{name}.yaml"
+    if not candidate.is_file():
+        known = ", ".join(sorted(p.stem for p in packaged.glob("*.yaml")))
+        raise ValueError(f"no recipe {str(name)!r}; give a .yaml file or one of: {known}")
+    return candidate
+
+
+def load_config(cls: type[ConfigT], recipe: str | Path | None, overrides: Sequence[str] = ()) -> ConfigT:
+    """A recipe with overrides such as `["--optim.lr", "1e-4", "--seed=1"]`.
+
+    Raises ValueError naming each wrong key with what is allowed.
+    """
+    data: dict[str, Any] = {}
+    if recipe is not None:
+        loaded = yaml.safe_load(recipe_path(recipe).read_text())
+        if not isinstance(loaded, dict):
+            raise ValueError(f"recipe {str(recipe)!r} holds no mapping of settings")
+        data = loaded
+    for key, value in parse_overrides(overrides):
+        _set_leaf(data, key, value)
+    return build(cls, data)
+
+
+def build(cls: type[ConfigT], data: dict[str, Any]) -> ConfigT:
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(cls, problem) for problem in error.errors()]
+        raise ValueError(f"wrong configuration ({cls.__name__}):\n  " + "\n  ".join(lines)) from None
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    rest = list(arguments)
+    while rest:
+        item = rest.pop(0)
+        if not item.startswith("--"):
+            raise ValueError(f"cannot read {item!r}; overrides look like --optim.lr 1e-4 or --seed=1")
+        key, equals, value = item[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ValueError(f"--{key} needs a value")
+            value = rest.pop(0)
+        found.append((key.replace("-", "_"), _read_value(value)))
+    return found
+
+
+def _read_value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a word
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set_leaf(data: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    node: Any = data
+    for parent in parents:
+        if isinstance(node, list):
+            node = node[int(parent)]
+        else:
+            node = node.setdefault(parent, {})
+    if isinstance(node, list):
+        node[int(leaf)] = value
+    else:
+        node[leaf] = value
+
+
+def _explain(cls: type[Config], problem: Any) -> str:
+    path = ".".join(str(part) for part in problem["loc"]) or "(top)"
+    if problem["type"] == "extra_forbidden":
+        owner: Any = cls
+        for part in problem["loc"][:-1]:
+            field = getattr(owner, "model_fields", {}).get(part)
+            owner = field.annotation if field is not None else None
+        allowed = ", ".join(getattr(owner, "model_fields", {})) or "see the documentation"
+        return f"{path}: unknown key; allowed are: {allowed}"
+    return f"{path}: {problem['msg']} (given: {problem.get('input')!r:.80})"
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,137 @@
+"""Illustrated documents: what a unified model reads and writes, and the message form that the ecosystem speaks."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Image:
+    """A picture as pixels, as codes, or both.
+
+    `pixels`: PIL image, RGB; None until a sampled image is decoded.
+    `codes`: (num_positions, depth) int64; None for a picture that came from outside.
+    """
+
+    pixels: PIL.Image.Image | None = None
+    codes: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.pixels is None and self.codes is None:
+            raise ValueError("an Image needs pixels or codes; neither was given")
+
+
+Segment = Text | Image
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Document:
+    """An ordered list of segments, e.g. text, picture, text, picture."""
+
+    segments: tuple[Segment, ...]
+
+    def __iter__(self):
+        return iter(self.segments)
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    @property
+    def images(self) -> list[Image]:
+        return [segment for segment in self.segments if isinstance(segment, Image)]
+
+    @property
+    def text(self) -> str:
+        """All text segments, joined by a space."""
+        return " ".join(segment.text for segment in self.segments if isinstance(segment, Text))
+
+    def to_blocks(self) -> list[dict[str, Any]]:
+        """`[{"type": "text", "text": ...}, {"type": "image", "image": PIL image}, ...]`
+
+        Raises ValueError for an image that has codes but no pixels yet.
+        """
+        blocks: list[dict[str, Any]] = []
+        for segment in self.segments:
+            if isinstance(segment, Text):
+                blocks.append({"type": "text", "text": segment.text})
+            elif segment.pixels is None:
+                raise ValueError("an image of this document has codes but no pixels; decode it first")
+            else:
+                blocks.append({"type": "image", "image": segment.pixels})
+        return blocks
+
+    @classmethod
+    def from_blocks(cls, blocks: str | Sequence[dict[str, Any]]) -> Document:
+        """The inverse of `to_blocks`; a plain string is one text segment.
+
+        An image may be a PIL image, a file path, or a `data:image/...;base64,` address.
+        """
+        if isinstance(blocks, str):
+            return cls((Text(blocks),))
+        segments: list[Segment] = []
+        for index, block in enumerate(blocks):
+            kind = block.get("type")
+            if kind == "text" and isinstance(block.get("text"), str):
+                segments.append(Text(block["text"]))
+            elif kind == "image" and block.get("image") is not None:
+                segments.append(Image(open_image(block["image"])))
+            else:
+                raise ValueError(
+                    f"block {index} is {block!r:.120}; allowed are {{'type': 'text', 'text': str}} and "
+                    "{'type': 'image', 'image': PIL image, path or data address}"
+                )
+        return cls(tuple(segments))
+
+
+def open_image(source: Any) -> PIL.Image.Image:
+    """An RGB image from a PIL image, a path or a base64 data address.
+
+    Raises ValueError naming the source where it cannot be read.
+    """
+    if isinstance(source, PIL.Image.Image):
+        return source.convert("RGB")
+    try:
+        if isinstance(source, str) and source.startswith("data:image/"):
+            stream: Any = io.BytesIO(base64.b64decode(source.split(",", 1)[1], validate=True))
+        else:
+            stream = Path(source)
+        with PIL.Image.open(stream) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, TypeError, IndexError, SyntaxError) as error:
+        raise ValueError(f"cannot read image {str(source)[:120]!r}: {error}. Give a PNG or JPEG file that opens.") from error
+
+
+def to_message(role: str, document: Document) -> dict[str, Any]:
+    return {"role": role, "content": document.to_blocks()}
+
+
+def image_data_address(image: PIL.Image.Image) -> str:
+    """The image as a `data:image/png;base64,` address, for JSON and HTML."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def to_json_blocks(document: Document) -> list[dict[str, Any]]:
+    """`to_blocks` with images as data addresses: ready for JSON, read back by `Document.from_blocks`."""
+    return [
+        {"type": "image", "image": image_data_address(block["image"])} if block["type"] == "image" else block
+        for block in document.to_blocks()
+    ]
+
+
+def join(documents: Iterable[Document]) -> Document:
+    return Document(tuple(segment for document in documents for segment in document))

@@ -1,0 +1,117 @@
+"""The only scorer: log-probabilities of sequences that mix text and image codes, by teacher forcing.
+
+With `params` it repeats the policy that sampled: same temperature, legal tokens, truncation, guidance and positions.
+Without, it gives the plain model's likelihood (supervised training).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from diptych.config import SamplingParams, TextSampling
+from diptych.models.base import UnifiedModel
+from diptych.sampling.distribution import Grammar, guide, log_distribution
+from diptych.tokens import TokenBatch, TokenRow, collate
+
+_PLAIN = TextSampling()
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Of every choice in a batch; 0 where `TokenBatch.choice_mask` is False.
+
+    logprobs: (B, T, D) float32, with gradient; entry t belongs to the token AT t.
+    entropy: (B, T, D) float32 in nats; without gradient unless it was asked for.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def score(
+    model: UnifiedModel, batch: TokenBatch, params: SamplingParams | None = None, *, guided: bool = True, entropy_gradient: bool = False
+) -> Scores:
+    """Log-probability and entropy of every choice.
+
+    Args:
+        batch: (B, T) sequences; only positions in `completion_mask` are scored.
+        params: the settings the batch was sampled with; None for the plain likelihood.
+        guided: False ignores guidance (the field's habit, kept to measure its cost).
+        entropy_gradient: keep the entropy differentiable (for an entropy bonus).
+    Raises:
+        ValueError: a chosen token stands at position 0, where nothing predicts it.
+    """
+    if bool(batch.completion_mask[:, 0].any()):
+        raise ValueError("a chosen token stands at position 0; nothing predicts it, so put a prompt before it")
+    hidden = model.backbone(model.embed(batch), batch.position_ids, batch.attention_mask)  # (B, T, H)
+    # The state at t - 1 predicts the token at t.
+    row, column = batch.completion_mask.nonzero(as_tuple=True)  # (N,), row-major
+    is_text = batch.text_mask[row, column]
+    text_at, image_at = (row[is_text], column[is_text]), (row[~is_text], column[~is_text])
+
+    logprobs = torch.zeros(batch.codes.shape, device=batch.device)  # (B, T, D)
+    entropy = torch.zeros_like(logprobs)
+    if len(text_at[0]):
+        values, bits = _score_text(model, batch, hidden, text_at, params, entropy_gradient)
+        logprobs = logprobs.index_put((*text_at, torch.zeros_like(text_at[0])), values)
+        entropy = entropy.index_put((*text_at, torch.zeros_like(text_at[0])), bits)
+    if len(image_at[0]):
+        values, bits = _score_images(model, batch, hidden, image_at, params, guided, entropy_gradient)
+        logprobs = logprobs.index_put(image_at, values)
+        entropy = entropy.index_put(image_at, bits)
+    return Scores(logprobs, entropy)
+
+
+def _score_text(
+    model: UnifiedModel, batch: TokenBatch, hidden: Tensor, at: tuple[Tensor, Tensor],
+    params: SamplingParams | None, entropy_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    row, column = at
+    logits = model.text_logits(hidden[row, column - 1])  # (N, V)
+    if params is None:
+        log_dist = log_distribution(logits, _PLAIN)
+    else:
+        grammar = Grammar.of(model, params)
+        begins = (batch.text_ids == grammar.begin_id) & batch.text_mask & batch.completion_mask
+        num_images = begins.long().cumsum(1) - begins.long()  # images begun before each position
+        log_dist = log_distribution(logits, params.text, grammar.allowed(num_images[row, column]))
+    return _gather(log_dist, batch.text_ids[row, column], entropy_gradient)
+
+
+def _score_images(
+    model: UnifiedModel, batch: TokenBatch, hidden: Tensor, at: tuple[Tensor, Tensor],
+    params: SamplingParams | None, guided: bool, entropy_gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    row, column = at
+    codes = batch.codes[row, column]  # (N, D)
+    logits = model.image_logits(hidden[row, column - 1], codes)  # (N, D, K)
+    if params is None:
+        return _gather(log_distribution(logits, _PLAIN), codes, entropy_gradient)
+    scale = params.image.guidance_scale
+    if guided and scale != 1:
+        num_positions = model.image_spec.num_positions
+        assert len(codes) % num_positions == 0, "images are sampled whole"
+        images = codes.reshape(-1, num_positions, codes.shape[-1])  # (M, positions, D)
+        logits = guide(logits, unconditional_image_logits(model, images).reshape(logits.shape), scale)
+    return _gather(log_distribution(logits, params.image), codes, entropy_gradient)
+
+
+def unconditional_image_logits(model: UnifiedModel, images: Tensor) -> Tensor:
+    """Teacher-forced logits of images after the unconditional prompt: (M, positions, D) codes -> (M, positions, D, K)."""
+    spec = model.image_spec
+    head = TokenRow.text([*model.unconditional_prompt(), spec.begin_id], spec.depth)
+    batch = collate([TokenRow.concat([head, TokenRow.image(codes)]) for codes in images.cpu()]).to(images.device)
+    hidden = model.backbone(model.embed(batch), batch.position_ids, batch.attention_mask)
+    predicting = hidden[:, len(head) - 1 : -1]  # (M, positions, H)
+    logits = model.image_logits(predicting.flatten(0, 1), images.flatten(0, 1))
+    return logits.reshape(*images.shape, -1)
+
+
+def _gather(log_dist: Tensor, chosen: Tensor, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
+    values = log_dist.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        entropy = -(log_dist.exp() * log_dist.clamp(min=-1e4)).sum(-1)
+    return values, entropy

@@ -1,0 +1,56 @@
+"""Optimizer, learning-rate schedule and the optimizer step that both trainings share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from diptych.config import OptimConfig
+from diptych.runtime import sum_gradients
+
+
+def make_optimizer(
+    model: nn.Module, config: OptimConfig, max_steps: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW over what is trainable (weight decay on matrices only), and linear warm-up, then the chosen decay to 0."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        share = min(1.0, (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps))
+        if config.schedule == "linear":
+            return 1 - share
+        if config.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * share))
+        return 1.0
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def optimizer_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, config: OptimConfig
+) -> dict[str, float]:
+    """Adds up gradients over processes, clips, steps and clears them.
+
+    Raises FloatingPointError before anything is changed where the gradient is not finite.
+    """
+    sum_gradients(model)
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_grad_norm)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(
+            "the gradient is not finite; the weights are unchanged. Lower the learning rate, or look at the rewards and "
+            "log-probabilities of the last step; earlier checkpoints are intact"
+        )
+    rate = schedule.get_last_lr()[0]
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"grad_norm": float(norm), "learning_rate": rate}

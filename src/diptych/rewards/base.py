@@ -1,0 +1,142 @@
+"""Calling rewards so that none can lie: what fails, times out or is not finite is *missing*, never 0 and never random.
+
+A reward is called as `reward(prompts=..., completions=..., **columns)` with messages whose content is a list of text
+and image blocks. It returns, for each sample, a float or None (TRL), or a list with a float or None for each step of
+the document (ours). None means "says nothing about this"; NaN, infinity and exceptions mean "missing".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import importlib
+import inspect
+import logging
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diptych.config import RewardConfig
+from diptych.document import Document, to_message
+
+logger = logging.getLogger(__name__)
+
+BUILT_IN = {
+    "format": "diptych.rewards.format:format",
+    "image_text": "diptych.rewards.image_text:image_text",
+    "text_critic": "diptych.rewards.text_critic:text_critic",
+}
+
+
+class RewardError(ValueError):
+    """A reward that breaks its contract, or too many missing values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardBatch:
+    """R rewards of B documents with up to J steps.
+
+    steps: (R, B, J) float32, rescaled, NaN where missing. applies: (R, B, J) bool.
+    documents: (R, B) float32 of rewards that speak of the whole document, NaN where missing; documents_apply: (R, B).
+    missing: name -> share of the values it owed that are missing. errors: name -> the last error.
+    """
+
+    steps: Tensor
+    applies: Tensor
+    documents: Tensor
+    documents_apply: Tensor
+    missing: dict[str, float]
+    errors: dict[str, str]
+
+
+def load_reward(name: str) -> Callable[..., Any]:
+    """A built-in reward or `package.module:function`. The working directory is importable.
+
+    Raises ValueError saying what is known.
+    """
+    path = BUILT_IN.get(name, name)
+    module_name, colon, function_name = path.partition(":")
+    if not colon:
+        raise ValueError(f"unknown reward {name!r}; give package.module:function or one of: {', '.join(BUILT_IN)}")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot load reward {name!r}: {error}") from error
+
+
+def call_rewards(
+    rewards: Sequence[tuple[RewardConfig, Callable[..., Any]]],
+    prompts: Sequence[Document],
+    completions: Sequence[Document],
+    columns: dict[str, list[Any]],
+) -> RewardBatch:
+    """Calls every reward once on the whole batch.
+
+    Raises RewardError where a reward returns the wrong number of values: that is a fault in its code, not bad luck.
+    """
+    asked = [[to_message("user", document)] for document in prompts]
+    answers = [[to_message("assistant", document)] for document in completions]
+    sizes = [len(document) for document in completions]
+    shape = (len(rewards), len(completions), max([1, *sizes]))
+    steps, applies = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+    documents, documents_apply = torch.zeros(shape[:2]), torch.zeros(shape[:2], dtype=torch.bool)
+    missing, errors = {}, {}
+    for r, (config, function) in enumerate(rewards):
+        try:
+            returned = function(prompts=asked, completions=answers, **columns)
+            if inspect.isawaitable(returned):
+                returned = asyncio.run(_wait(returned))
+        except Exception as error:  # rewards are untrusted: counted, logged, masked out
+            errors[config.name] = f"{type(error).__name__}: {error}"
+            logger.warning("reward %s failed: %s", config.name, errors[config.name])
+            returned = [math.nan] * len(sizes)
+        returned = _checked(config.name, returned, sizes)
+        for b, value in enumerate(returned):
+            if isinstance(value, list):
+                _fill(steps[r, b], applies[r, b], value, config)
+            elif value is not None:
+                documents_apply[r, b] = True
+                documents[r, b] = _rescale(value, config)
+        owed = int(applies[r].sum() + documents_apply[r].sum())
+        lost = int((applies[r] & steps[r].isnan()).sum() + (documents_apply[r] & documents[r].isnan()).sum())
+        missing[config.name] = lost / max(1, owed)
+    return RewardBatch(steps, applies, documents, documents_apply, missing, errors)
+
+
+async def _wait(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def _checked(name: str, returned: Any, sizes: list[int]) -> list[Any]:
+    try:
+        values = [v.tolist() if isinstance(v, torch.Tensor) else v for v in returned]
+    except TypeError:
+        raise RewardError(f"reward {name!r} returned {type(returned).__name__}; a list with one entry per document is needed") from None
+    if len(values) != len(sizes):
+        raise RewardError(f"reward {name!r} returned {len(values)} values for {len(sizes)} documents; one per document is needed")
+    for value, size in zip(values, sizes, strict=True):
+        if isinstance(value, list) and len(value) != size:
+            raise RewardError(f"reward {name!r} returned {len(value)} step values for a document of {size} steps")
+    return values
+
+
+def _rescale(value: Any, config: RewardConfig) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return math.nan
+    return (number - config.shift) / config.scale if math.isfinite(number) else math.nan
+
+
+def _fill(steps: Tensor, applies: Tensor, values: list[Any], config: RewardConfig) -> None:
+    for j, value in enumerate(values):
+        if value is not None:
+            applies[j] = True
+            steps[j] = _rescale(value, config)

@@ -1,0 +1,167 @@
+"""Token sequences that mix text and image codes: one class for sampling, warm-up and reinforcement learning.
+
+A five-token example, depth 2: the answer "hi", the choice to draw, one image position, and the forced end of the image.
+
+    text_ids         hi    <vis>   0        </vis>   <eos>
+    codes            0 0   0 0     17 4     0 0      0 0
+    modality         TEXT  TEXT    IMAGE    TEXT     TEXT
+    step_ids         0     0       1        1        1
+    completion_mask  True  True    True     False    True
+
+`</vis>` is in the sequence but was not chosen (the image's length is fixed), so it is never trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Modality(enum.IntEnum):
+    """What stands at a position. FEATURE is a prompt picture given as features instead of codes (Janus)."""
+
+    PAD = 0
+    TEXT = 1
+    IMAGE = 2
+    FEATURE = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRow:
+    """One sequence without padding; fields as in `TokenBatch` with shape (T,) or (T, D)."""
+
+    text_ids: Tensor
+    codes: Tensor
+    modality: Tensor
+    step_ids: Tensor
+    completion_mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.text_ids)
+
+    @classmethod
+    def text(cls, ids: Sequence[int], depth: int, *, chosen: bool = False, step: int = -1) -> TokenRow:
+        n = len(ids)
+        return cls(
+            torch.tensor(list(ids), dtype=torch.long),
+            torch.zeros(n, depth, dtype=torch.long),
+            torch.full((n,), Modality.TEXT, dtype=torch.long),
+            torch.full((n,), step, dtype=torch.long),
+            torch.full((n,), chosen, dtype=torch.bool),
+        )
+
+    @classmethod
+    def image(cls, codes: Tensor, *, chosen: bool = False, step: int = -1) -> TokenRow:
+        """`codes`: (num_positions, D) int64."""
+        n = len(codes)
+        return cls(
+            torch.zeros(n, dtype=torch.long),
+            codes.long(),
+            torch.full((n,), Modality.IMAGE, dtype=torch.long),
+            torch.full((n,), step, dtype=torch.long),
+            torch.full((n,), chosen, dtype=torch.bool),
+        )
+
+    @classmethod
+    def concat(cls, rows: Sequence[TokenRow]) -> TokenRow:
+        return cls(*(torch.cat([getattr(r, f.name) for r in rows]) for f in dataclasses.fields(cls)))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenBatch:
+    """B right-padded sequences of up to T positions with D codes at each image position.
+
+    text_ids: (B, T) int64; 0 where there is no text token.
+    codes: (B, T, D) int64; 0 where there is no image code.
+    modality: (B, T) int64, values of `Modality`.
+    position_ids: (B, T) int64; the number of real tokens before this one.
+    step_ids: (B, T) int64; the document step a token belongs to, -1 in the prompt.
+    completion_mask: (B, T) bool; True where the policy chose the token and it is trained.
+
+    Raises ValueError where shapes or dtypes disagree, or where the mask covers padding.
+    """
+
+    text_ids: Tensor
+    codes: Tensor
+    modality: Tensor
+    position_ids: Tensor
+    step_ids: Tensor
+    completion_mask: Tensor
+
+    def __post_init__(self) -> None:
+        shape = self.text_ids.shape
+        if len(shape) != 2:
+            raise ValueError(f"text_ids has shape {tuple(shape)}; (B, T) is needed")
+        for name in ("modality", "position_ids", "step_ids", "completion_mask"):
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}; text_ids has {tuple(shape)}")
+        if self.codes.ndim != 3 or self.codes.shape[:2] != shape:
+            raise ValueError(f"codes has shape {tuple(self.codes.shape)}; {tuple(shape)} + (D,) is needed")
+        for name, dtype in (("text_ids", torch.long), ("codes", torch.long), ("completion_mask", torch.bool)):
+            if getattr(self, name).dtype != dtype:
+                raise ValueError(f"{name} is {getattr(self, name).dtype}; {dtype} is needed")
+        if bool((self.completion_mask & (self.modality == Modality.PAD)).any()):
+            raise ValueError("completion_mask is True on padding")
+
+    @property
+    def device(self) -> torch.device:
+        return self.text_ids.device
+
+    @property
+    def depth(self) -> int:
+        return self.codes.shape[-1]
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(B, T) bool, True at real tokens."""
+        return self.modality != Modality.PAD
+
+    @property
+    def text_mask(self) -> Tensor:
+        return self.modality == Modality.TEXT
+
+    @property
+    def image_mask(self) -> Tensor:
+        return self.modality == Modality.IMAGE
+
+    @property
+    def choice_mask(self) -> Tensor:
+        """(B, T, D) bool: every single choice of the policy. A text token is one choice (at depth 0), an image position D."""
+        depth_zero = torch.arange(self.depth, device=self.device) == 0  # (D,)
+        return self.completion_mask[..., None] & (self.image_mask[..., None] | depth_zero)
+
+    def __len__(self) -> int:
+        return len(self.text_ids)
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        return TokenBatch(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+
+    def __getitem__(self, rows: slice | Tensor | list[int]) -> TokenBatch:
+        """Some rows, with trailing padding that none of them needs cut off."""
+        parts = {f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)}
+        longest = max(1, int((parts["modality"] != Modality.PAD).sum(1).max()))
+        return TokenBatch(**{name: value[:, :longest] for name, value in parts.items()})
+
+
+def collate(rows: Sequence[TokenRow]) -> TokenBatch:
+    """Rows to a right-padded batch. Raises ValueError for an empty list."""
+    if not rows:
+        raise ValueError("no sequences to collate; the batch is empty")
+
+    def pad(name: str, value: int | bool) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence([getattr(r, name) for r in rows], batch_first=True, padding_value=value)
+
+    modality = pad("modality", int(Modality.PAD))
+    real = modality != Modality.PAD
+    return TokenBatch(
+        text_ids=pad("text_ids", 0),
+        codes=pad("codes", 0),
+        modality=modality,
+        position_ids=(real.long().cumsum(1) - 1).clamp(min=0),
+        step_ids=pad("step_ids", -1),
+        completion_mask=pad("completion_mask", False),
+    )

@@ -1,0 +1,138 @@
+"""Stage 1, warm-up: supervised fine-tuning on a hybrid mixture.
+
+1. Few interleaved documents, with understanding and text-to-image data beside them so that old skills stay.
+2. Text and image choices have losses of their own, each a mean over the global batch, added with weights.
+3. Departs from the paper (which is silent): caption dropout trains the unconditional branch that guidance needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from diptych.config import WarmupConfig
+from diptych.data import Mixture, Record
+from diptych.document import to_json_blocks
+from diptych.logprobs import score
+from diptych.models import UnifiedModel, load_model
+from diptych.optim import make_optimizer, optimizer_step
+from diptych.runs import RunFolder
+from diptych.runtime import generator, init_processes, pick_device, rank, seed_everything, set_threads, sum_over_processes, world_size
+from diptych.sampling.engine import sample
+from diptych.tokens import TokenBatch, collate
+
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+def warmup(config: WarmupConfig, progress: Progress | None = None) -> UnifiedModel:
+    """Runs, or resumes, a warm-up and returns the trained model. The last checkpoint is `step_<max_steps>`.
+
+    Raises ValueError for settings, data or checkpoints that cannot be used.
+    """
+    init_processes()
+    set_threads(config.num_threads)
+    seed_everything(config.seed)
+    run = RunFolder(config.output_dir, config)
+    device = pick_device(config.device)
+    mixture = Mixture(config.sources, config.seed)
+    held_out = Mixture(config.sources, config.seed, "validation").batch(0, config.num_eval_records)
+    step = (run.steps() or [0])[-1]
+    state: dict[str, Any] = {}
+    if step:
+        folder, state = run.load(step)
+        model = load_model(folder)
+        run.truncate_logs(step)
+    else:
+        model = load_model(config.model)
+    model.to(device).train()
+    optimizer, schedule = make_optimizer(model, config.optim, config.max_steps)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+
+    while step < config.max_steps:
+        batch = encode(model, mixture.batch(step, config.batch_size), config, step)
+        metrics = supervised_step(model, batch, config)  # backward over micro-batches
+        metrics |= optimizer_step(model, optimizer, schedule, config.optim)
+        step += 1
+        if step % config.eval_steps == 0 or step == config.max_steps:
+            metrics |= validation_loss(model, held_out, config)
+        if step % config.logging_steps == 0 or step == config.max_steps:
+            run.log(step, metrics)
+        if step % config.sample_steps == 0 or step == config.max_steps:
+            save_samples(run, model, held_out, config, step)
+        if step % config.save_steps == 0 or step == config.max_steps:
+            run.save(step, model, {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step})
+        if progress:
+            progress(step, config.max_steps, metrics)
+    return model.eval()
+
+
+def encode(model: UnifiedModel, records: list[Record], config: WarmupConfig, step: int) -> TokenBatch:
+    """Records to tokens; a share of the bare pictures loses its prompt (caption dropout)."""
+    draws = torch.rand(len(records), generator=generator(config.seed, 4, step)).tolist()
+    rows = []
+    for record, value in zip(records, draws, strict=True):
+        if record.answer is None:
+            raise ValueError(f"a record of {record.source} has no assistant message; warm-up needs answers")
+        dropped = record.is_drawing and value < config.caption_dropout
+        rows.append(model.encode_example(None if dropped else record.prompt, record.answer))
+    return collate(rows)
+
+
+def supervised_step(model: UnifiedModel, batch: TokenBatch, config: WarmupConfig) -> dict[str, float]:
+    """Gradients of text_weight * mean text loss + image_weight * mean image loss; means over the global batch."""
+    choices = batch.choice_mask
+    counts = torch.tensor([(choices & batch.text_mask[..., None]).sum(), (choices & batch.image_mask[..., None]).sum()])
+    mine = batch[list(range(rank(), len(batch), world_size()))]  # this process's share
+    size = config.micro_batch_size or len(mine)
+    sums = torch.zeros(2)
+    for begin in range(0, len(mine), size):
+        micro = mine[slice(begin, begin + size)].to(model.device)
+        text, image = negative_log_likelihood(model, micro)
+        loss = config.text_weight * text / max(1, int(counts[0])) + config.image_weight * image / max(1, int(counts[1]))
+        loss.backward()
+        sums += torch.stack([text, image]).detach().cpu()
+    sums = sum_over_processes(sums)
+    text_loss, image_loss = (sums / counts.clamp(min=1)).tolist()
+    return {"loss/text": text_loss, "loss/image": image_loss, "num_tokens": float(batch.attention_mask.sum())}
+
+
+def negative_log_likelihood(model: UnifiedModel, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over the text choices and over the image choices, in nats."""
+    logprobs, choices = score(model, batch).logprobs, batch.choice_mask
+    text = -(logprobs * (choices & batch.text_mask[..., None])).sum()
+    image = -(logprobs * (choices & batch.image_mask[..., None])).sum()
+    return text, image
+
+
+@torch.no_grad()
+def validation_loss(model: UnifiedModel, records: list[Record], config: WarmupConfig) -> dict[str, float]:
+    model.eval()
+    batch = encode(model, records, config.model_copy(update={"caption_dropout": 0.0}), 0).to(model.device)
+    text, image = negative_log_likelihood(model, batch)
+    choices = batch.choice_mask
+    model.train()
+    return {
+        "eval/loss/text": float(text / (choices & batch.text_mask[..., None]).sum().clamp(min=1)),
+        "eval/loss/image": float(image / (choices & batch.image_mask[..., None]).sum().clamp(min=1)),
+    }
+
+
+def save_samples(run: RunFolder, model: UnifiedModel, records: list[Record], config: WarmupConfig, step: int) -> None:
+    """An early look: what the model answers to a few held-out prompts, greedily."""
+    chosen = [r for r in records if r.answer is not None and len(r.answer) > 1][:4] or records[:4]
+    prompts = [model.encode_prompt(record.prompt) for record in chosen]
+    rollouts = sample(model, prompts, config.sampling.greedy(), generator=generator(config.seed, 5, step))
+    run.save_samples(
+        step,
+        [{"prompt": to_json_blocks(record.prompt), "answer": to_json_blocks(rollout.document)}
+         for record, rollout in zip(chosen, rollouts, strict=True)],
+    )  # fmt: skip
+
+
+def checkpoint_of(config: WarmupConfig) -> str:
+    """The folder of the finished model."""
+    return f"{config.output_dir}/checkpoints/step_{config.max_steps}/model"

@@ -1,0 +1,115 @@
+"""What the packaged base model learns from: conversations whose answers are pictures OR words, never both.
+
+Drawing, describing, answering and telling all happen amid other text and pictures, at varying offsets, so that they
+survive context. No answer is interleaved: that is left for warm-up, as with a real unified model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from diptych.document import Document, Image, Text
+from diptych.worlds.storyboard import language
+from diptych.worlds.storyboard.render import render
+from diptych.worlds.storyboard.scene import PLACES, Scene, in_split, random_scene
+from diptych.worlds.storyboard.tasks import Task, answer_text, make_task, random_event
+
+Turn = tuple[Document, Document]
+VERBS = ("paint", "grow", "shrink", "move", "leave", "background", "add")
+
+
+def training_scene(rng: np.random.Generator, at_least: int = 0) -> Scene:
+    while True:
+        scene = random_scene(rng, int(rng.choice(4, p=(0.04, 0.26, 0.35, 0.35))))
+        if len(scene.things) >= at_least and in_split([scene], "train"):
+            return scene
+
+
+def doc(*parts: str | Scene) -> Document:
+    """Strings are text, scenes are pictures."""
+    return Document(tuple(Text(p) if isinstance(p, str) else Image(render(p)) for p in parts))
+
+
+def turn_draw(rng: np.random.Generator) -> Turn:
+    scene = training_scene(rng)
+    words = f"{language.describe(scene)} ."
+    if rng.random() < 0.5:
+        event = random_event(rng, training_scene(rng, 1), VERBS)
+        if event is not None:
+            words = f"{language.tell(event)} . {words}"
+    lead = str(rng.choice(("draw this .", "draw :", "draw a picture .", "now draw")))
+    return doc(f"{lead} {words}"), doc(scene)
+
+
+def turn_describe(rng: np.random.Generator) -> Turn:
+    scene = training_scene(rng)
+    words = language.describe(scene) + " ."
+    if rng.random() < 0.35:
+        other = training_scene(rng)
+        which, first, second = ("first", scene, other) if rng.random() < 0.5 else ("last", other, scene)
+        return doc(first, second, f"describe the {which} picture ."), doc(words)
+    if rng.random() < 0.5:
+        return doc("describe this picture .", scene), doc(words)
+    return doc(scene, "what do we see ?"), doc(words)
+
+
+def turn_question(rng: np.random.Generator) -> Turn:
+    """A question about a picture or a described scene."""
+    scene = training_scene(rng, 1)
+    thing = scene.things[int(rng.integers(len(scene.things)))]
+    place = scene.find(thing.kind)
+    assert place is not None
+    sizes = {t.size for t in scene.things}
+    kind = str(rng.choice(("colour", "size", "where", "count", "place", "bigger")))
+    if kind == "bigger" and len(scene.things) == 2 and len(sizes) == 2:
+        names = [t.kind for t in scene.things]
+        question = f"which is bigger , the {names[0]} or the {names[1]} ?"
+        answer = next(t.kind for t in scene.things if t.size == "big")
+    elif kind == "colour":
+        question, answer = f"what colour is the {thing.kind} ?", thing.colour
+    elif kind == "size":
+        question, answer = f"what size is the {thing.kind} ?", thing.size
+    elif kind == "where":
+        question, answer = f"where is the {thing.kind} ?", PLACES[place]
+    elif kind == "place":
+        question, answer = f"what is {language.PLACE_PHRASES[PLACES[place]]} ?", thing.kind
+    else:
+        question, answer = "how many things are there ?", language.NUMBER_WORDS[len(scene.things)]
+    shown: str | Scene = scene if rng.random() < 0.7 else language.describe(scene) + " ."
+    return doc(shown, question), doc(answer_text(answer))
+
+
+def turn_event(rng: np.random.Generator) -> Turn:
+    """A scene, an event, and what is there afterwards, in words."""
+    while True:
+        scene = training_scene(rng)
+        event = random_event(rng, scene, VERBS)
+        if event is not None and in_split([scene, event.apply(scene)], "train"):
+            break
+    shown: str | Scene = scene if rng.random() < 0.5 else language.describe(scene) + " ."
+    return doc(shown, f"{language.tell(event)} . what do we see now ?"), doc(language.describe(event.apply(scene)) + " .")
+
+
+def turn_tell(rng: np.random.Generator) -> Turn:
+    """A whole task answered in words alone."""
+    task: Task = make_task(rng, "train")
+    words = " ".join(s.text for s in task.truth.document() if isinstance(s, Text))
+    return Document((Text("say it in words ."), *task.prompt.segments)), doc(words)
+
+
+TURNS: dict[str, tuple[float, Callable[[np.random.Generator], Turn]]] = {
+    "draw": (0.38, turn_draw),
+    "describe": (0.18, turn_describe),
+    "question": (0.16, turn_question),
+    "event": (0.14, turn_event),
+    "tell": (0.14, turn_tell),
+}
+
+
+def make_turn(rng: np.random.Generator, kind: str | None = None) -> Turn:
+    if kind is None:
+        weights = np.array([weight for weight, _ in TURNS.values()])
+        kind = list(TURNS)[int(rng.choice(len(TURNS), p=weights / weights.sum()))]
+    return TURNS[kind][1](rng)

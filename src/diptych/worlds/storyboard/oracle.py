@@ -1,0 +1,126 @@
+"""The hidden truth: reads generated text by grammar and generated pixels by analysis, and judges a whole document.
+
+It is the evaluation, never a reward. Its own accuracy is measured by `tests/worlds` and `benchmarks/oracle.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+
+from diptych.document import Document, Image, Text
+from diptych.worlds.storyboard import language
+from diptych.worlds.storyboard.render import COLUMN_WIDTH, PIXEL_SIZE, strip
+from diptych.worlds.storyboard.scene import BACKGROUNDS, COLOURS, KINDS, PLACES, SIZES, Event, Scene, Thing
+from diptych.worlds.storyboard.tasks import Truth, answer_text
+
+UNREADABLE = 0.13  # root mean square error (0..1) of a column beyond which nothing is recognised
+
+
+@functools.cache
+def _templates() -> tuple[list[Thing | None], np.ndarray]:
+    """Every thing (or nothing), and its columns (backgrounds, places, things, pixels) float32 in 0..1."""
+    things: list[Thing | None] = [None, *(Thing(k, c, s) for k, c, s in itertools.product(KINDS, COLOURS, SIZES))]
+    columns = [[[strip(b, p, t).ravel() for t in things] for p in range(len(PLACES))] for b in BACKGROUNDS]
+    return things, np.asarray(columns, dtype=np.float32) / 255
+
+
+def read_pictures(pictures: Sequence[PIL.Image.Image]) -> list[Scene | None]:
+    """The scene that each picture shows; None where a column looks like nothing that can be drawn.
+
+    Each column is compared with all that a column can look like; the background is the one that fits all three best.
+    """
+    if not pictures:
+        return []
+    things, templates = _templates()
+    size = (PIXEL_SIZE, PIXEL_SIZE)
+    arrays = np.stack([np.asarray(p.convert("RGB").resize(size) if p.size != size else p.convert("RGB")) for p in pictures])
+    width = COLUMN_WIDTH
+    columns = np.stack([arrays[:, :, i * width : (i + 1) * width].reshape(len(arrays), -1) for i in range(len(PLACES))], 1)
+    columns = columns.astype(np.float32) / 255  # (N, places, pixels)
+    products = np.einsum("npx,bptx->nbpt", columns, templates, optimize=True)
+    squares = (columns**2).sum(-1)[:, None, :, None] + (templates**2).sum(-1)[None]
+    error = np.sqrt(np.maximum(squares - 2 * products, 0) / columns.shape[-1])  # (N, backgrounds, places, things)
+    best = error.min(-1)  # (N, backgrounds, places)
+    scenes: list[Scene | None] = []
+    for n, background in enumerate(best.sum(-1).argmin(-1)):
+        if best[n, background].max() > UNREADABLE:
+            scenes.append(None)
+            continue
+        found = [things[int(t)] for t in error[n, background].argmin(-1)]
+        scenes.append(Scene(BACKGROUNDS[background], tuple(found)))  # type: ignore[arg-type]
+    return scenes
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Rates in 0..1 of one document; `steps` says for each expected step whether its text and its picture are right.
+
+    format: 1 if text and picture alternate, with exactly the pictures (and the closing text) that were asked for.
+    text: share of expected texts (event, scene, closing answer) that are exactly right.
+    image: share of expected pictures that show exactly the true scene.
+    order: share of expected events that are told in the right order (longest common subsequence).
+    document: 1 if all of these are 1.
+    """
+
+    format: float
+    text: float
+    image: float
+    order: float
+    document: float
+    steps: tuple[tuple[bool, bool], ...]
+
+    @property
+    def score(self) -> float:
+        return (self.format + self.text + self.image + self.order) / 4
+
+
+def judge(documents: Sequence[Document], truths: Sequence[Truth]) -> list[Verdict]:
+    """Verdicts of answers against the truth; all pictures are read in one batch."""
+    pictures = [image.pixels for document in documents for image in document.images]
+    seen = iter(read_pictures([p for p in pictures if p is not None]))
+    return [_judge(document, truth, seen) for document, truth in zip(documents, truths, strict=True)]
+
+
+def _judge(document: Document, truth: Truth, seen) -> Verdict:
+    pairs: list[tuple[str, Scene | None, bool]] = []  # text before a picture, what the picture shows, whether text was there
+    text, closing, well_formed = "", "", True
+    for segment in document:
+        if isinstance(segment, Text):
+            well_formed &= not text and bool(segment.text.strip())
+            text = segment.text
+        elif isinstance(segment, Image):
+            well_formed &= bool(text)
+            pairs.append((text, next(seen), bool(text)))
+            text = ""
+    closing = text
+    well_formed &= len(pairs) == truth.num_steps and bool(closing) == (truth.answer is not None)
+
+    told = [language.parse_step(words) for words, _, _ in pairs]
+    steps = []
+    for i, (event, scene) in enumerate(zip(truth.events, truth.scenes, strict=True)):
+        if i < len(pairs):
+            steps.append((told[i] == (event, scene), pairs[i][1] == scene))
+        else:
+            steps.append((False, False))
+    texts = [text_right for text_right, _ in steps]
+    if truth.answer is not None:
+        texts.append(language.normalise(closing) == answer_text(truth.answer))
+    format_rate, text_rate = float(well_formed), float(np.mean(texts))
+    image_rate = float(np.mean([image_right for _, image_right in steps]))
+    order_rate = _common_subsequence([event for event, _ in told], list(truth.events)) / max(len(told), truth.num_steps)
+    whole = float(format_rate == text_rate == image_rate == order_rate == 1)
+    return Verdict(format_rate, text_rate, image_rate, order_rate, whole, tuple(steps))
+
+
+def _common_subsequence(left: Sequence[Event | None], right: Sequence[Event]) -> int:
+    table = [[0] * (len(right) + 1) for _ in range(len(left) + 1)]
+    for i, a in enumerate(left):
+        for j, b in enumerate(right):
+            table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+    return table[-1][-1]

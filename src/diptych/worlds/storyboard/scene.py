@@ -1,0 +1,143 @@
+"""Scenes of the Storyboard world: what can be in a picture, what can happen to it, and which split it belongs to.
+
+A scene has a background and three places (left, middle, right), each empty or holding one thing. Kinds are unique
+within a scene, so that "the ball" names one thing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Literal
+
+import numpy as np
+
+KINDS = ("ball", "box", "tree", "house", "boat", "flower")
+COLOURS = ("red", "blue", "green", "yellow", "purple", "orange")
+SIZES = ("small", "big")
+PLACES = ("left", "middle", "right")
+BACKGROUNDS = ("meadow", "beach", "snow", "night")
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Thing:
+    kind: str
+    colour: str
+    size: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """`places[i]` is the thing at PLACES[i] or None."""
+
+    background: str
+    places: tuple[Thing | None, Thing | None, Thing | None]
+
+    @property
+    def things(self) -> list[Thing]:
+        return [thing for thing in self.places if thing is not None]
+
+    def find(self, kind: str) -> int | None:
+        """Index of the place that holds `kind`, or None."""
+        for index, thing in enumerate(self.places):
+            if thing is not None and thing.kind == kind:
+                return index
+        return None
+
+    def with_place(self, index: int, thing: Thing | None) -> Scene:
+        places = list(self.places)
+        places[index] = thing
+        return Scene(self.background, tuple(places))  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """One thing that happens. `verb` decides which of the other fields are used:
+
+    paint (kind, colour) | grow (kind) | shrink (kind) | move (kind, place) | leave (kind) |
+    add (kind, colour, size, place) | background (background)
+    """
+
+    verb: str
+    kind: str = ""
+    colour: str = ""
+    size: str = ""
+    place: str = ""
+    background: str = ""
+
+    def apply(self, scene: Scene) -> Scene:
+        """The scene after the event. Raises ValueError where the event cannot happen."""
+        if self.verb == "background":
+            if self.background == scene.background:
+                raise ValueError(f"the background already is {self.background}")
+            return Scene(self.background, scene.places)
+        here = scene.find(self.kind)
+        if self.verb == "add":
+            target = PLACES.index(self.place)
+            if here is not None or scene.places[target] is not None:
+                raise ValueError(f"cannot add a {self.kind} at {self.place}: the kind or the place is taken")
+            return scene.with_place(target, Thing(self.kind, self.colour, self.size))
+        if here is None:
+            raise ValueError(f"there is no {self.kind} in the scene")
+        thing = scene.places[here]
+        assert thing is not None
+        if self.verb == "leave":
+            return scene.with_place(here, None)
+        if self.verb == "move":
+            target = PLACES.index(self.place)
+            if scene.places[target] is not None:
+                raise ValueError(f"{self.place} is taken")
+            return scene.with_place(here, None).with_place(target, thing)
+        if self.verb == "paint":
+            changed = dataclasses.replace(thing, colour=self.colour)
+        elif self.verb in ("grow", "shrink"):
+            changed = dataclasses.replace(thing, size="big" if self.verb == "grow" else "small")
+        else:
+            raise ValueError(f"unknown verb {self.verb!r}")
+        if changed == thing:
+            raise ValueError(f"{self.verb} changes nothing for {thing}")
+        return scene.with_place(here, changed)
+
+
+def pair_split(first: Thing, second: Thing) -> Split:
+    """The split of a pair of things, by kind and colour: 1/8 of the pairs are test, 1/8 validation, the rest train.
+
+    Both things alone are seen in training; their combination is not. This is what makes the splits disjoint.
+    """
+    first, second = sorted((first, second))
+    k1, k2 = KINDS.index(first.kind), KINDS.index(second.kind)
+    c1, c2 = COLOURS.index(first.colour), COLOURS.index(second.colour)
+    bucket = (c1 + 3 * c2 + 5 * k1 + k2) % 8
+    return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
+
+
+def scene_splits(scene: Scene) -> set[Split]:
+    """The splits of all pairs in the scene; a scene with fewer than two things belongs to every split (empty set)."""
+    return {pair_split(a, b) for a, b in itertools.combinations(scene.things, 2)}
+
+
+def in_split(scenes: list[Scene], split: Split) -> bool:
+    """Whether a list of scenes (all those of one document) may be used in `split`.
+
+    train: only training pairs. validation / test: at least one pair of that split and none of the other.
+    """
+    found: set[Split] = set().union(*(scene_splits(scene) for scene in scenes))
+    if split == "train":
+        return found <= {"train"}
+    return split in found and found <= {"train", split}
+
+
+def random_thing(rng: np.random.Generator, kind: str) -> Thing:
+    return Thing(kind, str(rng.choice(COLOURS)), str(rng.choice(SIZES)))
+
+
+def random_scene(rng: np.random.Generator, num_things: int) -> Scene:
+    """A scene with `num_things` (0..3) things of different kinds at random places."""
+    kinds = rng.choice(len(KINDS), size=num_things, replace=False)
+    indices = rng.choice(len(PLACES), size=num_things, replace=False)
+    places: list[Thing | None] = [None, None, None]
+    for index, kind in zip(indices, kinds, strict=True):
+        places[int(index)] = random_thing(rng, KINDS[int(kind)])
+    return Scene(str(rng.choice(BACKGROUNDS)), tuple(places))  # type: ignore[arg-type]
