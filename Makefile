@@ -1,39 +1,57 @@
 # Every target that needs the environment makes it first: a virtual environment in .venv with locked versions.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
+# A lock line that is used here, e.g. $(call locked,pip) -> pip==26.3
+locked = $(shell grep -i '^$(1)==' constraints.txt)
+define check_python
+@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Diptych needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 ...")'
+endef
 
 .PHONY: help demo test lint bench lock clean
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Diptych needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
-	@echo "Installing Diptych and its locked dependencies into .venv (once, a few minutes) ..."
+	$(check_python)
+	@echo "Installing Diptych and its locked dependencies into .venv (once; a few minutes) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev,track]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip hatchling editables
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,dev,track]'
 	@touch $(STAMP)
 
-demo: $(STAMP)  ## the whole method on the packaged model: warm-up, GRPO, evaluation, report (about 15 minutes)
+demo: $(STAMP)  ## the whole method on the packaged model: warm-up, GRPO, evaluation, report (ARGS="--seed 1" is passed on)
+	@echo "Running the demo (about 15 minutes on 2 cores; the same command resumes it) ..."
 	@$(BIN)/diptych demo $(ARGS)
 
-test: $(STAMP)  ## all tests that need no GPU
-	@echo "Running the tests on two workers ..."
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" $(ARGS)
+test: $(STAMP)  ## all tests that need no GPU (ARGS="-k losses" is passed on)
+	@echo "Running the tests on $(WORKERS) workers, one thread each ..."
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" $(ARGS)
 
 lint: $(STAMP)  ## style, types and the house plan
+	@echo "Checking style (ruff), types (mypy) and the house plan (import-linter) ..."
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
 
-bench: $(STAMP)  ## every benchmark at its quick size
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
+bench: $(STAMP)  ## every script in benchmarks/ at its quick size
+	@echo "Running the benchmarks at their quick size ..."
+	@for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script --quick $(ARGS) || exit 1; done
 
-lock: $(STAMP)  ## write constraints.txt from what is installed
-	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable --exclude diptych | sed 's/+cpu//' | grep -v ' @ '; } > .constraints.new
-	@mv .constraints.new constraints.txt
+lock:  ## write constraints.txt anew: the newest versions that pyproject.toml admits, torch as it is locked now
+	$(check_python)
+	@echo "Resolving in a fresh environment, .venv-lock (a few minutes) ..."
+	@$(PYTHON) -m venv --clear .venv-lock
+	@.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@.venv-lock/bin/python -m pip install --quiet $(call locked,torch) hatchling editables -e '.[test,dev,track]'
+	@{ grep '^#' constraints.txt; .venv-lock/bin/python -m pip freeze --all --exclude-editable > .venv-lock/frozen && \
+		sed 's/+[a-z0-9.]*$$//' .venv-lock/frozen | grep -Eiv '^(nvidia|cuda|triton)'; } > .venv-lock/constraints.txt
+	@mv .venv-lock/constraints.txt constraints.txt
+	@rm -rf .venv-lock
 
-clean:  ## remove the environment and caches (runs are kept)
-	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
+clean:  ## remove the environment, builds and caches (runs/ is kept)
+	@echo "Removing .venv, builds and caches ..."
+	@rm -rf .venv .venv-lock build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -257,10 +257,7 @@ def _set_leaf(data: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     node: Any = data
     for parent in parents:
-        if isinstance(node, list):
-            node = node[int(parent)]
-        else:
-            node = node.setdefault(parent, {})
+        node = node[int(parent)] if isinstance(node, list) else node.setdefault(parent, {})
     if isinstance(node, list):
         node[int(leaf)] = value
     else:

@@ -88,9 +88,9 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
         experience = collect(model, prompts, reward_functions, config, step)
         sampled = time.perf_counter()
         batch = collate([r.row for r in experience.rollouts]).to(device)  # (B, T)
-        advantages = token_advantages(
-            experience.rewards, config.rewards, experience.group_ids, batch.to("cpu"), config.advantages
-        ).to(device)  # (B, T)
+        advantages = token_advantages(experience.rewards, config.rewards, experience.group_ids, batch.to("cpu"), config.advantages).to(
+            device
+        )  # (B, T)
         guided = config.score_guidance == "exact"
         old = replay(model, batch, config, guided)  # (B, T, D)
         metrics = check_parity(old.logprobs, experience.rollouts, batch, config, guided)
@@ -185,7 +185,14 @@ def _replace_groups(old: Experience, groups: list[int], new: Experience, group_s
         return torch.cat(parts, dim=1)[:, source]
 
     missing = {name: max(share, new.rewards.missing[name]) for name, share in old.rewards.missing.items()}
-    rewards = RewardBatch(*map(merge, ("steps", "applies", "documents", "documents_apply")), missing, old.rewards.errors | new.rewards.errors)
+    rewards = RewardBatch(
+        merge("steps"),
+        merge("applies"),
+        merge("documents"),
+        merge("documents_apply"),
+        missing,
+        old.rewards.errors | new.rewards.errors,
+    )
     records, rollouts = old.records + new.records, old.rollouts + new.rollouts
     return Experience([records[i] for i in source], [rollouts[i] for i in source], rewards, old.group_ids)
 

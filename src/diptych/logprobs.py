@@ -66,8 +66,12 @@ def score(
 
 
 def _score_text(
-    model: UnifiedModel, batch: TokenBatch, hidden: Tensor, at: tuple[Tensor, Tensor],
-    params: SamplingParams | None, entropy_gradient: bool,
+    model: UnifiedModel,
+    batch: TokenBatch,
+    hidden: Tensor,
+    at: tuple[Tensor, Tensor],
+    params: SamplingParams | None,
+    entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     row, column = at
     logits = model.text_logits(hidden[row, column - 1])  # (N, V)

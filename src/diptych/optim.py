@@ -11,9 +11,7 @@ from diptych.config import OptimConfig
 from diptych.runtime import sum_gradients
 
 
-def make_optimizer(
-    model: nn.Module, config: OptimConfig, max_steps: int
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+def make_optimizer(model: nn.Module, config: OptimConfig, max_steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW over what is trainable (weight decay on matrices only), and linear warm-up, then the chosen decay to 0."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -49,7 +47,7 @@ def optimizer_step(
             "the gradient is not finite; the weights are unchanged. Lower the learning rate, or look at the rewards and "
             "log-probabilities of the last step; earlier checkpoints are intact"
         )
-    rate = schedule.get_last_lr()[0]
+    rate = float(schedule.get_last_lr()[0])
     optimizer.step()
     schedule.step()
     optimizer.zero_grad(set_to_none=True)

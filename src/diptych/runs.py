@@ -1,6 +1,6 @@
 """Run folders: configuration, metrics, samples and checkpoints that are never half-written.
 
-    config.yaml   metrics.jsonl   samples/step_N.jsonl   checkpoints/step_N/   report.html
+config.yaml   metrics.jsonl   samples/step_N.jsonl   checkpoints/step_N/   report.html
 """
 
 from __future__ import annotations
@@ -131,9 +131,7 @@ class RunFolder:
         try:
             state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
         except Exception as error:
-            raise ValueError(
-                f"checkpoint {folder} is damaged ({str(error)[:200]}). Delete it to resume from the one before."
-            ) from error
+            raise ValueError(f"checkpoint {folder} is damaged ({str(error)[:200]}). Delete it to resume from the one before.") from error
         return folder / "model", state
 
     # --- logs ---

@@ -69,9 +69,7 @@ def versions() -> dict[str, Any]:
 def _commit() -> str | None:
     here = Path(__file__).resolve().parent
     try:
-        result = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10
-        )
+        result = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() or None

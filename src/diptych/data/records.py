@@ -85,7 +85,7 @@ def _storyboard(name: str, kind: str, num_records: int | None, seed: int, split:
         def single(index: int) -> Record:
             rng = make_rng(seed, 8, stream, index)
             turn = _KINDS[kind][int(rng.integers(len(_KINDS[kind])))]
-            prompt, answer = conversations.make_turn(rng, turn)
+            prompt, answer = conversations.make_turn(rng, turn, split)
             return Record(prompt, answer, name, {"num_images": len(answer.images)})
 
         return Source(name, num_records, single)

@@ -9,7 +9,7 @@ from pathlib import Path
 from diptych.models.base import ImageSpec, UnifiedModel
 from diptych.models.storyboard import StoryboardModel
 
-FAMILIES: dict[str, type] = {"diptych_storyboard": StoryboardModel}
+FAMILIES: dict[str, type[StoryboardModel]] = {"diptych_storyboard": StoryboardModel}
 PACKAGED = ("storyboard",)
 
 __all__ = ["FAMILIES", "PACKAGED", "ImageSpec", "UnifiedModel", "load_model", "packaged_folder"]
@@ -28,9 +28,7 @@ def load_model(source: str | Path) -> UnifiedModel:
     folder = packaged_folder(str(source)) if str(source) in PACKAGED else Path(source)
     config = folder / "config.json"
     if not config.is_file():
-        raise ValueError(
-            f"no model at {str(source)!r}: {config} does not exist. Give a checkpoint folder or one of: {', '.join(PACKAGED)}"
-        )
+        raise ValueError(f"no model at {str(source)!r}: {config} does not exist. Give a checkpoint folder or one of: {', '.join(PACKAGED)}")
     try:
         kind = json.loads(config.read_text()).get("model_type")
     except (json.JSONDecodeError, AttributeError) as error:

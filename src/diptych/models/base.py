@@ -132,9 +132,7 @@ class UnifiedModel(nn.Module, abc.ABC):
         """Raises ValueError where the prompt leaves no room for an answer in the context."""
         row = self.wrap_prompt(self.encode_segments(document, answer=False))
         if len(row) >= self.max_positions:
-            raise ValueError(
-                f"the prompt has {len(row)} positions and the model's context {self.max_positions}; shorten the prompt"
-            )
+            raise ValueError(f"the prompt has {len(row)} positions and the model's context {self.max_positions}; shorten the prompt")
         return row
 
     def encode_example(self, prompt: Document | None, answer: Document) -> TokenRow:
@@ -142,10 +140,8 @@ class UnifiedModel(nn.Module, abc.ABC):
 
         Raises ValueError where the example is longer than the context.
         """
-        if prompt is None:
-            begin = TokenRow.text(self.unconditional_prompt(), self.image_spec.depth)
-        else:
-            begin = self.encode_prompt(prompt)
+        bare = TokenRow.text(self.unconditional_prompt(), self.image_spec.depth)
+        begin = bare if prompt is None else self.encode_prompt(prompt)
         row = TokenRow.concat([begin, self.encode_segments(answer, answer=True)])
         if len(row) > self.max_positions:
             raise ValueError(f"the example has {len(row)} positions and the model's context {self.max_positions}")

@@ -1,0 +1,62 @@
+"""The recipe of everything that is packaged: image tokenizer, base model, learned rewards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from diptych.models.storyboard.codec import PatchCodec
+from diptych.pretrain.base_model import new_model, pretrain_base
+from diptych.pretrain.codec import all_strips, distinct_patches, measure_codec, train_codec
+from diptych.pretrain.reward_models import Redrawer, measure_critic, measure_image_text, train_image_text, train_text_critic
+from diptych.runs import atomic_folder
+
+__all__ = ["PretrainSteps", "pretrain"]
+
+
+class PretrainSteps:
+    """Optimizer steps of each part. The packaged weights were made with these."""
+
+    codec = 4000
+    base = 3000
+    image_text = 1500
+    text_critic = 2000
+
+
+def pretrain(output_dir: Path, *, seed: int, scale: float, log: Callable[[str], None]) -> None:
+    """Trains all parts into `output_dir/{storyboard,image_text,text_critic}`. Finished parts are kept, so it resumes.
+
+    `scale` multiplies the steps (tests use a small one).
+    """
+    work = output_dir / "work"
+    work.mkdir(parents=True, exist_ok=True)
+
+    def steps(name: str) -> int:
+        return max(4, int(scale * getattr(PretrainSteps, name)))
+
+    torch.manual_seed(seed)
+    codec, saved = PatchCodec(), work / "codec.safetensors"
+    if saved.is_file():
+        codec.load_state_dict(load_file(saved))
+    else:
+        train_codec(codec, steps("codec"), 2e-3, 128, seed, log)
+        save_file(codec.state_dict(), saved)
+    codec.eval()
+    measures = {"codec": measure_codec(codec, distinct_patches(all_strips(), codec.patch))}
+    if not (output_dir / "storyboard").is_dir():
+        model = pretrain_base(new_model(codec, seed), work, steps("base"), 1.5e-3, 24, seed, log)
+        with atomic_folder(output_dir / "storyboard") as folder:
+            model.save_pretrained(folder)
+            (folder / "measures.json").write_text(json.dumps(measures, indent=1) + "\n")
+    if not (output_dir / "image_text").is_dir():
+        encoder = train_image_text(codec, work, steps("image_text"), seed, log)
+        with atomic_folder(output_dir / "image_text") as folder:
+            encoder.save(folder, measure_image_text(encoder, Redrawer(codec)))
+    if not (output_dir / "text_critic").is_dir():
+        critic = train_text_critic(work, steps("text_critic"), seed, log)
+        with atomic_folder(output_dir / "text_critic") as folder:
+            critic.save(folder, measure_critic(critic))

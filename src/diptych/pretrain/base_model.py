@@ -19,10 +19,10 @@ from diptych.models.base import UnifiedModel
 from diptych.models.pixels import to_pixels
 from diptych.models.storyboard.codec import PatchCodec
 from diptych.models.storyboard.model import BOS, StoryboardConfig, StoryboardModel, build_tokenizer
-from diptych.worlds.storyboard.conversations import Turn, make_turn
 from diptych.runs import atomic_folder
 from diptych.runtime import rng as make_rng
 from diptych.tokens import TokenBatch, TokenRow, collate
+from diptych.worlds.storyboard.conversations import Turn, make_turn
 from diptych.worlds.storyboard.language import vocabulary
 
 
@@ -58,14 +58,12 @@ class PatchCodes:
 
     def fill(self, document: Document) -> Document:
         """The same document with codes beside the pixels."""
-        return Document(
-            tuple(Image(s.pixels, self.of(s.pixels)) if isinstance(s, Image) and s.pixels else s for s in document)
-        )
+        return Document(tuple(Image(s.pixels, self.of(s.pixels)) if isinstance(s, Image) and s.pixels else s for s in document))
 
 
 def conversation_row(model: StoryboardModel, turns: list[Turn]) -> TokenRow:
     """<bos> then, for each turn, <user> prompt <assistant> answer <eos>; every answer is trained."""
-    rows = []
+    rows: list[TokenRow] = []
     for prompt, answer in turns:
         wrapped = model.encode_prompt(prompt)
         rows.append(TokenRow(*(getattr(wrapped, f)[1:] for f in TokenRow.__dataclass_fields__)) if rows else wrapped)
@@ -73,9 +71,7 @@ def conversation_row(model: StoryboardModel, turns: list[Turn]) -> TokenRow:
     return TokenRow.concat(rows)
 
 
-def make_batch(
-    model: StoryboardModel, codes: PatchCodes, seed: int, step: int, batch_size: int, length: int = 192
-) -> TokenBatch:
+def make_batch(model: StoryboardModel, codes: PatchCodes, seed: int, step: int, batch_size: int, length: int = 192) -> TokenBatch:
     """Conversations filled up to `length` positions, and bare images after the unconditional prompt (caption dropout)."""
     rng = make_rng(seed, 1, step)
     rows: list[TokenRow] = []

@@ -17,7 +17,7 @@ from diptych.models.storyboard import build_tokenizer
 from diptych.models.storyboard.codec import PatchCodec
 from diptych.pretrain.codec import all_strips
 from diptych.rewards.encoder import DocumentEncoder
-from diptych.rewards.image_text import EMBEDDING, agreement_logits
+from diptych.rewards.image_text import EMBEDDING, agreement_logits, embed
 from diptych.rewards.text_critic import critic_input
 from diptych.runs import atomic_folder
 from diptych.runtime import rng as make_rng
@@ -63,7 +63,8 @@ class Redrawer:
 
 def spoil(rng: np.random.Generator, scene: Scene) -> Scene:
     """The scene with one fact changed."""
-    kind = str(rng.choice(("background", "colour", "size", "kind", "place", "presence"), p=(0.1, 0.25, 0.2, 0.2, 0.15, 0.1)))
+    facts = ("background", "colour", "size", "kind", "place", "presence")
+    kind = str(rng.choice(facts, p=(0.1, 0.25, 0.2, 0.2, 0.15, 0.1)))
     if kind == "background" or not scene.things:
         return Scene(str(rng.choice([b for b in BACKGROUNDS if b != scene.background])), scene.places)
     where = int(rng.choice([i for i, t in enumerate(scene.places) if t is not None]))
@@ -117,9 +118,7 @@ def _caption(rng: np.random.Generator, scene: Scene) -> str:
     return words
 
 
-def pair_batch(
-    rng: np.random.Generator, redrawer: Redrawer, size: int, split: Split = "train"
-) -> tuple[list[Image], list[Text], Tensor]:
+def pair_batch(rng: np.random.Generator, redrawer: Redrawer, size: int, split: Split = "train") -> tuple[list[Image], list[Text], Tensor]:
     """`size` pictures, 3 captions each (right, one fact wrong, one or more wrong), and targets (size, 3 * size) =
     0.5 ** (number of wrong facts), lowered for pictures with a patch that belongs elsewhere."""
     scenes = [_scene(rng, split) for _ in range(size)]
@@ -150,7 +149,7 @@ def train_image_text(codec: PatchCodec, work: Path, steps: int, seed: int, log: 
     def loss_of(rng: np.random.Generator) -> Tensor:
         size = 40
         pictures, captions, targets = pair_batch(rng, redrawer, size)
-        states = torch.cat(model([Document((s,)) for s in (*pictures, *captions)]))
+        states = embed(model, [*pictures, *captions])
         logits = agreement_logits(model, states[size:][None], states[:size][:, None])  # (size, 3 * size)
         losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         own = torch.eye(size).repeat_interleave(3, dim=1).bool()
@@ -164,7 +163,7 @@ def train_image_text(codec: PatchCodec, work: Path, steps: int, seed: int, log: 
 def measure_image_text(model: DocumentEncoder, redrawer: Redrawer) -> dict[str, float]:
     """On scenes of the test split: how often the right caption beats one with a single wrong fact."""
     pictures, captions, _ = pair_batch(make_rng(0, 99), redrawer, 200, "test")
-    states = torch.cat(model([Document((s,)) for s in (*pictures, *captions)]))
+    states = embed(model, [*pictures, *captions])
     values = agreement_logits(model, states[200:].reshape(200, 3, -1), states[:200, None]).sigmoid()
     return {
         "pairwise_accuracy": round(float((values[:, 0] > values[:, 1]).float().mean()), 3),

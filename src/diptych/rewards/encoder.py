@@ -32,9 +32,16 @@ class DocumentEncoder(nn.Module):
         self.patches = nn.Sequential(nn.Linear(3 * self.patch**2, width), nn.SiLU(), nn.Linear(width, width))
         self.body = LlamaModel(
             LlamaConfig(
-                vocab_size=1, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, pad_token_id=None,
-                bos_token_id=None, eos_token_id=None, num_attention_heads=4, max_position_embeddings=1024,
-            )  # fmt: skip
+                vocab_size=1,
+                hidden_size=width,
+                intermediate_size=3 * width,
+                num_hidden_layers=layers,
+                pad_token_id=None,
+                bos_token_id=None,
+                eos_token_id=None,
+                num_attention_heads=4,
+                max_position_embeddings=1024,
+            )
         )
         self.head = nn.Linear(width, head_size)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def format(
-    completions: list[list[dict[str, Any]]], num_images: list[int], truncated: list[bool] | None = None, **_: Any
-) -> list[float]:
+def format(completions: list[list[dict[str, Any]]], num_images: list[int], truncated: list[bool] | None = None, **_: Any) -> list[float]:
     """One value per document, 0..1: 1 where every picture follows a non-empty text, the number of pictures is the one
     asked for (dataset column `num_images`) and no text was cut off; each fault costs a share.
 

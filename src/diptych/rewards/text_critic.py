@@ -28,9 +28,7 @@ def _packaged() -> DocumentEncoder:
 
 
 @torch.no_grad()
-def text_critic(
-    prompts: list[list[dict[str, Any]]], completions: list[list[dict[str, Any]]], **_: Any
-) -> list[list[float | None]]:
+def text_critic(prompts: list[list[dict[str, Any]]], completions: list[list[dict[str, Any]]], **_: Any) -> list[list[float | None]]:
     """Per step; None for images."""
     inputs, kept, sizes = [], [], []
     for prompt, completion in zip(prompts, completions, strict=True):

@@ -70,12 +70,15 @@ def _finish_one(model: UnifiedModel, draft: Draft, params: SamplingParams, pictu
             add(TokenRow.text([spec.end_id], spec.depth, chosen=False, step=step), torch.zeros(1, spec.depth))
             continue
         words = [int(i) for i in ids if int(i) not in (spec.begin_id, model.eos_id)]
-        if words or not modality:  # a lone control token belongs to the step before it
+        if words:  # a lone control token belongs to the step before it (at the very beginning, to the first)
             modality.append(Modality.TEXT)
             segments.append(Text(model.decode_text(words)))
         padded = torch.zeros(len(ids), spec.depth)
         padded[:, 0] = values
-        add(TokenRow.text(ids.tolist(), spec.depth, chosen=True, step=len(modality) - 1), padded)
+        add(TokenRow.text(ids.tolist(), spec.depth, chosen=True, step=max(0, len(modality) - 1)), padded)
+    if not modality:  # an empty answer
+        modality.append(Modality.TEXT)
+        segments.append(Text(""))
     return Rollout(
         prompt_length=len(draft.prompt), row=TokenRow.concat(rows), rollout_logprobs=torch.cat(logprobs), params=params,
         truncated=draft.truncated, step_modality=tuple(modality), document=Document(tuple(segments)),

@@ -62,11 +62,16 @@ class StoryboardModel(UnifiedModel):
         width = config.hidden_size
         self.llama = LlamaModel(
             LlamaConfig(
-                vocab_size=config.vocab_size, hidden_size=width, intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, pad_token_id=PAD,
-                max_position_embeddings=config.max_positions, attn_implementation="sdpa",
+                vocab_size=config.vocab_size,
+                hidden_size=width,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                pad_token_id=PAD,
+                max_position_embeddings=config.max_positions,
+                attn_implementation="sdpa",  # type: ignore[call-arg]
                 rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            )  # fmt: skip
+            )
         )
         self.codec = PatchCodec(config.grid, config.patch, config.depth, tuple(config.levels), config.codec_width)
         codebook = self.codec.codebook_size
@@ -77,16 +82,21 @@ class StoryboardModel(UnifiedModel):
         self.depth_code_embeddings = nn.Parameter(torch.randn(config.depth - 1, codebook, inner) * 0.02)
         self.depth_model = LlamaModel(
             LlamaConfig(
-                vocab_size=1, hidden_size=inner, intermediate_size=2 * inner, num_hidden_layers=config.depth_layers,
-                num_attention_heads=inner // 32, max_position_embeddings=config.depth, attn_implementation="sdpa",
-                pad_token_id=None, bos_token_id=None, eos_token_id=None,
-            )  # fmt: skip
+                vocab_size=1,
+                hidden_size=inner,
+                intermediate_size=2 * inner,
+                num_hidden_layers=config.depth_layers,
+                num_attention_heads=inner // 32,
+                max_position_embeddings=config.depth,
+                attn_implementation="sdpa",  # type: ignore[call-arg]
+                pad_token_id=None,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
         )
         self.depth_heads = nn.Parameter(torch.randn(config.depth, codebook, inner) * inner**-0.5)
         self.codec.requires_grad_(False)
-        self.image_spec = ImageSpec(
-            config.grid**2, config.depth, codebook, config.grid * config.patch, BEGIN_IMAGE, END_IMAGE
-        )
+        self.image_spec = ImageSpec(config.grid**2, config.depth, codebook, config.grid * config.patch, BEGIN_IMAGE, END_IMAGE)
         self.eos_id, self.vocab_size, self.max_positions = EOS, config.vocab_size, config.max_positions
 
     # --- tensors ---

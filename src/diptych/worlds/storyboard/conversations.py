@@ -13,17 +13,17 @@ import numpy as np
 from diptych.document import Document, Image, Text
 from diptych.worlds.storyboard import language
 from diptych.worlds.storyboard.render import render
-from diptych.worlds.storyboard.scene import PLACES, Scene, in_split, random_scene
+from diptych.worlds.storyboard.scene import PLACES, Scene, Split, in_split, random_scene
 from diptych.worlds.storyboard.tasks import Task, answer_text, make_task, random_event
 
 Turn = tuple[Document, Document]
 VERBS = ("paint", "grow", "shrink", "move", "leave", "background", "add")
 
 
-def training_scene(rng: np.random.Generator, at_least: int = 0) -> Scene:
+def scene_of(rng: np.random.Generator, split: Split, at_least: int = 0) -> Scene:
     while True:
         scene = random_scene(rng, int(rng.choice(4, p=(0.04, 0.26, 0.35, 0.35))))
-        if len(scene.things) >= at_least and in_split([scene], "train"):
+        if len(scene.things) >= at_least and in_split([scene], split):
             return scene
 
 
@@ -32,22 +32,22 @@ def doc(*parts: str | Scene) -> Document:
     return Document(tuple(Text(p) if isinstance(p, str) else Image(render(p)) for p in parts))
 
 
-def turn_draw(rng: np.random.Generator) -> Turn:
-    scene = training_scene(rng)
+def turn_draw(rng: np.random.Generator, split: Split) -> Turn:
+    scene = scene_of(rng, split)
     words = f"{language.describe(scene)} ."
     if rng.random() < 0.5:
-        event = random_event(rng, training_scene(rng, 1), VERBS)
+        event = random_event(rng, scene_of(rng, split, 1), VERBS)
         if event is not None:
             words = f"{language.tell(event)} . {words}"
     lead = str(rng.choice(("draw this .", "draw :", "draw a picture .", "now draw")))
     return doc(f"{lead} {words}"), doc(scene)
 
 
-def turn_describe(rng: np.random.Generator) -> Turn:
-    scene = training_scene(rng)
+def turn_describe(rng: np.random.Generator, split: Split) -> Turn:
+    scene = scene_of(rng, split)
     words = language.describe(scene) + " ."
     if rng.random() < 0.35:
-        other = training_scene(rng)
+        other = scene_of(rng, split)
         which, first, second = ("first", scene, other) if rng.random() < 0.5 else ("last", other, scene)
         return doc(first, second, f"describe the {which} picture ."), doc(words)
     if rng.random() < 0.5:
@@ -55,9 +55,9 @@ def turn_describe(rng: np.random.Generator) -> Turn:
     return doc(scene, "what do we see ?"), doc(words)
 
 
-def turn_question(rng: np.random.Generator) -> Turn:
+def turn_question(rng: np.random.Generator, split: Split) -> Turn:
     """A question about a picture or a described scene."""
-    scene = training_scene(rng, 1)
+    scene = scene_of(rng, split, 1)
     thing = scene.things[int(rng.integers(len(scene.things)))]
     place = scene.find(thing.kind)
     assert place is not None
@@ -81,25 +81,25 @@ def turn_question(rng: np.random.Generator) -> Turn:
     return doc(shown, question), doc(answer_text(answer))
 
 
-def turn_event(rng: np.random.Generator) -> Turn:
+def turn_event(rng: np.random.Generator, split: Split) -> Turn:
     """A scene, an event, and what is there afterwards, in words."""
     while True:
-        scene = training_scene(rng)
+        scene = scene_of(rng, split)
         event = random_event(rng, scene, VERBS)
-        if event is not None and in_split([scene, event.apply(scene)], "train"):
+        if event is not None and in_split([scene, event.apply(scene)], split):
             break
     shown: str | Scene = scene if rng.random() < 0.5 else language.describe(scene) + " ."
     return doc(shown, f"{language.tell(event)} . what do we see now ?"), doc(language.describe(event.apply(scene)) + " .")
 
 
-def turn_tell(rng: np.random.Generator) -> Turn:
+def turn_tell(rng: np.random.Generator, split: Split) -> Turn:
     """A whole task answered in words alone."""
-    task: Task = make_task(rng, "train")
+    task: Task = make_task(rng, split)
     words = " ".join(s.text for s in task.truth.document() if isinstance(s, Text))
     return Document((Text("say it in words ."), *task.prompt.segments)), doc(words)
 
 
-TURNS: dict[str, tuple[float, Callable[[np.random.Generator], Turn]]] = {
+TURNS: dict[str, tuple[float, Callable[[np.random.Generator, Split], Turn]]] = {
     "draw": (0.38, turn_draw),
     "describe": (0.18, turn_describe),
     "question": (0.16, turn_question),
@@ -108,8 +108,9 @@ TURNS: dict[str, tuple[float, Callable[[np.random.Generator], Turn]]] = {
 }
 
 
-def make_turn(rng: np.random.Generator, kind: str | None = None) -> Turn:
+def make_turn(rng: np.random.Generator, kind: str | None = None, split: Split = "train") -> Turn:
+    """A prompt and an answer of one kind (`draw`, `describe`, `question`, `event`, `tell`) or any, drawn by weight."""
     if kind is None:
         weights = np.array([weight for weight, _ in TURNS.values()])
         kind = list(TURNS)[int(rng.choice(len(TURNS), p=weights / weights.sum()))]
-    return TURNS[kind][1](rng)
+    return TURNS[kind][1](rng, split)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -94,7 +95,7 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, background: str) -> None
     light = tuple(min(255, c + 60) for c in fill)
     dark = tuple(int(c * 0.62) for c in fill)
     big = thing.size == "big"
-    line = {"outline": (214, 214, 226) if background == "night" else _OUTLINE, "width": s}
+    line: dict[str, Any] = {"outline": (214, 214, 226) if background == "night" else _OUTLINE, "width": s}
     centre, ground = 16 * s, _GROUND * s
     half = (13 if big else 7) * s
     if thing.kind == "ball":
@@ -146,5 +147,3 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, background: str) -> None
                     thing.colour != "yellow" else (150, 84, 30))  # fmt: skip
     else:
         raise ValueError(f"no drawing for kind {thing.kind!r}")
-
-

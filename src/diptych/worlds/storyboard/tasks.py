@@ -85,7 +85,7 @@ def random_event(rng: np.random.Generator, scene: Scene, verbs: tuple[str, ...])
         return Event(verb, thing.kind, place=str(rng.choice(free))) if free else None
     if verb == "paint":
         return Event(verb, thing.kind, colour=str(rng.choice([c for c in COLOURS if c != thing.colour])))
-    if verb == "grow" and thing.size == "big" or verb == "shrink" and thing.size == "small":
+    if (verb == "grow" and thing.size == "big") or (verb == "shrink" and thing.size == "small"):
         return None
     return Event(verb, thing.kind)
 

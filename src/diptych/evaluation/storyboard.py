@@ -1,0 +1,108 @@
+"""Storyboard's benchmark: held-out prompts, the oracle's verdicts, intervals; and whether the old skills stayed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from diptych.config import EvaluateConfig, SamplingParams
+from diptych.document import Document, Text
+from diptych.models import UnifiedModel
+from diptych.runtime import generator
+from diptych.runtime import rng as make_rng
+from diptych.sampling.engine import sample
+from diptych.worlds.storyboard.conversations import Turn, make_turn
+from diptych.worlds.storyboard.language import normalise
+from diptych.worlds.storyboard.oracle import Verdict, judge, read_pictures
+from diptych.worlds.storyboard.tasks import Task, task_stream
+
+RATES = ("format", "text", "image", "order", "document", "score")
+Progress = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """One answer with its task and verdict."""
+
+    task: Task
+    answer: Document
+    verdict: Verdict
+
+
+def held_out_tasks(config: EvaluateConfig) -> list[Task]:
+    """The same prompts for every checkpoint; families in turn."""
+    return list(itertools.islice(task_stream(config.seed, config.split), config.num_prompts))
+
+
+def evaluate_documents(
+    model: UnifiedModel, tasks: Sequence[Task], params: SamplingParams, config: EvaluateConfig, progress: Progress | None = None
+) -> list[Judged]:
+    """Answers and verdicts, one answer for each prompt."""
+    answers = answer(model, [task.prompt for task in tasks], params, config, progress)
+    verdicts = judge(answers, [task.truth for task in tasks])
+    return [Judged(*parts) for parts in zip(tasks, answers, verdicts, strict=True)]
+
+
+def answer(
+    model: UnifiedModel, prompts: Sequence[Document], params: SamplingParams, config: EvaluateConfig, progress: Progress | None = None
+) -> list[Document]:
+    answers: list[Document] = []
+    for begin in range(0, len(prompts), config.batch_size):
+        rows = [model.encode_prompt(prompt) for prompt in prompts[begin : begin + config.batch_size]]
+        rollouts = sample(model, rows, params, generator=generator(config.seed, 30, begin))
+        answers += [rollout.document for rollout in rollouts]
+        if progress:
+            progress(len(rows))
+    return answers
+
+
+def rates(judged: Sequence[Judged], seed: int = 0) -> dict[str, Any]:
+    """Mean of each rate and its 95 % interval `<name>_ci` (bootstrap over prompts, 2000 resamples)."""
+    table = {name: np.array([float(getattr(j.verdict, name)) for j in judged]) for name in RATES}
+    result: dict[str, Any] = {}
+    for name, values in table.items():
+        result[name] = round(float(values.mean()), 4)
+        result[f"{name}_ci"] = interval(values, seed)
+    return result
+
+
+def interval(values: np.ndarray, seed: int = 0) -> list[float]:
+    """95 % percentile bootstrap interval of the mean."""
+    picks = make_rng(seed, 31).integers(len(values), size=(2000, len(values)))
+    low, high = np.percentile(values[picks].mean(1), (2.5, 97.5))
+    return [round(float(low), 4), round(float(high), 4)]
+
+
+def evaluate_retention(
+    model: UnifiedModel, params: SamplingParams, config: EvaluateConfig, progress: Progress | None = None
+) -> dict[str, dict[str, Any]]:
+    """Old skills, greedily: the share of captions drawn exactly, and of descriptions and answers that are exactly right."""
+    rng = make_rng(config.seed, 32)
+    drawing = [make_turn(rng, "draw", config.split) for _ in range(config.num_retention)]
+    asking = [make_turn(rng, ("describe", "question")[i % 2], config.split) for i in range(config.num_retention)]
+    drawn = answer(model, [prompt for prompt, _ in drawing], params.greedy(), config, progress)
+    said = answer(model, [prompt for prompt, _ in asking], params.greedy(), config, progress)
+    draw_right = np.array([_same_picture(a, turn) for a, turn in zip(drawn, drawing, strict=True)], dtype=float)
+    say_right = np.array([_same_words(a, turn) for a, turn in zip(said, asking, strict=True)], dtype=float)
+    return {
+        "text_to_image": {"accuracy": round(float(draw_right.mean()), 4), "accuracy_ci": interval(draw_right)},
+        "understanding": {"accuracy": round(float(say_right.mean()), 4), "accuracy_ci": interval(say_right)},
+    }
+
+
+def _same_picture(given: Document, turn: Turn) -> bool:
+    wanted = turn[1].images[0].pixels
+    pictures = [image.pixels for image in given.images]
+    if len(given) != 1 or len(pictures) != 1 or pictures[0] is None or wanted is None:
+        return False
+    seen, truth = read_pictures([pictures[0], wanted])
+    return seen == truth
+
+
+def _same_words(given: Document, turn: Turn) -> bool:
+    segments = given.segments
+    return len(segments) == 1 and isinstance(segments[0], Text) and normalise(segments[0].text) == normalise(turn[1].text)

@@ -1,0 +1,5 @@
+"""Self-contained HTML pages: every document a model wrote, its pictures and its rewards, in one file."""
+
+from diptych.report.pages import demo_page, run_page
+
+__all__ = ["demo_page", "run_page"]

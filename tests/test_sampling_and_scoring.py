@@ -1,0 +1,303 @@
+"""Design promise 2: the probability that the loss uses is the probability that the sampler used."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from diptych import logprobs as scorer
+from diptych.config import ImageSampling, SamplingParams, TextSampling
+from diptych.document import Document, Image, Text
+from diptych.logprobs import score
+from diptych.models import load_model
+from diptych.sampling import engine
+from diptych.sampling.distribution import draw, guide, log_distribution
+from diptych.sampling.engine import sample
+from diptych.sampling.rollout import Rollout
+from diptych.tokens import Modality, TokenBatch, TokenRow, collate
+
+WORDS = ("the ball grows", "tell the story . a small red ball on the left , at night .", "draw this . a big tree")
+
+
+def prompts(model) -> list[TokenRow]:
+    """Three prompts of different lengths, one with a picture."""
+    codes = torch.randint(model.image_spec.codebook_size, (9, model.image_spec.depth), generator=torch.Generator().manual_seed(3))
+    rows = [model.encode_prompt(Document((Text(words),))) for words in WORDS]
+    rows[1] = model.encode_prompt(Document((Image(codes=codes), Text(WORDS[1]))))
+    return rows
+
+
+def roll(model, params, seed: int = 0, group: int = 6) -> list[Rollout]:
+    return sample(model, prompts(model), params, num_generations=group, generator=torch.Generator().manual_seed(seed))
+
+
+def sampled_logprobs(rollouts: list[Rollout]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence([r.rollout_logprobs for r in rollouts], batch_first=True)
+
+
+@torch.no_grad()
+def reference_logprobs(model, rollout: Rollout, params: SamplingParams) -> torch.Tensor:
+    """One token at a time, a fresh full forward without cache for each, guidance by a second forward: no shared code path
+    beyond the model's own heads."""
+    row, spec = rollout.row, model.image_spec
+
+    def last_hidden(upto: TokenRow) -> torch.Tensor:
+        batch = collate([upto])
+        return model.backbone(model.embed(batch), torch.arange(len(upto))[None], torch.ones(1, len(upto), dtype=torch.bool))[:, -1]
+
+    def cut(begin: int, end: int) -> TokenRow:
+        return TokenRow(*(getattr(row, f.name)[begin:end] for f in dataclasses.fields(row)))
+
+    values = torch.zeros(len(row), spec.depth)
+    drawn, image_start = 0, 0
+    for t in range(rollout.prompt_length, len(row)):
+        if not row.completion_mask[t]:
+            continue
+        hidden = last_hidden(cut(0, t))
+        if row.modality[t] == Modality.TEXT:
+            logits = model.text_logits(hidden)[0].double()
+            logits[model.forbidden_text_ids()] = -torch.inf
+            if drawn >= params.max_images:
+                logits[spec.begin_id] = -torch.inf
+            token = int(row.text_ids[t])
+            values[t, 0] = torch.log(torch.softmax(logits / params.text.temperature, -1)[token])
+            if token == spec.begin_id:
+                drawn, image_start = drawn + 1, t + 1
+            continue
+        head = TokenRow.text([*model.unconditional_prompt(), spec.begin_id], spec.depth)
+        other = last_hidden(TokenRow.concat([head, cut(image_start, t)]))
+        for d in range(spec.depth):
+            prefix = row.codes[t : t + 1, :d]
+            conditional, unconditional = model.image_step(hidden, prefix)[0].double(), model.image_step(other, prefix)[0].double()
+            guided = unconditional + params.image.guidance_scale * (conditional - unconditional)
+            values[t, d] = torch.log(torch.softmax(guided / params.image.temperature, -1)[int(row.codes[t, d])])
+    return values
+
+
+def test_rollouts_cover_what_the_other_tests_need(tiny_model, guided_params):
+    rollouts = roll(tiny_model, guided_params)
+    assert len({len(r.document.images) for r in rollouts}) >= 3  # rows switch independently, 0..N images
+    assert any(r.truncated for r in rollouts)
+    assert any(not r.truncated for r in rollouts)
+
+
+def test_sampler_and_scorer_equal_a_plain_loop(tiny_model, guided_params):
+    rollouts = roll(tiny_model, guided_params, group=2)
+    batch = collate([r.row for r in rollouts])
+    replayed = score(tiny_model, batch, guided_params).logprobs
+    for i, rollout in enumerate(rollouts):
+        expected = reference_logprobs(tiny_model, rollout, guided_params)
+        torch.testing.assert_close(rollout.rollout_logprobs, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(replayed[i, : len(expected)], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(max_text_tokens=8),
+        SamplingParams(text=TextSampling(temperature=1.3, top_k=7), image=ImageSampling(top_p=0.6, guidance_scale=5.0), max_text_tokens=8),
+        SamplingParams(text=TextSampling(top_p=0.5), image=ImageSampling(guidance_scale=1.0, top_k=3), max_images=1, max_text_tokens=8),
+        SamplingParams(image=ImageSampling(guidance_scale=0.0), max_images=0, max_text_tokens=8),
+    ],
+)
+def test_replay_equals_sampling_for_all_settings(tiny_model, params):
+    rollouts = roll(tiny_model, params)
+    batch = collate([r.row for r in rollouts])
+    gap = (score(tiny_model, batch, params).logprobs - sampled_logprobs(rollouts)).abs()[batch.choice_mask]
+    assert gap.max() <= 1e-4
+    assert all(len(r.document.images) <= params.max_images for r in rollouts)
+
+
+def test_packaged_model_with_guidance_meets_the_promise():
+    model = load_model("storyboard")
+    params = SamplingParams(image=ImageSampling(guidance_scale=3.0))
+    rows = [model.encode_prompt(Document((Text("draw this . a small red ball on the left , at night ."),))), *prompts(model)[:1]]
+    rollouts = sample(model, rows, params, num_generations=8, generator=torch.Generator().manual_seed(0))
+    batch = collate([r.row for r in rollouts])
+    assert any(r.document.images for r in rollouts)
+    gap = (score(model, batch, params).logprobs - sampled_logprobs(rollouts)).abs()
+    assert gap[batch.choice_mask & batch.text_mask[..., None]].max() <= 1e-4
+    assert gap[batch.choice_mask & batch.image_mask[..., None]].max() <= 1e-4
+
+
+# --- the field's faults (design.md section 7), each put in on purpose: the parity check must see it --------------------------
+
+
+def parity_gap(model, rollouts, params) -> float:
+    batch = collate([r.row for r in rollouts])
+    gap = (score(model, batch, params).logprobs - sampled_logprobs(rollouts)).abs()
+    return float(gap[batch.choice_mask].max())
+
+
+def test_fault_image_logprobs_shifted_by_one(tiny_model, guided_params, monkeypatch):
+    rollouts = roll(tiny_model, guided_params)
+    right = scorer.unconditional_image_logits
+    assert parity_gap(tiny_model, rollouts, guided_params) < 1e-4
+    monkeypatch.setattr(scorer, "unconditional_image_logits", lambda m, images: right(m, images).roll(1, dims=1))
+    assert parity_gap(tiny_model, rollouts, guided_params) > 0.1
+
+
+def test_fault_conditional_logprobs_shifted_by_one(tiny_model, guided_params, monkeypatch):
+    rollouts = roll(tiny_model, guided_params)
+    right = type(tiny_model).backbone
+    monkeypatch.setattr(type(tiny_model), "backbone", lambda self, *a, **k: right(self, *a, **k).roll(-1, dims=1))
+    assert parity_gap(tiny_model, rollouts, guided_params) > 0.1
+
+
+def test_fault_guidance_rows_mispaired(tiny_model, guided_params, monkeypatch):
+    rollouts = roll(tiny_model, guided_params)
+    right = scorer.unconditional_image_logits
+    monkeypatch.setattr(scorer, "unconditional_image_logits", lambda m, images: right(m, images).roll(1, dims=0))
+    assert parity_gap(tiny_model, rollouts, guided_params) > 0.1
+
+
+def test_fault_guided_sampling_scored_unguided_or_divided_by_the_scale(tiny_model, guided_params, monkeypatch):
+    rollouts = roll(tiny_model, guided_params)
+    batch = collate([r.row for r in rollouts])
+    unguided = score(tiny_model, batch, guided_params, guided=False).logprobs
+    assert (unguided - sampled_logprobs(rollouts)).abs()[batch.choice_mask].max() > 0.1
+    monkeypatch.setattr(scorer, "guide", lambda c, u, scale: guide(c, u, scale) / scale)
+    assert parity_gap(tiny_model, rollouts, guided_params) > 0.1
+
+
+def test_fault_top_k_left_on_while_the_full_vocabulary_is_scored(tiny_model):
+    sampled_with = SamplingParams(text=TextSampling(top_k=5), max_text_tokens=8)
+    rollouts = roll(tiny_model, sampled_with)
+    assert parity_gap(tiny_model, rollouts, sampled_with) < 1e-4
+    assert parity_gap(tiny_model, rollouts, SamplingParams(max_text_tokens=8)) > 0.1
+    assert SamplingParams().text.top_k == 0
+    assert SamplingParams().text.top_p == 1
+
+
+def test_fault_sampled_tokens_overwritten(tiny_model, guided_params):
+    """Every token in the row is the one that was drawn: replacing one is seen at once."""
+    rollouts = roll(tiny_model, guided_params)
+    row = rollouts[0].row
+    ids = row.text_ids.clone()
+    ids[rollouts[0].prompt_length] = (ids[rollouts[0].prompt_length] + 7) % 60 + 10
+    rollouts[0] = dataclasses.replace(rollouts[0], row=dataclasses.replace(row, text_ids=ids))
+    assert parity_gap(tiny_model, rollouts, guided_params) > 1e-3
+
+
+def test_fault_left_padding_changes_positions(tiny_model, guided_params):
+    """Positions count real tokens; counting slots instead (as with left padding and no position ids) is seen."""
+    rollouts = roll(tiny_model, guided_params)
+    batch = collate([r.row for r in rollouts])
+    shifted = dataclasses.replace(batch, position_ids=batch.position_ids + torch.arange(len(batch))[:, None] * (batch.position_ids > 2))
+    gap = (score(tiny_model, shifted, guided_params).logprobs - sampled_logprobs(rollouts)).abs()
+    assert gap[batch.choice_mask].max() > 1e-2
+
+
+def test_fault_truncation_judged_per_sequence(tiny_model, guided_params):
+    """An image's length is constant: a document of pictures and short texts is not truncated, however long it is."""
+    rollouts = roll(tiny_model, guided_params, group=8)
+    for rollout in rollouts:
+        longest = run = 0
+        for kind, chosen in zip(rollout.row.modality.tolist(), rollout.row.completion_mask.tolist(), strict=True):
+            run = run + 1 if chosen and kind == Modality.TEXT else 0
+            longest = max(longest, run)
+        ends = int(rollout.row.text_ids[-1]) == tiny_model.eos_id
+        assert rollout.truncated == (not ends)
+        assert not rollout.truncated or longest == guided_params.max_text_tokens
+    assert any(len(r.row) - r.prompt_length > 2 * guided_params.max_text_tokens and not r.truncated for r in rollouts)
+
+
+# --- invariances ---------------------------------------------------------------------------------------------------------
+
+
+def test_batch_of_many_equals_many_of_one(tiny_model, guided_params):
+    rollouts = roll(tiny_model, guided_params)
+    together = score(tiny_model, collate([r.row for r in rollouts]), guided_params).logprobs
+    for i, rollout in enumerate(rollouts):
+        alone = score(tiny_model, collate([rollout.row]), guided_params).logprobs[0]
+        torch.testing.assert_close(together[i, : len(alone)], alone, atol=2e-5, rtol=0)
+
+
+def test_padding_changes_nothing(tiny_model, guided_params):
+    rollouts = roll(tiny_model, guided_params)[:2]
+    batch = collate([r.row for r in rollouts])
+    long = TokenRow.text([9] * 300, tiny_model.image_spec.depth)
+    padded = collate([*(r.row for r in rollouts), long])
+    width = batch.text_ids.shape[1]
+    a = score(tiny_model, batch, guided_params).logprobs
+    b = score(tiny_model, padded, guided_params).logprobs[:2, :width]
+    torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+
+
+def test_prompts_prefilled_together_sample_as_if_alone(tiny_model, guided_params):
+    """Greedy answers do not depend on the other rows (masked slots, compaction, shared prefill)."""
+    greedy = guided_params.greedy()
+    together = sample(tiny_model, prompts(tiny_model), greedy, generator=torch.Generator())
+    for prompt, rollout in zip(prompts(tiny_model), together, strict=True):
+        alone = sample(tiny_model, [prompt], greedy, generator=torch.Generator())[0]
+        assert torch.equal(alone.row.text_ids, rollout.row.text_ids)
+        assert torch.equal(alone.row.codes, rollout.row.codes)
+
+
+def test_same_seed_same_documents(tiny_model, guided_params):
+    first, second, third = (roll(tiny_model, guided_params, seed=s) for s in (5, 5, 6))
+    assert all(
+        torch.equal(a.row.text_ids, b.row.text_ids) and torch.equal(a.row.codes, b.row.codes) for a, b in zip(first, second, strict=True)
+    )
+    assert any(len(a.row) != len(c.row) or not torch.equal(a.row.codes, c.row.codes) for a, c in zip(first, third, strict=True))
+
+
+def test_gradient_reaches_only_chosen_positions(tiny_model, guided_params):
+    rollouts = roll(tiny_model, guided_params)[:3]
+    batch = collate([r.row for r in rollouts])
+    values = score(tiny_model, batch, guided_params).logprobs
+    assert torch.equal(values != 0, batch.choice_mask & (values != 0))
+    forced = batch.text_mask & (batch.text_ids == tiny_model.image_spec.end_id)
+    assert forced.any()
+    assert not batch.completion_mask[forced].any()
+
+
+# --- distributions -------------------------------------------------------------------------------------------------------
+
+
+def test_draw_follows_the_distribution():
+    log_probs = torch.tensor([0.1, 0.2, 0.7]).log().expand(20_000, 3)
+    tokens = draw(log_probs, TextSampling(), torch.rand(20_000, 3, generator=torch.Generator().manual_seed(0)))
+    frequency = torch.bincount(tokens, minlength=3) / 20_000
+    torch.testing.assert_close(frequency, torch.tensor([0.1, 0.2, 0.7]), atol=0.012, rtol=0)  # about 4 standard errors
+
+
+def test_top_k_and_top_p_by_hand():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    top_k = log_distribution(logits, TextSampling(top_k=2)).exp()
+    torch.testing.assert_close(top_k, torch.tensor([[0.625, 0.375, 0.0, 0.0]]))  # 0.5 / 0.8, 0.3 / 0.8
+    top_p = log_distribution(logits, TextSampling(top_p=0.6)).exp()  # 0.5 < 0.6, so the second is still needed
+    torch.testing.assert_close(top_p, torch.tensor([[0.625, 0.375, 0.0, 0.0]]))
+    cool = log_distribution(torch.tensor([[0.0, 1.0]]), TextSampling(temperature=0.5)).exp()
+    torch.testing.assert_close(cool, torch.softmax(torch.tensor([[0.0, 2.0]]), -1))
+
+
+def test_illegal_tokens_are_never_sampled(tiny_model):
+    rollouts = roll(tiny_model, SamplingParams(max_text_tokens=20), group=8)
+    for rollout in rollouts:
+        chosen = rollout.row.text_ids[rollout.row.completion_mask & (rollout.row.modality == Modality.TEXT)]
+        assert not set(chosen.tolist()) & set(tiny_model.forbidden_text_ids())
+
+
+# --- errors --------------------------------------------------------------------------------------------------------------
+
+
+def test_prompt_too_long_for_the_context(tiny_model):
+    with pytest.raises(ValueError, match="the prompt has 603 positions and the model's context 512"):
+        tiny_model.encode_prompt(Document((Text("ball " * 600),)))
+    with pytest.raises(ValueError, match="shorten the prompt or lower max_images or max_text_tokens"):
+        sample(tiny_model, [tiny_model.encode_prompt(Document((Text("ball " * 400),)))], SamplingParams(), generator=torch.Generator())
+
+
+def test_scoring_position_zero_is_refused(tiny_model):
+    row = TokenRow.text([9, 10], tiny_model.image_spec.depth, chosen=True)
+    with pytest.raises(ValueError, match="position 0"):
+        score(tiny_model, collate([row]))
+
+
+def test_engine_context_bound_is_reached_by_the_longest_answer(tiny_model):
+    params = SamplingParams(max_images=2, max_text_tokens=5)
+    assert engine.context_needed(tiny_model, params) == 3 * 5 + 2 * 10  # three texts of 5, two images of 9 + 1
+    assert isinstance(collate(prompts(tiny_model)), TokenBatch)
