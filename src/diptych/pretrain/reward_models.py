@@ -17,7 +17,7 @@ from diptych.models.storyboard import build_tokenizer
 from diptych.models.storyboard.codec import PatchCodec
 from diptych.pretrain.codec import all_strips
 from diptych.rewards.encoder import DocumentEncoder
-from diptych.rewards.image_text import EMBEDDING, agreement_logits, embed
+from diptych.rewards.image_text import HEAD, agreement_logits
 from diptych.rewards.text_critic import critic_input
 from diptych.runs import atomic_folder
 from diptych.runtime import rng as make_rng
@@ -143,14 +143,13 @@ def pair_batch(rng: np.random.Generator, redrawer: Redrawer, size: int, split: S
 
 def train_image_text(codec: PatchCodec, work: Path, steps: int, seed: int, log: Log) -> DocumentEncoder:
     torch.manual_seed(seed)
-    model = DocumentEncoder(build_tokenizer(language.vocabulary()), EMBEDDING)
+    model = DocumentEncoder(build_tokenizer(language.vocabulary()), HEAD)
     redrawer = Redrawer(codec)
 
     def loss_of(rng: np.random.Generator) -> Tensor:
         size = 40
         pictures, captions, targets = pair_batch(rng, redrawer, size)
-        states = embed(model, [*pictures, *captions])
-        logits = agreement_logits(model, states[size:][None], states[:size][:, None])  # (size, 3 * size)
+        logits = agreement_logits(model, captions, pictures, paired=False)  # (size, 3 * size)
         losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         own = torch.eye(size).repeat_interleave(3, dim=1).bool()
         return losses[own].mean() + losses[~own].mean()
@@ -163,8 +162,8 @@ def train_image_text(codec: PatchCodec, work: Path, steps: int, seed: int, log: 
 def measure_image_text(model: DocumentEncoder, redrawer: Redrawer) -> dict[str, float]:
     """On scenes of the test split: how often the right caption beats one with a single wrong fact."""
     pictures, captions, _ = pair_batch(make_rng(0, 99), redrawer, 200, "test")
-    states = embed(model, [*pictures, *captions])
-    values = agreement_logits(model, states[200:].reshape(200, 3, -1), states[:200, None]).sigmoid()
+    repeated = [picture for picture in pictures for _ in range(3)]
+    values = agreement_logits(model, captions, repeated, paired=True).sigmoid().reshape(-1, 3)
     return {
         "pairwise_accuracy": round(float((values[:, 0] > values[:, 1]).float().mean()), 3),
         "mean_right": round(float(values[:, 0].mean()), 3),

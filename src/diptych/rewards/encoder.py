@@ -44,9 +44,15 @@ class DocumentEncoder(nn.Module):
             )
         )
         self.head = nn.Linear(width, head_size)
+        self.scale = nn.Parameter(torch.tensor([10.0, -5.0]))  # of logits, where the head gives embeddings
 
     def forward(self, documents: Sequence[Document]) -> list[Tensor]:
         """For each document the head's outputs at the ends of its segments, (num_segments, head_size)."""
+        outputs, _, ends = self.every_token(documents)
+        return [outputs[i, stops] for i, stops in enumerate(ends)]
+
+    def every_token(self, documents: Sequence[Document]) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """Outputs (B, T, head_size) at every token, which of them are real (B, T), and where segments end."""
         ids, ends, pictures = [], [], []
         per_picture = (self.pixel_size // self.patch) ** 2
         for document in documents:
@@ -67,8 +73,9 @@ class DocumentEncoder(nn.Module):
         embeds = self.words(padded.clamp(min=0))
         if pictures:
             embeds = embeds.masked_scatter((padded == -1)[..., None], self._embed_patches(pictures).flatten())
-        hidden = self.body(inputs_embeds=embeds, attention_mask=(padded != -2)).last_hidden_state
-        return [self.head(hidden[i, stops]) for i, stops in enumerate(ends)]
+        real = padded != -2
+        hidden = self.body(inputs_embeds=embeds, attention_mask=real).last_hidden_state
+        return self.head(hidden), real, ends
 
     def _embed_patches(self, pictures: list) -> Tensor:
         pixels = to_pixels(pictures, self.pixel_size)  # (N, 3, S, S)

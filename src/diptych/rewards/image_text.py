@@ -17,18 +17,36 @@ from diptych.document import Document, Image, Text
 from diptych.models import packaged_folder
 from diptych.rewards.encoder import DocumentEncoder
 
-EMBEDDING = 96
+EMBEDDING = 64
+HEAD = EMBEDDING + 1  # an embedding and a weight for each token
 
 
-def agreement_logits(model: DocumentEncoder, captions: Tensor, images: Tensor) -> Tensor:
-    """Cosine similarity, scaled and shifted: (..., EMBEDDING) pairs -> (...). The last head output holds no embedding."""
-    similarity = nn.functional.cosine_similarity(captions[..., :EMBEDDING], images[..., :EMBEDDING], dim=-1)
-    return 30 * (similarity - 0.85)
+def agreement_logits(model: DocumentEncoder, captions: Sequence[Text], images: Sequence[Image], *, paired: bool) -> Tensor:
+    """Late interaction of two encodings: every word looks for its patch, every patch for its word.
+
+    The logit is scale * (mean over words of the best cosine + mean over patches of the best cosine) / 2 + shift, with
+    means weighted by the model. Source: FILIP, arXiv:2111.07783, with learned weights.
+
+    Returns:
+        (N,) for N pairs, or (num_images, num_captions) for all of them.
+    """
+    words, word_weights = _encode(model, captions)  # (C, W, E), (C, W)
+    patches, patch_weights = _encode(model, images)  # (N, P, E), (N, P)
+    if paired:
+        cosine = torch.einsum("nwe,npe->nwp", words, patches)
+    else:
+        cosine = torch.einsum("cwe,npe->ncwp", words, patches)
+        patch_weights = patch_weights[:, None]
+    cosine = cosine.masked_fill((word_weights == 0)[..., None], -1.0)
+    found = (cosine.amax(-1) * word_weights).sum(-1) + (cosine.amax(-2) * patch_weights).sum(-1)
+    return model.scale[0] * found / 2 + model.scale[1]
 
 
-def embed(model: DocumentEncoder, segments: Sequence[Text | Image]) -> Tensor:
-    """(N, EMBEDDING), each segment on its own."""
-    return torch.cat(model([Document((segment,)) for segment in segments]))
+def _encode(model: DocumentEncoder, segments: Sequence[Text | Image]) -> tuple[Tensor, Tensor]:
+    """Unit embeddings (N, T, EMBEDDING) of every token, and weights (N, T) that sum to 1; 0 on padding."""
+    outputs, real, _ = model.every_token([Document((segment,)) for segment in segments])
+    weights = outputs[..., -1].masked_fill(~real, -torch.inf).softmax(-1)
+    return nn.functional.normalize(outputs[..., :EMBEDDING], dim=-1), weights
 
 
 @torch.no_grad()
@@ -36,7 +54,7 @@ def score_pairs(model: DocumentEncoder, captions: Sequence[str], images: Sequenc
     """Agreement of each caption with its image, (N,) in 0..1."""
     if not captions:
         return torch.zeros(0)
-    return agreement_logits(model, embed(model, [Text(c) for c in captions]), embed(model, images)).sigmoid()
+    return agreement_logits(model, [Text(c) for c in captions], images, paired=True).sigmoid()
 
 
 @functools.cache

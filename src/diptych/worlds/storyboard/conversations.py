@@ -100,11 +100,11 @@ def turn_tell(rng: np.random.Generator, split: Split) -> Turn:
 
 
 TURNS: dict[str, tuple[float, Callable[[np.random.Generator, Split], Turn]]] = {
-    "draw": (0.38, turn_draw),
+    "draw": (0.46, turn_draw),
     "describe": (0.18, turn_describe),
     "question": (0.16, turn_question),
-    "event": (0.14, turn_event),
-    "tell": (0.14, turn_tell),
+    "event": (0.10, turn_event),
+    "tell": (0.10, turn_tell),
 }
 
 

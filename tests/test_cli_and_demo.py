@@ -1,0 +1,105 @@
+"""The command as a user meets it: help with examples, clear errors and exit codes, and the whole demo at a small size."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from diptych.cli import app
+from diptych.config import DemoConfig, load_config
+from diptych.demo import run_demo
+from diptych.document import Document
+from diptych.report import run_page
+
+
+def diptych(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "diptych", *arguments], capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+@pytest.mark.parametrize("command", ["demo", "warmup", "grpo", "generate", "evaluate", "view", "pretrain"])
+def test_every_command_has_help_with_an_example(command):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "Example:" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("grpo", "grpo", "--num_generatoins", "4"), "num_generatoins: unknown key; allowed are: model, output_dir"),
+        (("warmup", "nothing.yaml"), "recipe 'nothing.yaml' does not exist"),
+        (("grpo", "grpo", "--num_minibatches", "7"), "num_minibatches=7 does not divide the rollout batch"),
+        (("generate", "hello", "--model", "no/such/folder"), "no model at 'no/such/folder'"),
+        (("generate", "hello", "--image", "broken.png"), "cannot read image 'broken.png'"),
+        (("generate", "hello", "--out", "a.pdf"), "allowed endings are .html and .json"),
+        (("view", "."), "holds no run"),
+    ],
+)
+def test_errors_are_one_clear_line_and_exit_1(tmp_path, arguments, message):
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    result = diptych(*arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert message in re.sub(r"\s+", " ", result.stderr)
+    assert "Traceback" not in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["broken.png"]  # nothing half-written
+
+
+def test_broken_data_is_named_with_file_and_line(tmp_path):
+    data = tmp_path / "data.jsonl"
+    arguments = ("warmup", "warmup", "--output_dir", "run", "--sources.0.name", "data.jsonl", "--max_steps", "1")
+    data.write_text("")
+    assert "data set data.jsonl is empty" in diptych(*arguments, cwd=tmp_path).stderr
+    data.write_text('{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}\n{"messages": oops}\n')
+    result = diptych(*arguments, cwd=tmp_path)
+    assert "data.jsonl:2: not a record" in result.stderr
+    assert result.returncode == 1
+
+
+def test_generate_writes_a_document(tmp_path):
+    out = tmp_path / "answer.json"
+    result = diptych("generate", "draw this . a small red ball on the left , at night .", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    document = Document.from_blocks(json.loads(out.read_text()))
+    assert document.images[0].pixels.size == (96, 96)
+
+
+@pytest.mark.slow
+def test_the_whole_demo_at_a_small_size(tmp_path):
+    config = load_config(
+        DemoConfig, "demo",
+        ["--output_dir", str(tmp_path / "demo"), "--warmup.max_steps", "6", "--warmup.batch_size", "4", "--warmup.num_eval_records", "6",
+         "--warmup.num_threads", "1", "--grpo.num_threads", "1", "--grpo.max_steps", "2", "--grpo.prompts_per_step", "2",
+         "--grpo.num_generations", "4", "--grpo.sampling.max_text_tokens", "40", "--evaluate.num_prompts", "9",
+         "--evaluate.num_retention", "6", "--evaluate.batch_size", "9"],
+    )  # fmt: skip
+    console = Console(file=(tmp_path / "out.txt").open("w"), width=160)
+    results = run_demo(config, console)
+    stored = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert stored == json.loads(json.dumps(results))
+    assert set(stored) >= {"checkpoints", "retention", "num_prompts", "seconds", "versions"}
+    for name in ("base", "warmup", "grpo"):
+        for mode in ("greedy", "sampled"):
+            row = stored["checkpoints"][name][mode]
+            for rate in ("format", "text", "image", "order", "document", "score"):
+                low, high = row[f"{rate}_ci"]
+                assert 0 <= low <= row[rate] <= high <= 1
+    assert set(stored["seconds"]) == {"warmup", "grpo", "evaluation", "total"}
+    assert stored["checkpoints"]["base"]["greedy"]["document"] == 0  # it cannot interleave
+    assert stored["parity"]["image_max"] <= 1e-4
+    assert stored["parity"]["text_max"] <= 1e-4
+    assert stored["parity"]["first_ratio_gap"] <= 1e-4
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "<script" not in page
+    assert not re.search(r'(src|href)="(?!data:image/png;base64,)', page)  # one self-contained file
+    assert page.count('class="task card"') == 9
+    assert "rewards" in run_page(tmp_path / "demo" / "grpo").lower()
+    # a second run finds everything done and leaves the same numbers
+    again = run_demo(config, console)
+    assert again["checkpoints"] == results["checkpoints"]

@@ -1,0 +1,224 @@
+"""Design promise 3: a reward cannot lie. What it does not know is masked out, what it loses is counted."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from diptych.config import RewardConfig
+from diptych.document import Document, Image, Text
+from diptych.rewards import BUILT_IN, RewardBatch, RewardError, call_rewards, load_reward
+from diptych.rewards.format import format as format_reward
+
+NAN, INF = float("nan"), float("inf")
+WHITE = PIL.Image.fromarray(np.full((4, 4, 3), 255, dtype=np.uint8))
+PROMPTS = [Document((Text("draw"), Image(WHITE))), Document((Text("tell"),))]
+COMPLETIONS = [Document((Text("a"), Image(WHITE), Text("b"))), Document((Text("c"),))]  # 3 steps and 1
+
+
+def call(returned, config: RewardConfig | None = None) -> RewardBatch:
+    """The two documents above under a reward that returns (or raises) this."""
+
+    def reward(**_):
+        if isinstance(returned, Exception):
+            raise returned
+        return returned
+
+    return call_rewards([(config or RewardConfig(name="mine"), reward)], PROMPTS, COMPLETIONS, {})
+
+
+def test_protocol():
+    """TRL's: prompts and completions as lists of messages, each column of the data set under its name."""
+    seen = {}
+
+    def reward(prompts, completions, num_images, truncated):
+        seen.update(prompts=prompts, completions=completions, num_images=num_images, truncated=truncated)
+        return [1.0, 2.0]
+
+    columns = {"num_images": [1, 0], "truncated": [False, True]}
+    result = call_rewards([(RewardConfig(name="mine"), reward)], PROMPTS, COMPLETIONS, columns)
+    image = {"type": "image", "image": WHITE}
+    assert seen["prompts"] == [
+        [{"role": "user", "content": [{"type": "text", "text": "draw"}, image]}],
+        [{"role": "user", "content": [{"type": "text", "text": "tell"}]}],
+    ]
+    assert seen["completions"] == [
+        [{"role": "assistant", "content": [{"type": "text", "text": "a"}, image, {"type": "text", "text": "b"}]}],
+        [{"role": "assistant", "content": [{"type": "text", "text": "c"}]}],
+    ]
+    assert (seen["num_images"], seen["truncated"]) == ([1, 0], [False, True])
+    assert result.documents.tolist() == [[1, 2]]
+    assert result.documents_apply.tolist() == [[True, True]]
+    assert result.missing == {"mine": 0.0}
+    assert result.errors == {}
+
+
+def test_values_of_documents_and_steps_stand_in_their_places():
+    rewards = [
+        (RewardConfig(name="whole"), lambda **_: [1.0, None]),
+        (RewardConfig(name="steps"), lambda **_: [[1.0, None, 3.0], [4.0]]),
+        (RewardConfig(name="either"), lambda **_: [[None, 5.0, None], 6.0]),
+    ]
+    result = call_rewards(rewards, PROMPTS, COMPLETIONS, {})
+    assert result.steps.shape == result.applies.shape == (3, 2, 3)
+    assert result.documents.tolist() == [[1, 0], [0, 0], [0, 6]]
+    assert result.documents_apply.tolist() == [[True, False], [False, False], [False, True]]
+    assert result.applies.tolist() == [
+        [[False] * 3, [False] * 3],
+        [[True, False, True], [True, False, False]],
+        [[False, True, False], [False] * 3],
+    ]
+    assert result.steps[result.applies].tolist() == [1, 3, 4, 5]
+    assert result.missing == {"whole": 0, "steps": 0, "either": 0}
+
+
+def test_none_is_not_applicable_and_not_missing():
+    result = call([None, [None]])
+    assert not result.applies.any()
+    assert not result.documents_apply.any()
+    assert result.missing == {"mine": 0.0}
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF, "nan", "much", object()])
+def test_what_is_not_finite_is_missing_and_never_zero(bad):
+    whole = call([bad, 2.0])
+    assert math.isnan(whole.documents[0, 0])
+    assert float(whole.documents[0, 1]) == 2
+    assert whole.documents_apply.all()
+    assert whole.missing == {"mine": 1 / 2}
+    steps = call([[1.0, bad, None], [bad]])
+    assert steps.steps.isnan()[0].tolist() == [[False, True, False], [True, False, False]]
+    assert steps.applies[0].tolist() == [[True, True, False], [True, False, False]]
+    assert steps.missing == {"mine": pytest.approx(2 / 3)}  # two of the three values it owed
+
+
+def test_a_reward_that_raises_is_missing_everywhere_and_spares_the_others(caplog):
+    def broken(**_):
+        raise RuntimeError("the server is down")
+
+    rewards = [(RewardConfig(name="broken"), broken), (RewardConfig(name="fine"), lambda **_: [1.0, 2.0])]
+    result = call_rewards(rewards, PROMPTS, COMPLETIONS, {})
+    assert result.documents[0].isnan().all()
+    assert result.documents_apply.all()
+    assert result.documents[1].tolist() == [1, 2]
+    assert result.missing == {"broken": 1.0, "fine": 0.0}
+    assert result.errors == {"broken": "RuntimeError: the server is down"}
+    assert "reward broken failed: RuntimeError: the server is down" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0], "returned 1 values for 2 documents; one per document is needed"),
+        ([1.0, 2.0, 3.0], "returned 3 values for 2 documents"),
+        ([], "returned 0 values"),
+        (1.0, "returned float; a list with one entry per document is needed"),
+        (None, "returned NoneType; a list"),
+        ([[1.0, 2.0], [1.0]], "returned 2 step values for a document of 3 steps"),
+        ([1.0, [1.0, 2.0]], "returned 2 step values for a document of 1 steps"),
+        ([[], 1.0], "returned 0 step values for a document of 3 steps"),
+    ],
+)
+def test_wrong_numbers_of_values_raise(returned, message):
+    with pytest.raises(RewardError, match=f"reward 'mine' {message}"):
+        call(returned)
+
+
+def test_tensors_are_values_too():
+    assert call(torch.tensor([1.0, NAN])).documents[0, 0] == 1
+    assert call(torch.tensor([1.0, NAN])).missing == {"mine": 1 / 2}
+    result = call([torch.tensor([1.0, 2.0, 3.0]), torch.tensor(4.0)])
+    assert result.steps[0, 0].tolist() == [1, 2, 3]
+    assert float(result.documents[0, 1]) == 4
+    assert call(np.array([1.0, 2.0])).documents.tolist() == [[1, 2]]
+
+
+def test_rescaling_by_hand():
+    config = RewardConfig(name="mine", shift=1.0, scale=4.0)
+    result = call([[5.0, None, 1.0], -1.0], config)
+    assert result.steps[0, 0].tolist() == [1, 0, 0]  # (5 - 1) / 4, not applicable, (1 - 1) / 4
+    assert result.applies[0, 0].tolist() == [True, False, True]
+    assert float(result.documents[0, 1]) == -0.5  # (-1 - 1) / 4
+    assert math.isnan(call([NAN, 0.0], config).documents[0, 0])
+
+
+def test_rewards_may_be_async():
+    async def reward(completions, **_):
+        return [float(len(messages[-1]["content"])) for messages in completions]
+
+    async def broken(**_):
+        raise TimeoutError("too slow")
+
+    result = call_rewards([(RewardConfig(name="a"), reward), (RewardConfig(name="b"), broken)], PROMPTS, COMPLETIONS, {})
+    assert result.documents[0].tolist() == [3, 1]
+    assert result.documents[1].isnan().all()
+    assert result.errors == {"b": "TimeoutError: too slow"}
+
+
+def test_rewards_are_loaded_by_name_and_by_path(tmp_path, monkeypatch):
+    for name in BUILT_IN:
+        assert callable(load_reward(name))
+    assert load_reward("format") is load_reward("diptych.rewards.format:format") is format_reward
+    (tmp_path / "rewards_of_a_user.py").write_text("def length(completions, **_):\n    return [1.0] * len(completions)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # restores sys.path afterwards
+    assert load_reward("rewards_of_a_user:length")(completions=[0, 0]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fromat", "unknown reward 'fromat'; give package.module:function or one of: format, image_text, text_critic"),
+        ("no.such.module:reward", "cannot load reward 'no.such.module:reward': No module named 'no'"),
+        ("diptych.rewards.format:reward", "cannot load reward .* has no attribute 'reward'"),
+    ],
+)
+def test_unknown_rewards_are_named(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_reward(name)
+
+
+def content(kinds: str) -> list[dict]:
+    """One message; `t` is a text, `e` an empty one, `i` an image."""
+    blocks = {
+        "t": {"type": "text", "text": "words"},
+        "e": {"type": "text", "text": "  "},
+        "i": {"type": "image", "image": WHITE},
+    }
+    return [{"role": "assistant", "content": [blocks[kind] for kind in kinds]}]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "wanted", "truncated", "value"),
+    [
+        ("titi", 2, False, 1),
+        ("titit", 2, False, 1),  # a closing text is no fault
+        ("titi", 2, True, 1 / 2),  # cut off
+        ("ti", 2, False, 1 / 2),  # one of two
+        ("tititi", 2, False, 2 / 3),  # one too many: 2 of 3
+        ("tii", 2, False, 1 / 2),  # the second follows a picture
+        ("iti", 2, False, 1 / 2),  # the first follows nothing
+        ("eiti", 2, False, 1 / 2),  # an empty text is no text
+        ("tieii", 3, True, 1 / 6),  # 1 good of 3, halved
+        ("tt", 2, False, 0),
+        ("", 2, False, 0),
+        ("t", 0, False, 1),
+        ("t", 0, True, 1 / 2),
+        ("ti", 0, False, 0),  # none was wanted
+        ("", 0, False, 1),
+    ],
+)
+def test_format_by_hand(kinds, wanted, truncated, value):
+    assert format_reward([content(kinds)], [wanted], [truncated]) == [pytest.approx(value)]
+
+
+def test_format_reads_the_columns_of_each_row():
+    completions, wanted = [content("ti"), content("ti"), content("titi")], [1, 2, 2]
+    assert format_reward(completions, wanted) == [1, 0.5, 1]
+    assert format_reward(completions=completions, num_images=wanted, truncated=[False, False, True], prompts=[]) == [1, 0.5, 0.5]
+    columns = {"num_images": [1, 0], "truncated": [False, False], "other": [0, 0]}
+    assert call_rewards([(RewardConfig(name="format"), format_reward)], PROMPTS, COMPLETIONS, columns).documents.tolist() == [[1, 1]]

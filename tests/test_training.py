@@ -1,0 +1,299 @@
+"""Both trainings end to end on a tiny random model: they learn, they resume exactly, they fail clearly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diptych import grpo as grpo_module
+from diptych.config import GRPOConfig, WarmupConfig, build, to_yaml
+from diptych.grpo import ParityError, accumulate_gradient, collect, grpo, minibatches, replay
+from diptych.models import load_model
+from diptych.rewards import RewardError, load_reward
+from diptych.runs import read_jsonl
+from diptych.tokens import collate
+from diptych.warmup import encode, supervised_step, warmup
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _own_rewards(monkeypatch):
+    monkeypatch.syspath_prepend(str(TESTS))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tiny_model.save_pretrained(folder)
+    return folder
+
+
+def warmup_config(model: Path, out: Path, **changes) -> WarmupConfig:
+    return build(
+        WarmupConfig,
+        {
+            "model": str(model), "output_dir": str(out), "max_steps": 6, "batch_size": 4, "save_steps": 2, "eval_steps": 3,
+            "sample_steps": 6, "num_eval_records": 4, "num_threads": 1, "optim": {"lr": 1e-3},
+            "sources": [{"name": "storyboard:interleaved", "weight": 1, "num_records": 20},
+                        {"name": "storyboard:text_to_image", "weight": 1}],
+            "sampling": {"max_images": 2, "max_text_tokens": 12}, **changes,
+        },
+    )  # fmt: skip
+
+
+def grpo_config(model: Path, out: Path, **changes) -> GRPOConfig:
+    return build(
+        GRPOConfig,
+        {
+            "model": str(model), "output_dir": str(out), "max_steps": 4, "num_generations": 4, "prompts_per_step": 2,
+            "save_steps": 2, "sample_steps": 2, "num_threads": 1, "optim": {"lr": 1e-3}, "num_minibatches": 2,
+            "rewards": [{"name": "toy_rewards:per_step"}], "text": {"beta": 0.01}, "image": {"beta": 0.01},
+            "sampling": {"max_images": 2, "max_text_tokens": 8, "image": {"guidance_scale": 2.0}}, **changes,
+        },
+    )  # fmt: skip
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+# --- learning ------------------------------------------------------------------------------------------------------------
+
+
+def test_warmup_lowers_both_losses(tiny_folder, tmp_path):
+    warmup(warmup_config(tiny_folder, tmp_path / "run", max_steps=25, optim={"lr": 3e-3}))
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    evaluated = [line for line in lines if "eval/loss/text" in line]
+    assert evaluated[-1]["eval/loss/text"] < 0.7 * evaluated[0]["eval/loss/text"]
+    assert evaluated[-1]["eval/loss/image"] < 0.95 * evaluated[0]["eval/loss/image"]
+    assert (tmp_path / "run" / "samples" / "step_6.jsonl").is_file()
+
+
+def test_grpo_raises_a_reward_that_any_model_can_learn(tiny_folder, tmp_path):
+    config = grpo_config(
+        tiny_folder, tmp_path / "run", max_steps=20, prompts_per_step=4, num_generations=8, num_minibatches=1,
+        rewards=[{"name": "toy_rewards:likes_ball"}], optim={"lr": 1e-2}, text={}, image={},
+        sampling={"max_images": 0, "max_text_tokens": 8},
+    )  # fmt: skip
+    grpo(config)
+    values = [line["reward"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+    assert sum(values[-3:]) / 3 > sum(values[:3]) / 3 + 0.3
+
+
+def test_equal_rewards_change_nothing(tiny_folder, tmp_path):
+    config = grpo_config(tiny_folder, tmp_path / "run", rewards=[{"name": "toy_rewards:always_equal"}], text={}, image={})
+    grpo(config)
+    before, after = weights(tiny_folder), weights(tmp_path / "run/checkpoints/step_4/model")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]["frac_reward_zero_std"] == 1
+
+
+def test_a_grpo_step_trains_the_policy_and_nothing_else(tiny_folder, tmp_path):
+    grpo(grpo_config(tiny_folder, tmp_path / "run"))
+    before, after = weights(tiny_folder), weights(tmp_path / "run/checkpoints/step_4/model")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not any(name.startswith("codec.") for name in changed)
+    assert {"code_embeddings", "lm_head.weight", "depth_heads"} <= changed
+
+
+# --- exactness -----------------------------------------------------------------------------------------------------------
+
+
+def experience_of(config: GRPOConfig):
+    model = load_model(config.model)
+    rewards = [(r, load_reward(r.name)) for r in config.rewards]
+    prompts = grpo_module.Mixture([config.prompts], config.seed)
+    return model, collect(model, prompts, rewards, config, 0)
+
+
+def gradient(config: GRPOConfig, micro: int) -> torch.Tensor:
+    config = config.model_copy(update={"micro_batch_size": micro})
+    model, experience = experience_of(config.model_copy(update={"micro_batch_size": 8}))
+    batch = collate([r.row for r in experience.rollouts])
+    old = replay(model, batch, config, True).logprobs + 0.01
+    advantages = torch.randn(batch.text_ids.shape, generator=torch.Generator().manual_seed(0))
+    accumulate_gradient(model, batch, torch.arange(len(batch)), old, old - 0.05, advantages, config)
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "gspo"])
+def test_gradient_accumulation_cannot_change_the_gradient(tiny_folder, tmp_path, loss_type):
+    config = grpo_config(tiny_folder, tmp_path / "run", loss_type=loss_type)
+    whole, parts = gradient(config, 8), gradient(config, 3)
+    assert whole.abs().max() > 0
+    torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-3)
+
+
+def test_warmup_micro_batches_cannot_change_the_gradient(tiny_folder, tmp_path):
+    found = []
+    for size in (None, 3):
+        config = warmup_config(tiny_folder, tmp_path / "run", micro_batch_size=size, batch_size=8)
+        model = load_model(tiny_folder)
+        batch = encode(model, grpo_module.Mixture(config.sources, 0).batch(0, 8), config, 0)
+        supervised_step(model, batch, config)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-3)
+
+
+def test_first_update_has_ratio_one_and_parity_holds(tiny_folder, tmp_path):
+    grpo(grpo_config(tiny_folder, tmp_path / "run", num_iterations=2))
+    for line in read_jsonl(tmp_path / "run" / "metrics.jsonl"):
+        assert line["parity/text_max"] <= 1e-4
+        assert line["parity/image_max"] <= 1e-4
+        assert line["ratio/first_gap/text"] <= 1e-4
+        assert line["ratio/first_gap/image"] <= 1e-4
+        assert line["ratio/max_gap/image"] > 1e-4  # later updates of a batch do move the ratio
+
+
+def test_fault_reference_fed_by_the_policy(tiny_folder, tmp_path):
+    """The reference is a model of its own: after the policy moved, the KL sees it, embeddings included."""
+    grpo(grpo_config(tiny_folder, tmp_path / "run", max_steps=2, num_minibatches=1))
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert lines[0]["kl/text"] < 1e-6  # before the first update they are the same
+    assert lines[1]["kl/text"] > 1e-4
+    assert lines[1]["kl/image"] > 1e-4
+    config = grpo_config(tiny_folder, tmp_path / "other")
+    model, experience = experience_of(config)
+    reference = load_model(config.model)
+    batch = collate([r.row for r in experience.rollouts])
+    before = replay(reference, batch, config, True).logprobs
+    with torch.no_grad():
+        model.code_embeddings.add_(0.5)
+        model.llama.embed_tokens.weight.add_(0.5)
+    torch.testing.assert_close(replay(reference, batch, config, True).logprobs, before, atol=0, rtol=0)
+    assert (replay(model, batch, config, True).logprobs - before).abs().max() > 0.1
+
+
+def test_minibatches_cover_every_rollout_in_each_iteration(tiny_folder, tmp_path):
+    config = grpo_config(tiny_folder, tmp_path / "run", num_iterations=3)
+    parts = minibatches(config, 8, 0)
+    assert [len(p) for p in parts] == [4] * 6
+    for i in range(0, 6, 2):
+        assert sorted(torch.cat(parts[i : i + 2]).tolist()) == list(range(8))
+
+
+def test_groups_without_spread_are_sampled_again(tiny_folder, tmp_path):
+    config = grpo_config(tiny_folder, tmp_path / "run", rewards=[{"name": "toy_rewards:always_equal"}])
+    _, flat = experience_of(config)
+    _, again = experience_of(config.model_copy(update={"resample_attempts": 2}))
+    assert [r.prompt.text for r in flat.records] != [r.prompt.text for r in again.records]
+    assert len(again.rollouts) == len(flat.rollouts)
+    assert again.rewards.steps.shape[:2] == flat.rewards.steps.shape[:2]
+
+
+# --- resume --------------------------------------------------------------------------------------------------------------
+
+
+def kill_and_resume(command: list[str], run: Path, seconds_per_reward: str = "0") -> None:
+    """Starts the command, kills it with -9 soon after its first checkpoint, and runs it again to the end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOY_REWARD_SECONDS": seconds_per_reward}
+    process = subprocess.Popen(command, cwd=TESTS, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (run / "checkpoints" / "step_2").is_dir():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.time() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)  # somewhere in the next step
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, cwd=TESTS, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["warmup", "grpo"])
+def test_fault_lost_on_resume(tiny_folder, tmp_path, stage):
+    """kill -9, run the same command again: final weights are bit-identical to an uninterrupted run, and so is the log."""
+    make = warmup_config if stage == "warmup" else grpo_config
+    changes = {} if stage == "warmup" else {"rewards": [{"name": "toy_rewards:slow"}], "num_iterations": 2}
+    finals, logs = [], []
+    for name in ("whole", "killed"):
+        config = make(tiny_folder, tmp_path / name, max_steps=6, **changes)
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(to_yaml(config))
+        command = [sys.executable, "-m", "diptych", stage, str(recipe)]
+        if name == "whole":
+            subprocess.run(command, cwd=TESTS, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL)
+        else:
+            kill_and_resume(command, tmp_path / name, seconds_per_reward="0.3")
+        finals.append(weights(tmp_path / name / "checkpoints" / "step_6" / "model"))
+        lines = read_jsonl(tmp_path / name / "metrics.jsonl")
+        logs.append([{k: v for k, v in line.items() if "second" not in k and k != "step_time"} for line in lines])
+    assert all(torch.equal(finals[0][k], finals[1][k]) for k in finals[0])
+    assert logs[0] == logs[1]
+    assert [line["step"] for line in logs[1]] == [1, 2, 3, 4, 5, 6]
+
+
+# --- clear failures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("toy_rewards:raises", "100% of the values of reward 'toy_rewards:raises' are missing.*ConnectionError: the judge is not there"),
+        ("toy_rewards:not_a_number", "values that are not finite"),
+        ("toy_rewards:wrong_count", "returned 1 values for 8 documents"),
+    ],
+)
+def test_bad_rewards_stop_the_run(tiny_folder, tmp_path, reward, message):
+    with pytest.raises(RewardError, match=message):
+        grpo(grpo_config(tiny_folder, tmp_path / "run", rewards=[{"name": reward}]))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_fault_missing_reward_is_masked_not_zero(tiny_folder, tmp_path):
+    """With one reward missing in half the group, the others are compared among themselves."""
+    config = grpo_config(tiny_folder, tmp_path / "run", max_missing_rewards=1.0, rewards=[{"name": "toy_rewards:not_a_number"}])
+    no_kl = {kind: getattr(config, kind).model_copy(update={"beta": 0.0}) for kind in ("text", "image")}
+    grpo(config.model_copy(update=no_kl))
+    before, after = weights(tiny_folder), weights(tmp_path / "run/checkpoints/step_4/model")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    line = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
+    assert line["rewards/toy_rewards:not_a_number/missing"] == 1
+    assert "rewards/toy_rewards:not_a_number/mean" not in line
+
+
+def test_broken_parity_stops_the_run(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo_module, "sample", broken_sample)
+    with pytest.raises(ParityError, match=r"differ by up to .* The update would train another policy"):
+        grpo(grpo_config(tiny_folder, tmp_path / "run"))
+
+
+def broken_sample(model, rows, params, **kwargs):
+    from diptych.sampling.engine import sample
+
+    hotter = params.model_copy(update={"text": params.text.model_copy(update={"temperature": 1.5})})
+    return sample(model, rows, hotter, **kwargs)
+
+
+def test_ignored_guidance_is_allowed_and_its_gap_logged(tiny_folder, tmp_path):
+    grpo(grpo_config(tiny_folder, tmp_path / "run", max_steps=1, score_guidance="ignore"))
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]["parity/image_max"] > 0.1
+
+
+def test_other_settings_in_the_same_folder_are_refused(tiny_folder, tmp_path):
+    grpo(grpo_config(tiny_folder, tmp_path / "run", max_steps=1))
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(different: seed\)"):
+        grpo(grpo_config(tiny_folder, tmp_path / "run", max_steps=1, seed=5))
+
+
+def test_damaged_checkpoints_are_named(tiny_folder, tmp_path):
+    config = warmup_config(tiny_folder, tmp_path / "run", max_steps=2)
+    warmup(config)
+    file = tmp_path / "run/checkpoints/step_2/model/model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
+        load_model(file.parent)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"model.safetensors is missing"):
+        load_model(file.parent)
+    with pytest.raises(ValueError, match=r"no model at .*config.json does not exist"):
+        load_model(tmp_path / "nothing")

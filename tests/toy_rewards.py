@@ -1,0 +1,49 @@
+"""Rewards for tests, loaded by their dotted path as a user's own."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+
+
+def likes_ball(completions, **_):
+    """Share of words that are "ball": something that any model can learn in a few steps."""
+    values = []
+    for messages in completions:
+        words = " ".join(b["text"] for b in messages[-1]["content"] if b["type"] == "text").split()
+        values.append(words.count("ball") / max(1, len(words)))
+    return values
+
+
+def per_step(completions, **_):
+    """A value for each step: brightness of pictures, length of texts."""
+    return [
+        [
+            sum(block["image"].resize((1, 1)).getpixel((0, 0))) / 765 if block["type"] == "image" else len(block["text"].split()) / 10
+            for block in messages[-1]["content"]
+        ]
+        for messages in completions
+    ]
+
+
+def slow(completions, **kwargs):
+    """Leaves time to be killed in the middle of a step."""
+    time.sleep(float(os.environ.get("TOY_REWARD_SECONDS", "0")))
+    return per_step(completions, **kwargs)
+
+
+def always_equal(completions, **_):
+    return [1.0] * len(completions)
+
+
+def raises(completions, **_):
+    raise ConnectionError("the judge is not there")
+
+
+def not_a_number(completions, **_):
+    return [math.nan] * len(completions)
+
+
+def wrong_count(completions, **_):
+    return [0.0]
