@@ -114,7 +114,7 @@ def test_overrides_reach_every_leaf(recipe):
 
 
 def test_overrides_are_checked_like_the_recipe(recipe):
-    with pytest.raises(ValueError, match="optim.lrr: unknown key; allowed are: lr"):
+    with pytest.raises(ValueError, match=r"optim\.lrr: unknown key; allowed are: lr"):
         load_config(GRPOConfig, recipe, ["--optim.lrr", "1"])
     with pytest.raises(ValueError, match="seed: Input should be a valid integer"):
         load_config(GRPOConfig, recipe, ["--seed", "one"])
@@ -122,7 +122,7 @@ def test_overrides_are_checked_like_the_recipe(recipe):
 
 def test_unreadable_overrides_are_refused():
     assert parse_overrides(["--a.b", "1", "--c=x=y", "--d", "-1"]) == [("a.b", 1), ("c", "x=y"), ("d", -1)]
-    with pytest.raises(ValueError, match="cannot read 'seed=1'; overrides look like --optim.lr 1e-4 or --seed=1"):
+    with pytest.raises(ValueError, match=r"cannot read 'seed=1'; overrides look like --optim\.lr 1e-4 or --seed=1"):
         parse_overrides(["seed=1"])
     with pytest.raises(ValueError, match="--seed needs a value"):
         parse_overrides(["--seed"])

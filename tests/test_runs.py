@@ -81,7 +81,7 @@ def test_a_disk_that_fills_up_while_flushing_is_told(tmp_path, monkeypatch):
         raise full_disk()
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(ValueError, match=r"no space left while writing .*new \(\d+ MiB free\)"), atomic_folder(tmp_path / "new") as folder:  # noqa: PT012
+    with pytest.raises(ValueError, match=r"no space left while writing .*new \(\d+ MiB free\)"), atomic_folder(tmp_path / "new") as folder:
         (folder / "file").write_text("all")
     assert names(tmp_path) == []
 
@@ -110,13 +110,9 @@ def test_a_full_disk_is_recognised_behind_other_errors():
     assert is_disk_full(RuntimeError("write failed: No space left on device"))
     assert not is_disk_full(OSError(errno.EACCES, "Permission denied"))
     assert not is_disk_full(None)
-    try:
-        try:
-            raise full_disk()
-        except OSError as error:
-            raise RuntimeError("enforce fail at inline_container") from error
-    except RuntimeError as error:
-        assert is_disk_full(error)
+    wrapped = RuntimeError("enforce fail at inline_container")
+    wrapped.__cause__ = full_disk()
+    assert is_disk_full(wrapped)
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from diptych.models.storyboard.model import BOS, StoryboardConfig, StoryboardMod
 from diptych.runs import atomic_folder
 from diptych.runtime import rng as make_rng
 from diptych.tokens import TokenBatch, TokenRow, collate
-from diptych.worlds.storyboard.conversations import Turn, make_turn
+from diptych.worlds.storyboard.conversations import Turn, follow_up, make_turn
 from diptych.worlds.storyboard.language import vocabulary
 
 
@@ -78,8 +78,11 @@ def make_batch(model: StoryboardModel, codes: PatchCodes, seed: int, step: int, 
     turns: list[Turn] = []
     row: TokenRow | None = None
     while len(rows) < batch_size:
-        prompt, answer = make_turn(rng)
-        turns.append((codes.fill(prompt), codes.fill(answer)))
+        added = [make_turn(rng)]
+        after = follow_up(added[0])
+        if after is not None and rng.random() < 0.5:
+            added.append(after)
+        turns += [(codes.fill(prompt), codes.fill(answer)) for prompt, answer in added]
         longer = conversation_row(model, turns)
         if len(longer) > length and row is not None:
             rows.append(row)

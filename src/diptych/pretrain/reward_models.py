@@ -18,7 +18,7 @@ from diptych.models.storyboard.codec import PatchCodec
 from diptych.pretrain.codec import all_strips
 from diptych.rewards.encoder import DocumentEncoder
 from diptych.rewards.image_text import HEAD, agreement_logits
-from diptych.rewards.text_critic import critic_input
+from diptych.rewards.text_critic import critic_input, text_log_likelihoods
 from diptych.runs import atomic_folder
 from diptych.runtime import rng as make_rng
 from diptych.worlds.storyboard import language
@@ -90,11 +90,12 @@ def differences(left: list[Scene], right: list[Scene]) -> Tensor:
     """(N, M): facts in which scenes differ: the background, and per place kind, colour and size (2 for there or not)."""
 
     def table(scenes: list[Scene]) -> Tensor:
-        return torch.tensor(
-            [[BACKGROUNDS.index(s.background)]
-             + [v for t in s.places for v in ((-1, -1, -1) if t is None else (KINDS.index(t.kind), COLOURS.index(t.colour), SIZES.index(t.size)))]
-             for s in scenes]
-        )  # fmt: skip
+        def facts(thing: Thing | None) -> tuple[int, int, int]:
+            if thing is None:
+                return -1, -1, -1
+            return KINDS.index(thing.kind), COLOURS.index(thing.colour), SIZES.index(thing.size)
+
+        return torch.tensor([[BACKGROUNDS.index(s.background), *(v for t in s.places for v in facts(t))] for s in scenes])
 
     a, b = table(left)[:, None], table(right)[None]  # (N, 1, 10), (1, M, 10)
     unequal = (a != b).long()
@@ -205,33 +206,38 @@ def critic_example(rng: np.random.Generator, split: Split = "train") -> tuple[Do
 
 
 def train_text_critic(work: Path, steps: int, seed: int, log: Log) -> DocumentEncoder:
+    """Next-word likelihood of the right texts, after texts that may be wrong."""
     torch.manual_seed(seed + 1)
-    model = DocumentEncoder(build_tokenizer(language.vocabulary()), 1, layers=4)
+    tokenizer = build_tokenizer(language.vocabulary())
+    model = DocumentEncoder(tokenizer, tokenizer.get_vocab_size() + 1, layers=4)
 
     def loss_of(rng: np.random.Generator) -> Tensor:
-        logits, labels = critic_logits(model, [critic_example(rng) for _ in range(48)])
-        return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+        logs, labels, lengths = critic_values(model, [critic_example(rng) for _ in range(48)])
+        right = labels == 1
+        return -logs[right].sum() / lengths[right].sum()
 
-    _train(model, loss_of, work / "text_critic_checkpoint", steps, 1.5e-3, seed, lambda: measure_critic(model), log)
+    _train(model, loss_of, work / "text_critic_checkpoint", steps, 2e-3, seed, lambda: measure_critic(model), log)
     return model
 
 
-def critic_logits(model: DocumentEncoder, examples: list[tuple[Document, Document, list[float]]]) -> tuple[Tensor, Tensor]:
-    outputs = model([critic_input(prompt, answer)[0] for prompt, answer, _ in examples])
-    logits = torch.cat([o[len(prompt) :, 0] for o, (prompt, _, _) in zip(outputs, examples, strict=True)])
-    return logits, torch.tensor([label for _, _, labels in examples for label in labels])
+def critic_values(model: DocumentEncoder, examples: list[tuple[Document, Document, list[float]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-likelihoods of all texts of the answers, whether they are right, and their lengths in words."""
+    logs = text_log_likelihoods(model, [(critic_input(prompt, answer)[0], len(prompt)) for prompt, answer, _ in examples])
+    labels = torch.tensor([label for _, _, labels in examples for label in labels])
+    lengths = torch.tensor([len(s.text.split()) + 1.0 for _, answer, _ in examples for s in answer if isinstance(s, Text)])
+    return torch.cat(logs), labels, lengths
 
 
 @torch.no_grad()
 def measure_critic(model: DocumentEncoder) -> dict[str, float]:
-    """Accuracy on tasks of the test split."""
+    """Accuracy on tasks of the test split, calling a text right from 0.3 on, and the mean values of right and wrong texts."""
     rng = make_rng(0, 98)
-    logits, labels = critic_logits(model, [critic_example(rng, "test") for _ in range(240)])
-    right = (logits > 0) == (labels > 0.5)
+    logs, labels, _ = critic_values(model, [critic_example(rng, "test") for _ in range(240)])
+    values, right = logs.exp(), labels == 1
     return {
-        "accuracy": round(float(right.float().mean()), 3),
-        "accuracy_on_right": round(float(right[labels == 1].float().mean()), 3),
-        "accuracy_on_wrong": round(float(right[labels == 0].float().mean()), 3),
+        "accuracy": round(float(((values > 0.3) == right).float().mean()), 3),
+        "mean_right": round(float(values[right].mean()), 3),
+        "mean_wrong": round(float(values[~right].mean()), 3),
     }
 
 

@@ -99,6 +99,13 @@ def turn_tell(rng: np.random.Generator, split: Split) -> Turn:
     return Document((Text("say it in words ."), *task.prompt.segments)), doc(words)
 
 
+def follow_up(turn: Turn) -> Turn | None:
+    """ "draw it .": the picture of the scene that the last answer described; None where it described none."""
+    sentences = [s for s in turn[1].text.split(" .") if s.strip()]
+    scene = language.parse_scene(sentences[-1]) if sentences else None
+    return None if scene is None else (doc("draw it ."), doc(scene))
+
+
 TURNS: dict[str, tuple[float, Callable[[np.random.Generator, Split], Turn]]] = {
     "draw": (0.46, turn_draw),
     "describe": (0.18, turn_describe),
