@@ -7,7 +7,7 @@ import torch
 
 from diptych import advantages as adv
 from diptych.config import AdvantageConfig, RewardConfig
-from diptych.credit import token_advantages
+from diptych.credit import document_rewards, token_advantages
 from diptych.rewards import RewardBatch
 from diptych.tokens import Modality, TokenRow, collate
 
@@ -139,3 +139,20 @@ def test_normalize_then_sum_gives_each_reward_the_same_say():
     result = token_advantages(rewards, configs, torch.zeros(2, dtype=torch.long), batch, config)
     unit_text, unit_image = 0.5 / (0.5**0.5 + 1e-4), 0.3 / (0.6 / 2**0.5 + 1e-4)
     assert float(result[1, 1]) == pytest.approx(unit_text + 100 * unit_image, rel=1e-5)
+
+
+def test_saying_nothing_is_not_zero_and_missing_is_not_zero():
+    """Three documents of one group: rewarded 1, not spoken of (None), missing (NaN); then one rewarded 3."""
+    steps = torch.zeros(1, 4, 1)
+    documents = torch.tensor([[1.0, 0.0, NAN, 3.0]])
+    apply = torch.tensor([[True, False, True, True]])
+    values, speaks, missing = document_rewards(steps, torch.zeros(1, 4, 1, dtype=torch.bool), documents, apply)
+    assert values.tolist() == [[1, 0, 0, 3]]
+    assert speaks.tolist() == [[True, False, True, True]]
+    assert missing.tolist() == [[False, False, True, False]]
+    rows = [TokenRow.concat([TokenRow.text([5], 1), TokenRow.text([6], 1, chosen=True, step=0)]) for _ in range(4)]
+    rewards = RewardBatch(steps, torch.zeros(1, 4, 1, dtype=torch.bool), documents, apply, {}, {})
+    for credit in ("outcome", "process", "mixed"):
+        config = AdvantageConfig(credit=credit, scale_rewards=False)
+        result = token_advantages(rewards, (RewardConfig(name="a"),), torch.zeros(4, dtype=torch.long), collate(rows), config)
+        assert result[:, 1].tolist() == [-1, 0, 0, 1]  # mean of 1 and 3 is 2

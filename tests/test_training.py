@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -15,9 +16,9 @@ from safetensors.torch import load_file
 
 from diptych import grpo as grpo_module
 from diptych.config import GRPOConfig, WarmupConfig, build, to_yaml
-from diptych.grpo import ParityError, accumulate_gradient, collect, grpo, minibatches, replay
+from diptych.grpo import ParityError, accumulate_gradient, check_parity, collect, groups_without_spread, grpo, minibatches, replay
 from diptych.models import load_model
-from diptych.rewards import RewardError, load_reward
+from diptych.rewards import RewardBatch, RewardError, load_reward
 from diptych.runs import read_jsonl
 from diptych.tokens import collate
 from diptych.warmup import encode, supervised_step, warmup
@@ -297,3 +298,39 @@ def test_damaged_checkpoints_are_named(tiny_folder, tmp_path):
         load_model(file.parent)
     with pytest.raises(ValueError, match=r"no model at .*config.json does not exist"):
         load_model(tmp_path / "nothing")
+
+
+def test_steps_logged_before_the_first_checkpoint_are_logged_once(tiny_folder, tmp_path):
+    """Killed before its first checkpoint, in the middle of a line: the next run starts the log over."""
+    config = grpo_config(tiny_folder, tmp_path / "run", max_steps=2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.1}\n{"step": 2, "lo')
+    grpo(config)
+    assert [line["step"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+
+
+def test_spread_is_looked_for_in_every_step(tiny_folder, tmp_path):
+    """Step rewards (0, 1) and (1, 0) have the same mean, but there is something to learn."""
+    config = grpo_config(tiny_folder, tmp_path / "run")
+    _, experience = experience_of(config)
+    nothing = torch.zeros(1, 8, 2, dtype=torch.bool)
+    steps = torch.zeros(1, 8, 2)
+    steps[0, 0] = torch.tensor([0.0, 1.0])
+    steps[0, 1:4] = torch.tensor([1.0, 0.0])
+    steps[0, 4:] = torch.tensor([float("nan"), 2.0])  # the second group: missing, and all the same
+    rewards = RewardBatch(steps, ~nothing, torch.zeros(1, 8), nothing[..., 0], {}, {})
+    assert groups_without_spread(dataclasses.replace(experience, rewards=rewards), 4) == [1]
+
+
+def test_parity_that_is_not_a_number_stops_the_run(tiny_folder, tmp_path):
+    config = grpo_config(tiny_folder, tmp_path / "run")
+    model, experience = experience_of(config)
+    batch = collate([r.row for r in experience.rollouts])
+    with pytest.raises(ParityError):
+        check_parity(torch.full(batch.codes.shape, float("nan")), experience.rollouts, batch, config, True)
+    assert model is not None
+
+
+def test_a_reward_cannot_be_listed_twice(tiny_folder, tmp_path):
+    with pytest.raises(ValueError, match="listed twice"):
+        grpo_config(tiny_folder, tmp_path / "run", rewards=[{"name": "format"}, {"name": "format"}])

@@ -63,7 +63,7 @@ def generate(
     image: Annotated[list[Path] | None, typer.Option(help="a picture before the text; may be repeated")] = None,
     out: Annotated[Path, typer.Option(help="an .html page, or a .json file of message blocks")] = Path("document.html"),
     temperature: Annotated[float, typer.Option(min=0)] = 0.0,
-    guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance; 1: off")] = 2.0,
+    guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance; 1: off")] = 1.5,
     seed: int = 0,
 ) -> None:
     """Writes one illustrated document."""
@@ -99,7 +99,7 @@ def evaluate(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="packaged model or checkpoint folder")] = "storyboard",
     out: Annotated[Path | None, typer.Option(help="also write the numbers to this .json file")] = None,
-    guidance: Annotated[float, typer.Option(min=0)] = 2.0,
+    guidance: Annotated[float, typer.Option(min=0)] = 1.5,
 ) -> None:
     """Storyboard's benchmark: held-out documents and retention of old skills, judged by the oracle."""
     from diptych.evaluation.storyboard import evaluate_documents, evaluate_retention, held_out_tasks, rates

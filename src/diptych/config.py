@@ -167,7 +167,10 @@ class GRPOConfig(RunConfig):
             )
         if self.sampling.text.temperature == 0 or self.sampling.image.temperature == 0:
             raise ValueError("temperature 0 is greedy: all rollouts of a group would be equal; use a temperature > 0")
-        if self.score_guidance == "exact" and self.loss_type == "gspo" and self.num_iterations * self.num_minibatches == 1:
+        names = [reward.name for reward in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"a reward is listed twice ({', '.join(names)}); give it one entry with a weight")
+        if self.loss_type == "gspo" and self.num_iterations * self.num_minibatches == 1:
             raise ValueError("gspo with a single update per batch has ratio 1: use num_iterations or num_minibatches > 1")
         return self
 
@@ -257,11 +260,19 @@ def _set_leaf(data: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     node: Any = data
     for parent in parents:
-        node = node[int(parent)] if isinstance(node, list) else node.setdefault(parent, {})
+        node = node[_index(key, parent, node)] if isinstance(node, list) else node.setdefault(parent, {})
     if isinstance(node, list):
-        node[int(leaf)] = value
-    else:
+        node[_index(key, leaf, node)] = value
+    elif isinstance(node, dict):
         node[leaf] = value
+    else:
+        raise ValueError(f"--{key}: {parents[-1]!r} is no group of settings")
+
+
+def _index(key: str, part: str, items: list[Any]) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ValueError(f"--{key}: {part!r} is no index of a list of {len(items)}; allowed are 0 to {len(items) - 1}")
+    return int(part)
 
 
 def _explain(cls: type[Config], problem: Any) -> str:

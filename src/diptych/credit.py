@@ -81,25 +81,27 @@ def _outcome(
     steps: Tensor, applies: Tensor, documents: Tensor, documents_apply: Tensor, weights: Tensor, group_ids: Tensor,
     config: AdvantageConfig,
 ) -> Tensor:  # fmt: skip
-    values, valid = document_rewards(steps, applies, documents, documents_apply)  # (R, B)
+    values, speaks, missing = document_rewards(steps, applies, documents, documents_apply)  # (R, B)
     if config.aggregation == "sum_then_normalize":
         total = (values * weights[:, None]).sum(0)
-        return adv.group_advantages(total, valid.all(0), group_ids, scale=config.scale_rewards)
+        return adv.group_advantages(total, speaks.any(0) & ~missing.any(0), group_ids, scale=config.scale_rewards)
     return sum(
         (
             weight * adv.group_advantages(v, ok, group_ids, scale=config.scale_rewards)
-            for weight, v, ok in zip(weights, values, valid, strict=True)
+            for weight, v, ok in zip(weights, values, speaks & ~missing, strict=True)
         ),
         torch.zeros(documents.shape[1]),
     )
 
 
-def document_rewards(steps: Tensor, applies: Tensor, documents: Tensor, documents_apply: Tensor) -> tuple[Tensor, Tensor]:
+def document_rewards(steps: Tensor, applies: Tensor, documents: Tensor, documents_apply: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One number per reward and document: its document value, or the mean over the steps it applies to.
 
-    Returns values (R, B), 0 where the reward applies to nothing, and valid (R, B), False where anything is missing.
+    Returns, each (R, B): values (0 where there is none), speaks (the reward says something about the document), and
+    missing (something that it owed is missing).
     """
-    step_missing = (applies & steps.isnan()).any(-1)
+    missing = (applies & steps.isnan()).any(-1) | (documents_apply & documents.isnan())
+    speaks = applies.any(-1) | documents_apply
     mean = torch.where(applies, steps.nan_to_num(), 0.0).sum(-1) / applies.sum(-1).clamp(min=1)
     values = torch.where(documents_apply, documents.nan_to_num(), mean)
-    return values, ~(step_missing | (documents_apply & documents.isnan()))
+    return torch.where(speaks & ~missing, values, 0.0), speaks, missing

@@ -130,12 +130,14 @@ def _evaluate_all(config: DemoConfig, sources: dict[str, str], folder: Path, bar
     found = {}
     for name in CHECKPOINTS:
         path = folder / f"{name}.json"
+        settings = {"evaluate": config.evaluate.model_dump(), "sampling": config.grpo.sampling.model_dump(), "model": sources[name]}
+        stored = json.loads(path.read_text()) if path.is_file() else {}
         bars.update(task, shown=name)
-        if path.is_file():
+        if stored.get("settings") == settings:
             bars.advance(task, total // len(CHECKPOINTS))
         else:
             result = _evaluate_one(config, sources[name], lambda n: bars.advance(task, n))
-            atomic_text(path, json.dumps(result))
+            atomic_text(path, json.dumps({**result, "settings": settings}))
         found[name] = json.loads(path.read_text())
     return found
 

@@ -30,7 +30,7 @@ from diptych.optim import make_optimizer, optimizer_step
 from diptych.rewards import RewardBatch, RewardError, call_rewards, load_reward
 from diptych.runs import RunFolder
 from diptych.runtime import generator, init_processes, pick_device, rank, seed_everything, set_threads, sum_over_processes, world_size
-from diptych.sampling.engine import context_needed, sample
+from diptych.sampling.engine import sample
 from diptych.sampling.rollout import Rollout
 from diptych.tokens import TokenBatch, collate
 
@@ -55,23 +55,25 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
     """Runs, or resumes, a training and returns the trained model. The last checkpoint is `step_<max_steps>`.
 
     Raises ValueError for settings, data or checkpoints that cannot be used, RewardError, ParityError, and
-    FloatingPointError for a gradient that is not finite; each before the weights are changed.
+    FloatingPointError for a loss or gradient that is not finite; each before the optimizer step that it would spoil.
     """
     init_processes()
     set_threads(config.num_threads)
     seed_everything(config.seed)
     if config.prompts_per_step % world_size():
         raise ValueError(f"prompts_per_step={config.prompts_per_step} cannot be shared by {world_size()} processes")
+    if config.prompts_per_step * config.num_generations // world_size() % config.num_minibatches:
+        raise ValueError(f"num_minibatches={config.num_minibatches} does not divide the rollouts of one of {world_size()} processes")
     reward_functions = [(reward, load_reward(reward.name)) for reward in config.rewards]
     run = RunFolder(config.output_dir, config)
     device = pick_device(config.device)
     prompts = Mixture([config.prompts], config.seed)
     step = (run.steps() or [0])[-1]
     state: dict[str, Any] = {}
+    run.truncate_logs(step)
     if step:
         folder, state = run.load(step)
         model = load_model(folder)
-        run.truncate_logs(step)
     else:
         model = load_model(config.model)
     model.to(device).eval()  # no dropout: the policy that is scored is the policy that samples
@@ -151,7 +153,8 @@ def _collect_once(
     noise = generator(config.seed, 10, *stream, rank())
     rollouts = sample(model, rows, config.sampling, num_generations=config.num_generations, generator=noise)
     repeated = [record for record in records for _ in range(config.num_generations)]
-    columns: dict[str, list[Any]] = {key: [r.columns.get(key) for r in repeated] for key in repeated[0].columns}
+    keys = sorted({key for record in records for key in record.columns})
+    columns: dict[str, list[Any]] = {key: [record.columns.get(key) for record in repeated] for key in keys}
     columns["truncated"] = [rollout.truncated for rollout in rollouts]
     rewards = call_rewards(reward_functions, [r.prompt for r in repeated], [r.document for r in rollouts], columns)
     group_ids = torch.arange(len(records)).repeat_interleave(config.num_generations)
@@ -160,10 +163,15 @@ def _collect_once(
 
 def groups_without_spread(experience: Experience, group_size: int) -> list[int]:
     """Groups in which every reward gives all members the same: nothing can be learned from them."""
-    values, _ = document_rewards(*_reward_parts(experience.rewards))  # (R, B)
-    grouped = values.reshape(len(values), -1, group_size)
-    spread = (grouped.amax(-1) - grouped.amin(-1)).amax(0)
-    return [g for g, s in enumerate(spread.tolist()) if s == 0]
+    rewards = experience.rewards
+    values, speaks, missing = document_rewards(*_reward_parts(rewards))  # (R, B)
+    steps = rewards.steps.permute(0, 2, 1).flatten(0, 1)  # (R * J, B): each step is compared with the same step
+    applies = rewards.applies.permute(0, 2, 1).flatten(0, 1)
+    everything = torch.cat([values, steps.nan_to_num()])
+    known = torch.cat([speaks & ~missing, applies & ~steps.isnan()])
+    high = everything.masked_fill(~known, -torch.inf).unflatten(1, (-1, group_size)).amax(-1)
+    low = everything.masked_fill(~known, torch.inf).unflatten(1, (-1, group_size)).amin(-1)
+    return [g for g, spread in enumerate((high > low).any(0).tolist()) if not spread]
 
 
 def _reward_parts(rewards: RewardBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -221,11 +229,11 @@ def check_parity(logprobs: Tensor, rollouts: list[Rollout], batch: TokenBatch, c
         values = gap[batch.choice_mask & mask[..., None]]
         metrics[f"parity/{name}_max"] = float(values.max()) if len(values) else 0.0
         metrics[f"parity/{name}_mean"] = float(values.mean()) if len(values) else 0.0
-    worst = max(metrics["parity/text_max"], metrics["parity/image_max"])
-    if guided and not worst <= config.parity_bound:
+    holds = [metrics[f"parity/{name}_max"] <= config.parity_bound for name in ("text", "image")]  # False for NaN
+    if guided and not all(holds):
         raise ParityError(
-            f"sampled and replayed log-probabilities differ by up to {worst:.3g} (parity_bound={config.parity_bound}): "
-            f"text {metrics['parity/text_max']:.3g}, image {metrics['parity/image_max']:.3g}. The update would train another "
+            f"sampled and replayed log-probabilities differ by up to {metrics['parity/text_max']:.3g} (text) and "
+            f"{metrics['parity/image_max']:.3g} (image); parity_bound is {config.parity_bound}. The update would train another "
             "policy than the one that sampled. Use fp32, check the model's adapter (positions, masks), or raise the bound "
             "knowingly"
         )
@@ -268,7 +276,7 @@ def accumulate_gradient(
         )
         loss, sums = policy_loss(policy, config.loss_type, terms(config.text), terms(config.image), counts)
         if not torch.isfinite(loss):
-            raise FloatingPointError("the loss is not finite; the weights are unchanged and earlier checkpoints are intact")
+            raise FloatingPointError("the loss is not finite; this optimizer step was not taken and earlier checkpoints are intact")
         loss.backward()
         total["loss"] += loss.item()
         for name, value in sums.items():
@@ -279,7 +287,8 @@ def accumulate_gradient(
 def global_counts(batch: TokenBatch, rows: Tensor, sampling: SamplingParams, model: UnifiedModel) -> Counts:
     mine = torch.tensor([len(rows), int(batch.choice_mask[rows].sum())], dtype=torch.float64)
     num_rollouts, num_choices = sum_over_processes(mine).tolist()
-    longest = context_needed(model, sampling) + sampling.max_images * model.image_spec.num_positions * (model.image_spec.depth - 1)
+    spec = model.image_spec
+    longest = (sampling.max_images + 1) * sampling.max_text_tokens + sampling.max_images * spec.num_positions * spec.depth
     return Counts(int(num_rollouts), int(num_choices), longest)
 
 
@@ -306,7 +315,8 @@ def update_metrics(sums: list[dict[str, float]], config: GRPOConfig) -> dict[str
 
 def reward_metrics(experience: Experience, config: GRPOConfig) -> dict[str, float]:
     rewards, group = experience.rewards, config.num_generations
-    values, valid = document_rewards(*_reward_parts(rewards))  # (R, B)
+    values, speaks, missing = document_rewards(*_reward_parts(rewards))  # (R, B)
+    valid = speaks & ~missing
     metrics: dict[str, float] = {}
     for r, reward in enumerate(config.rewards):
         used = values[r][valid[r]]
@@ -315,9 +325,10 @@ def reward_metrics(experience: Experience, config: GRPOConfig) -> dict[str, floa
             metrics[f"rewards/{reward.name}/std"] = float(used.std()) if len(used) > 1 else 0.0
         metrics[f"rewards/{reward.name}/missing"] = rewards.missing[reward.name]
     weights = torch.tensor([reward.weight for reward in config.rewards])
-    total = (values * weights[:, None]).sum(0)
-    metrics["reward"] = float(total.mean())
-    metrics["reward_std"] = float(total.reshape(-1, group).std(1).mean())
+    total = (values * weights[:, None]).sum(0)[~missing.any(0)]
+    if len(total):
+        metrics["reward"] = float(total.mean())
+        metrics["reward_std"] = float(total.std()) if len(total) > 1 else 0.0
     metrics["frac_reward_zero_std"] = len(groups_without_spread(experience, group)) / (len(experience.rollouts) // group)
     lengths = [len(r.row) - r.prompt_length for r in experience.rollouts]
     metrics["completions/mean_length"] = sum(lengths) / len(lengths)

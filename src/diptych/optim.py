@@ -44,7 +44,7 @@ def optimizer_step(
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_grad_norm)
     if not torch.isfinite(norm):
         raise FloatingPointError(
-            "the gradient is not finite; the weights are unchanged. Lower the learning rate, or look at the rewards and "
+            "the gradient is not finite; this optimizer step was not taken. Lower the learning rate, or look at the rewards and "
             "log-probabilities of the last step; earlier checkpoints are intact"
         )
     rate = float(schedule.get_last_lr()[0])

@@ -99,6 +99,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump({"config": settings, "versions": versions()}, sort_keys=False)
             atomic_text(file, text)
+        if rank() == 0:
+            for leftover in self.checkpoints.glob(".tmp-*"):  # of a killed process
+                shutil.rmtree(leftover, ignore_errors=True)
         barrier()
         if settings.get("report_to") == "tensorboard" and rank() == 0:
             try:

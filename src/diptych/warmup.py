@@ -40,10 +40,10 @@ def warmup(config: WarmupConfig, progress: Progress | None = None) -> UnifiedMod
     held_out = Mixture(config.sources, config.seed, "validation").batch(0, config.num_eval_records)
     step = (run.steps() or [0])[-1]
     state: dict[str, Any] = {}
+    run.truncate_logs(step)
     if step:
         folder, state = run.load(step)
         model = load_model(folder)
-        run.truncate_logs(step)
     else:
         model = load_model(config.model)
     model.to(device).train()

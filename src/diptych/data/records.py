@@ -60,6 +60,11 @@ def open_source(name: str, num_records: int | None = None, *, seed: int = 0, spl
     if not path.is_file():
         raise ValueError(f"data set {name!r} does not exist; give a .jsonl file or one of: {', '.join(_storyboard_names())}")
     records = _read_jsonl(path, num_records)
+    held_out = records[19::20] or records[-1:]  # of a file, every 20th record is for validation
+    if split == "train":
+        records = [r for i, r in enumerate(records) if i % 20 != 19] if len(records) >= 20 else records[: max(1, len(records) - 1)]
+    else:
+        records = held_out
     return Source(name, len(records), records.__getitem__)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from diptych.models.base import ImageSpec, UnifiedModel
 from diptych.models.storyboard import StoryboardModel
 
-FAMILIES: dict[str, type[StoryboardModel]] = {"diptych_storyboard": StoryboardModel}
+FAMILIES: dict[str, type[UnifiedModel]] = {"diptych_storyboard": StoryboardModel}
 PACKAGED = ("storyboard",)
 
 __all__ = ["FAMILIES", "PACKAGED", "ImageSpec", "UnifiedModel", "load_model", "packaged_folder"]

@@ -99,6 +99,11 @@ class UnifiedModel(nn.Module, abc.ABC):
     @abc.abstractmethod
     def save_pretrained(self, folder: Path) -> None: ...
 
+    @classmethod
+    @abc.abstractmethod
+    def load(cls, folder: Path) -> UnifiedModel:
+        """The model of a checkpoint folder. Raises ValueError naming the file that is missing, truncated or does not fit."""
+
     # --- written once for all families ------------------------------------------------------------------------------
     @property
     def device(self) -> torch.device:

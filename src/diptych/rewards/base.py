@@ -1,4 +1,4 @@
-"""Calling rewards so that none can lie: what fails, times out or is not finite is *missing*, never 0 and never random.
+"""Calling rewards so that none can lie: what fails or is not finite is *missing*, never 0 and never random.
 
 A reward is called as `reward(prompts=..., completions=..., **columns)` with messages whose content is a list of text
 and image blocks. It returns, for each sample, a float or None (TRL), or a list with a float or None for each step of
@@ -96,10 +96,13 @@ def call_rewards(
         except Exception as error:  # rewards are untrusted: counted, logged, masked out
             errors[config.name] = f"{type(error).__name__}: {error}"
             logger.warning("reward %s failed: %s", config.name, errors[config.name])
-            returned = [math.nan] * len(sizes)
+            returned = [_AllMissing()] * len(sizes)
         returned = _checked(config.name, returned, sizes)
         for b, value in enumerate(returned):
-            if isinstance(value, list):
+            if isinstance(value, _AllMissing):
+                documents[r, b], documents_apply[r, b] = math.nan, True
+                steps[r, b, : sizes[b]], applies[r, b, : sizes[b]] = math.nan, True
+            elif isinstance(value, list):
                 _fill(steps[r, b], applies[r, b], value, config)
             elif value is not None:
                 documents_apply[r, b] = True
@@ -110,13 +113,17 @@ def call_rewards(
     return RewardBatch(steps, applies, documents, documents_apply, missing, errors)
 
 
+class _AllMissing:
+    """What a failed call owed is unknown, so the whole document and each of its steps count as missing."""
+
+
 async def _wait(awaitable: Any) -> Any:
     return await awaitable
 
 
 def _checked(name: str, returned: Any, sizes: list[int]) -> list[Any]:
     try:
-        values = [v.tolist() if isinstance(v, torch.Tensor) else v for v in returned]
+        values = [v.tolist() if hasattr(v, "tolist") else list(v) if isinstance(v, tuple) else v for v in returned]
     except TypeError:
         raise RewardError(f"reward {name!r} returned {type(returned).__name__}; a list with one entry per document is needed") from None
     if len(values) != len(sizes):

@@ -1,6 +1,6 @@
 """The hidden truth: reads generated text by grammar and generated pixels by analysis, and judges a whole document.
 
-It is the evaluation, never a reward. Its own accuracy is measured by `tests/worlds` and `benchmarks/oracle.py`.
+It is the evaluation, never a reward. Its own accuracy is measured by `tests/test_world.py` and `benchmarks/oracle.py`.
 """
 
 from __future__ import annotations
