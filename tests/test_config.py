@@ -100,7 +100,7 @@ def test_overrides_reach_every_leaf(recipe):
         "--advantages.scale_rewards", "false", "--optim.betas=[0.8, 0.9]", "--num-generations", "2", "--text.epsilon-high", "null",
     ]  # fmt: skip
     config = load_config(GRPOConfig, recipe, arguments)
-    assert config.optim.lr == 1e-4  # which YAML 1.1 would read as a word
+    assert config.optim.lr == 1e-4
     assert config.optim.betas == (0.8, 0.9)
     assert config.seed == 1
     assert [(r.name, r.weight, r.modality) for r in config.rewards] == [("format", 2.0, "both"), ("my.module:reward", 1.0, "text")]
@@ -122,10 +122,24 @@ def test_overrides_are_checked_like_the_recipe(recipe):
 
 def test_unreadable_overrides_are_refused():
     assert parse_overrides(["--a.b", "1", "--c=x=y", "--d", "-1"]) == [("a.b", 1), ("c", "x=y"), ("d", -1)]
+    assert parse_overrides(["--lr", "1e-4"]) == [("lr", 1e-4)]  # a word in YAML 1.1
     with pytest.raises(ValueError, match=r"cannot read 'seed=1'; overrides look like --optim\.lr 1e-4 or --seed=1"):
         parse_overrides(["seed=1"])
     with pytest.raises(ValueError, match="--seed needs a value"):
         parse_overrides(["--seed"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--rewards.7.weight=2", r"--rewards\.7\.weight: '7' is no index of a list of 2; allowed are 0 to 1"),
+        ("--rewards.x.weight=2", r"'x' is no index of a list of 2"),
+        ("--max_steps.x=1", r"--max_steps\.x: 'max_steps' is no group of settings"),
+    ],
+)
+def test_overrides_of_what_does_not_exist_are_named(recipe, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(GRPOConfig, recipe, [override])
 
 
 def test_minibatches_must_divide_the_rollouts():

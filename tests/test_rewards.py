@@ -104,7 +104,9 @@ def test_a_reward_that_raises_is_missing_everywhere_and_spares_the_others(caplog
     result = call_rewards(rewards, PROMPTS, COMPLETIONS, {})
     assert result.documents[0].isnan().all()
     assert result.documents_apply.all()
+    assert result.steps[0].isnan().tolist() == result.applies[0].tolist() == [[True, True, True], [True, False, False]]
     assert result.documents[1].tolist() == [1, 2]
+    assert not result.applies[1].any()
     assert result.missing == {"broken": 1.0, "fine": 0.0}
     assert result.errors == {"broken": "RuntimeError: the server is down"}
     assert "reward broken failed: RuntimeError: the server is down" in caplog.text
@@ -134,6 +136,8 @@ def test_tensors_are_values_too():
     result = call([torch.tensor([1.0, 2.0, 3.0]), torch.tensor(4.0)])
     assert result.steps[0, 0].tolist() == [1, 2, 3]
     assert float(result.documents[0, 1]) == 4
+    for steps in ((1.0, None, 3.0), np.array([1.0, NAN, 3.0])):
+        assert call([steps, None]).steps[0, 0, [0, 2]].tolist() == [1, 3]
     assert call(np.array([1.0, 2.0])).documents.tolist() == [[1, 2]]
 
 

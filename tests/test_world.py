@@ -81,6 +81,7 @@ def test_sentences_by_hand():
         "a small pink ball on the left , at night",
         "a small red ball on the left , a big blue tree on the left , at night",  # one place twice
         "nothing , a small red ball on the left , at night",
+        "a small red ball on the left today , at night",
         "a small red ball on the left , at night .",
         "a small red ball on the left , at night , at night",
     ],
@@ -424,6 +425,9 @@ def with_words(segment, old: str, new: str) -> Text:
         pytest.param(STORY, (P1, T1, P2, T2, P3, T3), 0, 0, 1, 2 / 3, id="pictures first"),
         # 3 right steps and one too many: 3 of 4 told events are right
         pytest.param(STORY, (T1, P1, T2, P2, T3, P3, T3, P3), 0, 1, 1, 3 / 4, id="a step too many"),
+        # only the first text missing: told (-, 2, 3)
+        pytest.param(STORY, (P1, T2, P2, T3, P3), 0, 2 / 3, 1, 2 / 3, id="picture first"),
+        pytest.param(STORY, (Text("hm"), T1, P1, T2, P2, T3, P3), 0, 1, 1, 1, id="two texts in a row"),
         pytest.param(STORY, (T1, P1, T2, P2, T3, P3, CLOSING), 0, 1, 1, 1, id="closing text not asked for"),
         pytest.param(STORY, (), 0, 0, 0, 0, id="empty document"),
         pytest.param(STORY, (T1, P1, Text("  "), P2, T3, P3), 0, 2 / 3, 1, 2 / 3, id="empty text"),

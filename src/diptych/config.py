@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -213,7 +213,10 @@ def load_config(cls: type[ConfigT], recipe: str | Path | None, overrides: Sequen
     """
     data: dict[str, Any] = {}
     if recipe is not None:
-        loaded = yaml.safe_load(recipe_path(recipe).read_text())
+        try:
+            loaded = yaml.safe_load(recipe_path(recipe).read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"recipe {str(recipe)!r} is no valid YAML: {error}") from error
         if not isinstance(loaded, dict):
             raise ValueError(f"recipe {str(recipe)!r} holds no mapping of settings")
         data = loaded
@@ -247,7 +250,10 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def _read_value(text: str) -> Any:
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"cannot read the value {text!r}: {error}") from error
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a word
         try:
             return float(value)
@@ -280,6 +286,9 @@ def _explain(cls: type[Config], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         owner: Any = cls
         for part in problem["loc"][:-1]:
+            if isinstance(part, int):  # an item of tuple[X, ...]
+                owner = (get_args(owner) or (None,))[0]
+                continue
             field = getattr(owner, "model_fields", {}).get(part)
             owner = field.annotation if field is not None else None
         allowed = ", ".join(getattr(owner, "model_fields", {})) or "see the documentation"

@@ -83,7 +83,7 @@ class Document:
             return cls((Text(blocks),))
         segments: list[Segment] = []
         for index, block in enumerate(blocks):
-            kind = block.get("type")
+            kind = block.get("type") if isinstance(block, dict) else None
             if kind == "text" and isinstance(block.get("text"), str):
                 segments.append(Text(block["text"]))
             elif kind == "image" and block.get("image") is not None:

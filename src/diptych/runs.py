@@ -29,23 +29,26 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises ValueError with the free space where the disk is full.
     """
     temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    old = target.with_name(f".tmp-old-{target.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():
                 with path.open("rb") as stream:
                     os.fsync(stream.fileno())
-        old = target.with_name(f".tmp-old-{target.name}-{os.getpid()}")
         if target.exists():
             target.rename(old)
         temporary.rename(target)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
         if is_disk_full(error):
-            free = shutil.disk_usage(target.parent).free // 2**20
+            existing = next(p for p in (target, *target.parents) if p.exists())
+            free = shutil.disk_usage(existing).free // 2**20
             raise ValueError(
                 f"no space left while writing {target} ({free} MiB free). Nothing was half-written and earlier "
                 "checkpoints are intact: free some space and run the same command again."
@@ -65,9 +68,9 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def atomic_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text)
         temporary.replace(path)
     except BaseException as error:

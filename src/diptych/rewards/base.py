@@ -93,6 +93,8 @@ def call_rewards(
             returned = function(prompts=asked, completions=answers, **columns)
             if inspect.isawaitable(returned):
                 returned = asyncio.run(_wait(returned))
+            if inspect.isgenerator(returned):
+                returned = list(returned)
         except Exception as error:  # rewards are untrusted: counted, logged, masked out
             errors[config.name] = f"{type(error).__name__}: {error}"
             logger.warning("reward %s failed: %s", config.name, errors[config.name])
@@ -139,7 +141,8 @@ def _rescale(value: Any, config: RewardConfig) -> float:
         number = float(value)
     except (TypeError, ValueError):
         return math.nan
-    return (number - config.shift) / config.scale if math.isfinite(number) else math.nan
+    rescaled = (number - config.shift) / config.scale
+    return rescaled if abs(rescaled) <= torch.finfo(torch.float32).max else math.nan  # False for NaN too
 
 
 def _fill(steps: Tensor, applies: Tensor, values: list[Any], config: RewardConfig) -> None:

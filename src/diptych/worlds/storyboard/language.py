@@ -87,6 +87,8 @@ def parse_scene(text: str) -> Scene | None:
             index = PLACES.index(_PLACE_OF_PHRASE[match["phrase"]])
             if places[index] is not None:
                 return None
+            if any(thing is not None and thing.kind == match["kind"] for thing in places):
+                return None
             places[index] = Thing(match["kind"], match["colour"], match["size"])
     return Scene(_BACKGROUND_OF_PHRASE[ending], tuple(places))  # type: ignore[arg-type]
 
@@ -113,11 +115,17 @@ def step_text(event: Event, scene: Scene) -> str:
 
 
 def parse_step(text: str) -> tuple[Event | None, Scene | None]:
-    """Event and scene of a step's text; None for a part that breaks the grammar."""
+    """Event and scene of a step's text; None for a part that breaks the grammar.
+
+    Things are listed from left to right, and each of the two sentences ends in one full stop.
+    """
     parts = [part.strip() for part in normalise(text).split(" .") if part.strip()]
     if len(parts) != 2:
         return None, None
-    return parse_event(parts[0]), parse_scene(parts[1])
+    event, scene = parse_event(parts[0]), parse_scene(parts[1])
+    if event is not None and scene is not None and normalise(text) != step_text(event, scene):
+        return None, None
+    return event, scene
 
 
 assert set(BACKGROUND_PHRASES) == set(BACKGROUNDS)

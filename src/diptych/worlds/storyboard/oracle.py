@@ -82,8 +82,10 @@ class Verdict:
 
 def judge(documents: Sequence[Document], truths: Sequence[Truth]) -> list[Verdict]:
     """Verdicts of answers against the truth; all pictures are read in one batch."""
-    pictures = [image.pixels for document in documents for image in document.images]
-    seen = iter(read_pictures([p for p in pictures if p is not None]))
+    pictures = [image.pixels for document in documents for image in document.images if image.pixels is not None]
+    if len(pictures) != sum(len(document.images) for document in documents):
+        raise ValueError("an image has codes but no pixels; decode it before it is judged")
+    seen = iter(read_pictures(pictures))
     return [_judge(document, truth, seen) for document, truth in zip(documents, truths, strict=True)]
 
 
