@@ -42,7 +42,7 @@ def warmup(context: typer.Context, recipe: Recipe = "warmup") -> None:
     console.print(f"saved: {checkpoint_of(config)}")
 
 
-@app.command(context_settings=PASS_ON, epilog="Example: diptych grpo grpo --model runs/warmup/checkpoints/step_50/model")
+@app.command(context_settings=PASS_ON, epilog="Example: diptych grpo grpo --model runs/warmup/checkpoints/step_60/model")
 def grpo(context: typer.Context, recipe: Recipe = "grpo") -> None:
     """Stage 2: unified GRPO over text and image codes. Resumes where it stopped."""
     from diptych.grpo import checkpoint_of
@@ -93,7 +93,7 @@ def generate(
 
 
 @app.command(
-    context_settings=PASS_ON, epilog="Example: diptych evaluate --model runs/demo/grpo/checkpoints/step_80/model --num_prompts 100"
+    context_settings=PASS_ON, epilog="Example: diptych evaluate --model runs/demo/grpo/checkpoints/step_90/model --num_prompts 100"
 )
 def evaluate(
     context: typer.Context,
