@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 340, 190, 42, 26, 12
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 340, 190, 58, 26, 12
 
 Series = tuple[str, str, Sequence[tuple[float, float]]]  # label, colour, points
 
@@ -37,7 +37,7 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> s
         value = low + (high - low) * share
         y = place(low_x, value).split(",")[1]
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - 10}" y1="{y}" y2="{y}" stroke="var(--line)"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{value:.2g}</text>')
     parts.append(f'<text x="{LEFT}" y="{HEIGHT - 6}">{low_x:g}</text>')
     parts.append(f'<text x="{WIDTH - 10}" y="{HEIGHT - 6}" text-anchor="end">{x_label} {high_x:g}</text>')
     for _, colour, ps in series:
