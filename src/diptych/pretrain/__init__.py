@@ -19,7 +19,7 @@ __all__ = ["PretrainSteps", "pretrain"]
 
 
 class PretrainSteps:
-    """Optimizer steps of each part. The packaged weights were made with these."""
+    """Optimizer steps of each part. The weights packaged now took several passes instead: see docs/lab_notes.md."""
 
     codec = 4000
     base = 3000
