@@ -64,7 +64,7 @@ def test_broken_data_is_named_with_file_and_line(tmp_path):
 
 def test_generate_writes_a_document(tmp_path):
     out = tmp_path / "answer.json"
-    result = diptych("generate", "draw this . a small red ball on the left , at night .", "--out", str(out))
+    result = diptych("generate", "draw this . on the left a small red ball , at night .", "--out", str(out))
     assert result.returncode == 0, result.stderr
     document = Document.from_blocks(json.loads(out.read_text()))
     assert document.images[0].pixels.size == (96, 96)

@@ -18,7 +18,7 @@ from diptych.sampling.engine import sample
 from diptych.sampling.rollout import Rollout
 from diptych.tokens import Modality, TokenBatch, TokenRow, collate
 
-WORDS = ("the ball grows", "tell the story . a small red ball on the left , at night .", "draw this . a big tree")
+WORDS = ("the ball grows", "tell the story . on the left a small red ball , at night .", "draw this . a big tree")
 
 
 def prompts(model) -> list[TokenRow]:
@@ -113,7 +113,7 @@ def test_replay_equals_sampling_for_all_settings(tiny_model, params):
 def test_packaged_model_with_guidance_meets_the_promise():
     model = load_model("storyboard")
     params = SamplingParams(image=ImageSampling(guidance_scale=3.0))
-    rows = [model.encode_prompt(Document((Text("draw this . a small red ball on the left , at night ."),))), *prompts(model)[:1]]
+    rows = [model.encode_prompt(Document((Text("draw this . on the left a small red ball , at night ."),))), *prompts(model)[:1]]
     rollouts = sample(model, rows, params, num_generations=8, generator=torch.Generator().manual_seed(0))
     batch = collate([r.row for r in rollouts])
     assert any(r.document.images for r in rollouts)

@@ -61,12 +61,12 @@ def test_sentences_are_read_back():
 
 def test_sentences_by_hand():
     scene = Scene("night", (BALL, TREE, None))
-    assert language.describe(scene) == "a small red ball on the left , a big blue tree in the middle , at night"
+    assert language.describe(scene) == "on the left a small red ball , in the middle a big blue tree , at night"
     assert language.describe(Scene("snow", (None, None, None))) == "nothing , in the snow"
     assert language.tell(Event("background", background="beach")) == "the sea comes"
     assert language.tell(Event("shrink", "tree")) == "the tree shrinks"
-    assert language.tell(Event("add", "house", "green", "small", "right")) == "add a small green house on the right"
-    assert language.parse_scene("A small RED ball on the left, a big blue tree in the middle,at night") == scene
+    assert language.tell(Event("add", "house", "green", "small", "right")) == "add on the right a small green house"
+    assert language.parse_scene("on the left A small RED ball, in the middle a big blue tree,at night") == scene
 
 
 @pytest.mark.parametrize(
@@ -74,16 +74,16 @@ def test_sentences_by_hand():
     [
         "",
         "at night",  # no "nothing"
-        "a small red ball on the left",  # no background
-        "a small red ball on the left at night",  # no comma
-        "a small ball on the left , at night",  # no colour
-        "a red small ball on the left , at night",
-        "a small pink ball on the left , at night",
-        "a small red ball on the left , a big blue tree on the left , at night",  # one place twice
-        "nothing , a small red ball on the left , at night",
-        "a small red ball on the left today , at night",
-        "a small red ball on the left , at night .",
-        "a small red ball on the left , at night , at night",
+        "on the left a small red ball",  # no background
+        "on the left a small red ball at night",  # no comma
+        "on the left a small ball , at night",  # no colour
+        "on the left a red small ball , at night",
+        "on the left a small pink ball , at night",
+        "on the left a small red ball , on the left a big blue tree , at night",  # one place twice
+        "nothing , on the left a small red ball , at night",
+        "on the left a small red ball today , at night",
+        "on the left a small red ball , at night .",
+        "on the left a small red ball , at night , at night",
     ],
 )
 def test_broken_descriptions_are_no_scene(sentence):
@@ -93,7 +93,7 @@ def test_broken_descriptions_are_no_scene(sentence):
 @pytest.mark.parametrize(
     "sentence",
     ["", "the ball", "ball grows", "the ball turns", "the ball turns big", "the ball moves left", "the ball grows .",
-     "the ball grows , then the tree leaves", "the dog leaves", "add a red ball on the left", "night comes"],
+     "the ball grows , then the tree leaves", "the dog leaves", "add on the left a red ball", "night comes"],
 )  # fmt: skip
 def test_broken_events_are_no_event(sentence):
     assert language.parse_event(sentence) is None
@@ -101,7 +101,7 @@ def test_broken_events_are_no_event(sentence):
 
 def test_each_half_of_a_step_is_read_alone():
     scene = Scene("night", (BALL, None, None))
-    good = "the ball grows . a small red ball on the left , at night ."
+    good = "the ball grows . on the left a small red ball , at night ."
     assert language.parse_step(good) == (Event("grow", "ball"), scene)
     assert language.parse_step(good.replace("grows", "sings")) == (None, scene)
     assert language.parse_step(good.replace("red", "pink")) == (Event("grow", "ball"), None)
@@ -254,8 +254,8 @@ def happen(state: Plain, sentence: str) -> Plain:
     if sentence in comes:
         return comes[sentence], things
     if words[0] == "add":
-        assert words[-1] not in things
-        things[words[-1]] = (words[4], words[3], words[2])
+        assert words[3] not in things  # add on the left a small red ball
+        things[words[3]] = (words[7], words[6], words[5])
         return background, things
     (place,) = (p for p, (kind, _, _) in things.items() if kind == words[1])
     kind, colour, size = things.pop(place)

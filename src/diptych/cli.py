@@ -55,7 +55,7 @@ def grpo(context: typer.Context, recipe: Recipe = "grpo") -> None:
 
 
 @app.command(
-    epilog='Example: diptych generate "tell the story . a small red ball on the left , at night . first the ball grows ." --out a.html'
+    epilog='Example: diptych generate "tell the story . on the left a small red ball , at night . first the ball grows ." --out a.html'
 )
 def generate(
     prompt: Annotated[str, typer.Argument(help="the prompt's text")],
@@ -135,13 +135,16 @@ def pretrain(
     seed: int = 0,
     num_threads: Annotated[int, typer.Option(min=1)] = 2,
     scale: Annotated[float, typer.Option(min=0, help="multiplies the number of steps of every part")] = 1.0,
+    part: Annotated[list[str] | None, typer.Option(help="train this part only (may be repeated)")] = None,
 ) -> None:
     """Trains what is packaged: image tokenizer, base model, learned rewards. Resumes where it stopped."""
+    from diptych.pretrain import PARTS
     from diptych.pretrain import pretrain as run
     from diptych.runtime import set_threads
 
     set_threads(num_threads)
-    run(output_dir, seed=seed, scale=scale, log=lambda line: console.print(line, highlight=False, soft_wrap=True))
+    parts = tuple(part or PARTS)
+    run(output_dir, seed=seed, scale=scale, parts=parts, log=lambda line: console.print(line, highlight=False, soft_wrap=True))
 
 
 def _bar(bars: Progress, title: str, total: int) -> Any:

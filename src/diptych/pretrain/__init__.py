@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,23 +15,32 @@ from diptych.pretrain.codec import all_strips, distinct_patches, measure_codec, 
 from diptych.pretrain.reward_models import Redrawer, measure_critic, measure_image_text, train_image_text, train_text_critic
 from diptych.runs import atomic_folder
 
-__all__ = ["PretrainSteps", "pretrain"]
+__all__ = ["PARTS", "PretrainSteps", "pretrain"]
 
 
 class PretrainSteps:
     """Optimizer steps of each part. The weights packaged now took several passes instead: see docs/lab_notes.md."""
 
     codec = 4000
-    base = 3000
+    base = 4000
     image_text = 1500
     text_critic = 2000
 
 
-def pretrain(output_dir: Path, *, seed: int, scale: float, log: Callable[[str], None]) -> None:
+PARTS = ("storyboard", "image_text", "text_critic")
+
+
+def pretrain(
+    output_dir: Path, *, seed: int, scale: float, log: Callable[[str], None], parts: Sequence[str] = PARTS
+) -> None:
     """Trains all parts into `output_dir/{storyboard,image_text,text_critic}`. Finished parts are kept, so it resumes.
 
-    `scale` multiplies the steps (tests use a small one).
+    `scale` multiplies the steps (tests use a small one). `parts` allows to train them in processes of their own, once
+    the image tokenizer is there. Raises ValueError for a part that does not exist.
     """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise ValueError(f"there is no part {unknown[0]!r} to pretrain; the parts are {', '.join(PARTS)}")
     work = output_dir / "work"
     work.mkdir(parents=True, exist_ok=True)
 
@@ -47,16 +56,16 @@ def pretrain(output_dir: Path, *, seed: int, scale: float, log: Callable[[str], 
         save_file(codec.state_dict(), saved)
     codec.eval()
     measures = {"codec": measure_codec(codec, distinct_patches(all_strips(), codec.patch))}
-    if not (output_dir / "storyboard").is_dir():
-        model = pretrain_base(new_model(codec, seed), work, steps("base"), 1.5e-3, 24, seed, log)
+    if "storyboard" in parts and not (output_dir / "storyboard").is_dir():
+        model = pretrain_base(new_model(codec, seed), work, steps("base"), 3e-3, 24, seed, log)
         with atomic_folder(output_dir / "storyboard") as folder:
             model.save_pretrained(folder)
             (folder / "measures.json").write_text(json.dumps(measures, indent=1) + "\n")
-    if not (output_dir / "image_text").is_dir():
+    if "image_text" in parts and not (output_dir / "image_text").is_dir():
         encoder = train_image_text(codec, work, steps("image_text"), seed, log)
         with atomic_folder(output_dir / "image_text") as folder:
             encoder.save(folder, measure_image_text(encoder, Redrawer(codec)))
-    if not (output_dir / "text_critic").is_dir():
+    if "text_critic" in parts and not (output_dir / "text_critic").is_dir():
         critic = train_text_critic(work, steps("text_critic"), seed, log)
         with atomic_folder(output_dir / "text_critic") as folder:
             critic.save(folder, measure_critic(critic))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from diptych.models.base import UnifiedModel
 from diptych.models.pixels import to_pixels
 from diptych.models.storyboard.codec import PatchCodec
 from diptych.models.storyboard.model import BOS, StoryboardConfig, StoryboardModel, build_tokenizer
+from diptych.pretrain.muon import MuonAdamW
 from diptych.runs import atomic_folder
 from diptych.runtime import rng as make_rng
 from diptych.tokens import TokenBatch, TokenRow, collate
@@ -61,79 +61,74 @@ class PatchCodes:
         return Document(tuple(Image(s.pixels, self.of(s.pixels)) if isinstance(s, Image) and s.pixels else s for s in document))
 
 
-def conversation_row(model: StoryboardModel, turns: list[Turn]) -> TokenRow:
+def extend(model: StoryboardModel, row: TokenRow | None, turn: Turn) -> TokenRow:
     """<bos> then, for each turn, <user> prompt <assistant> answer <eos>; every answer is trained."""
-    rows: list[TokenRow] = []
-    for prompt, answer in turns:
-        wrapped = model.encode_prompt(prompt)
-        rows.append(TokenRow(*(getattr(wrapped, f)[1:] for f in TokenRow.__dataclass_fields__)) if rows else wrapped)
-        rows.append(model.encode_segments(answer, answer=True))
-    return TokenRow.concat(rows)
+    prompt, answer = model.encode_prompt(turn[0]), model.encode_segments(turn[1], answer=True)
+    if row is None:
+        return TokenRow.concat([prompt, answer])
+    return TokenRow.concat([row, TokenRow(*(getattr(prompt, f)[1:] for f in TokenRow.__dataclass_fields__)), answer])
 
 
-def make_batch(model: StoryboardModel, codes: PatchCodes, seed: int, step: int, batch_size: int, length: int = 192) -> TokenBatch:
-    """Conversations filled up to `length` positions, and bare images after the unconditional prompt (caption dropout)."""
+def make_batch(
+    model: StoryboardModel, codes: PatchCodes, seed: int, step: int, batch_size: int, length: int = 192
+) -> tuple[TokenBatch, TokenBatch]:
+    """Conversations filled up to `length` positions; and bare pictures after the unconditional prompt (caption dropout),
+    one for every four conversations, apart because they are short."""
     rng = make_rng(seed, 1, step)
     rows: list[TokenRow] = []
-    turns: list[Turn] = []
     row: TokenRow | None = None
     while len(rows) < batch_size:
         added = [make_turn(rng)]
         after = follow_up(added[0])
         if after is not None and rng.random() < 0.5:
             added.append(after)
-        turns += [(codes.fill(prompt), codes.fill(answer)) for prompt, answer in added]
-        longer = conversation_row(model, turns)
+        longer = row
+        for prompt, answer in added:
+            longer = extend(model, longer, (codes.fill(prompt), codes.fill(answer)))
+        assert longer is not None
         if len(longer) > length and row is not None:
             rows.append(row)
-            turns, row = [], None
+            row = None
         else:
             row = longer
     begin = TokenRow.text([BOS], model.image_spec.depth)
+    bare = []
     for _ in range(max(1, batch_size // 4)):
         image = codes.fill(make_turn(rng, "draw")[1])
-        rows.append(TokenRow.concat([begin, model.encode_segments(image, answer=True)]))
-    return collate(rows)
+        bare.append(TokenRow.concat([begin, model.encode_segments(image, answer=True)]))
+    return collate(rows), collate(bare)
 
 
-def likelihood_loss(model: UnifiedModel, batch: TokenBatch, image_weight: float) -> tuple[Tensor, dict[str, float]]:
-    """Mean negative log-likelihood per choice, text and codes apart, then added with `image_weight`."""
-    logprobs = score(model, batch).logprobs
-    choices = batch.choice_mask
-    text, image = choices & batch.text_mask[..., None], choices & batch.image_mask[..., None]
-    text_loss = -logprobs[text].mean()
-    image_loss = -logprobs[image].mean()
-    return text_loss + image_weight * image_loss, {"text_loss": text_loss.item(), "image_loss": image_loss.item()}
+def likelihood_loss(model: UnifiedModel, batches: Sequence[TokenBatch]) -> tuple[Tensor, dict[str, float]]:
+    """Mean negative log-likelihood per choice over all batches, text and codes apart, then added."""
+    text, image, counts = torch.zeros(()), torch.zeros(()), [0, 0]
+    for batch in batches:
+        logprobs, choices = score(model, batch).logprobs, batch.choice_mask
+        text_choices, image_choices = choices & batch.text_mask[..., None], choices & batch.image_mask[..., None]
+        text, image = text - logprobs[text_choices].sum(), image - logprobs[image_choices].sum()
+        counts = [counts[0] + int(text_choices.sum()), counts[1] + int(image_choices.sum())]
+    text, image = text / max(1, counts[0]), image / max(1, counts[1])
+    return text + image, {"text_loss": float(text.detach()), "image_loss": float(image.detach())}
 
 
 def pretrain_base(
     model: StoryboardModel, work: Path, steps: int, lr: float, batch_size: int, seed: int, log: Callable[[str], None]
 ) -> StoryboardModel:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    warm = max(1, min(100, steps // 10))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warm, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, s / steps))))
-    )
+    optimizer = MuonAdamW(model, lr, steps)
     start, saved = 0, work / "base_checkpoint"
     if (saved / "trainer.pt").is_file():
         model.load_state_dict(StoryboardModel.load(saved / "model").state_dict())
         state: dict[str, Any] = torch.load(saved / "trainer.pt", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
         start = state["step"]
         log(f"base: resuming at step {start}")
     codes, began, tokens, recent = PatchCodes(model), time.time(), 0, []
     model.train()
     for step in range(start, steps):
-        batch = make_batch(model, codes, seed, step, batch_size)
-        loss, parts = likelihood_loss(model, batch, image_weight=1.0)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        tokens += int(batch.attention_mask.sum())
+        batches = make_batch(model, codes, seed, step, batch_size)
+        loss, parts = likelihood_loss(model, batches)
+        optimizer.step(loss)
+        tokens += sum(int(batch.attention_mask.sum()) for batch in batches)
         recent.append((parts["text_loss"], parts["image_loss"]))
         if step % 50 == 49:
             text, image = np.mean(recent[-50:], axis=0)
@@ -142,6 +137,5 @@ def pretrain_base(
         if step % 250 == 249 or step == steps - 1:
             with atomic_folder(saved) as folder:
                 model.save_pretrained(folder / "model")
-                state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step + 1}
-                torch.save(state, folder / "trainer.pt")
+                torch.save({"optimizer": optimizer.state_dict(), "step": step + 1}, folder / "trainer.pt")
     return model.eval()

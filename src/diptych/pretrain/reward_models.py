@@ -16,6 +16,7 @@ from diptych.document import Document, Image, Text
 from diptych.models.storyboard import build_tokenizer
 from diptych.models.storyboard.codec import PatchCodec
 from diptych.pretrain.codec import all_strips
+from diptych.pretrain.muon import MuonAdamW
 from diptych.rewards.encoder import DocumentEncoder
 from diptych.rewards.image_text import HEAD, agreement_logits
 from diptych.rewards.text_critic import critic_input, text_log_likelihoods
@@ -245,30 +246,23 @@ def _train(
     model: DocumentEncoder, loss_of: Callable[[np.random.Generator], Tensor], saved: Path, steps: int, lr: float, seed: int,
     measure: Callable[[], dict[str, float]], log: Log,
 ) -> None:  # fmt: skip
-    """Plain AdamW with one-cycle; resumable from `saved`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    """Resumable from `saved`."""
+    optimizer = MuonAdamW(model, lr, steps)
     start = 0
     if (saved / "trainer.pt").is_file():
         state: dict[str, Any] = torch.load(saved / "trainer.pt", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
         start = state["step"]
     model.train()
     for step in range(start, steps):
         loss = loss_of(make_rng(seed, 21, step))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        optimizer.step(loss)
         if step % 100 == 99 or step == steps - 1:
             log(f"{saved.name} step {step + 1}/{steps}: loss {loss.item():.4f}, {measure()}")
         if step % 250 == 249 or step == steps - 1:
             with atomic_folder(saved) as folder:
                 torch.save(
-                    {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step + 1},
-                    folder / "trainer.pt",
+                    {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, folder / "trainer.pt"
                 )
     model.eval()

@@ -107,11 +107,11 @@ def follow_up(turn: Turn) -> Turn | None:
 
 
 TURNS: dict[str, tuple[float, Callable[[np.random.Generator, Split], Turn]]] = {
-    "draw": (0.46, turn_draw),
+    "draw": (0.28, turn_draw),
     "describe": (0.18, turn_describe),
-    "question": (0.16, turn_question),
-    "event": (0.10, turn_event),
-    "tell": (0.10, turn_tell),
+    "question": (0.15, turn_question),
+    "event": (0.14, turn_event),
+    "tell": (0.25, turn_tell),
 }
 
 

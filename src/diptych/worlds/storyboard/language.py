@@ -29,11 +29,12 @@ def vocabulary() -> list[str]:
 
 
 def describe_thing(thing: Thing, place: str) -> str:
-    return f"a {thing.size} {thing.colour} {thing.kind} {PLACE_PHRASES[place]}"
+    """The place stands first: who writes from left to right has decided on the place, and looks up what is there."""
+    return f"{PLACE_PHRASES[place]} a {thing.size} {thing.colour} {thing.kind}"
 
 
 def describe(scene: Scene) -> str:
-    """`a small red ball on the left , a big blue tree in the middle , at night`"""
+    """`on the left a small red ball , in the middle a big blue tree , at night`"""
     parts = [describe_thing(t, p) for t, p in zip(scene.places, PLACES, strict=True) if t is not None]
     return " , ".join([*(parts or ["nothing"]), BACKGROUND_PHRASES[scene.background]])
 
@@ -53,8 +54,8 @@ def tell(event: Event) -> str:
 
 _ANY = {"kind": "|".join(KINDS), "colour": "|".join(COLOURS), "size": "|".join(SIZES), "place": "|".join(PLACES)}
 _THING = re.compile(
-    rf"a (?P<size>{_ANY['size']}) (?P<colour>{_ANY['colour']}) (?P<kind>{_ANY['kind']}) "
-    rf"(?P<phrase>{'|'.join(PLACE_PHRASES.values())})"
+    rf"(?P<phrase>{'|'.join(PLACE_PHRASES.values())}) "
+    rf"a (?P<size>{_ANY['size']}) (?P<colour>{_ANY['colour']}) (?P<kind>{_ANY['kind']})"
 )
 _EVENTS = {
     "add": re.compile(f"add {_THING.pattern}"),
