@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 from diptych import grpo as grpo_module
 from diptych.config import GRPOConfig, WarmupConfig, build, to_yaml
 from diptych.grpo import ParityError, accumulate_gradient, check_parity, collect, groups_without_spread, grpo, minibatches, replay
+from diptych.logprobs import score
 from diptych.models import load_model
 from diptych.rewards import RewardBatch, RewardError, load_reward
 from diptych.runs import read_jsonl
+from diptych.supervised import encode, supervised_gradient
 from diptych.tokens import collate
-from diptych.warmup import encode, supervised_step, warmup
+from diptych.warmup import warmup
 
 TESTS = Path(__file__).parent
 
@@ -139,10 +141,45 @@ def test_warmup_micro_batches_cannot_change_the_gradient(tiny_folder, tmp_path):
     for size in (None, 3):
         config = warmup_config(tiny_folder, tmp_path / "run", micro_batch_size=size, batch_size=8)
         model = load_model(tiny_folder)
-        batch = encode(model, grpo_module.Mixture(config.sources, 0).batch(0, 8), config, 0)
-        supervised_step(model, batch, config)
+        batch = encode(model, grpo_module.Mixture(config.sources, 0).batch(0, 8), config.caption_dropout, 0, 0)
+        supervised_gradient(model, batch, text_weight=1.0, image_weight=1.0, micro_batch_size=size)
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-3)
+
+
+def test_ptx_adds_the_gradient_of_the_likelihood(tiny_folder, tmp_path):
+    """The term is coef * (mean text loss + image_weight * mean image loss), by autograd over a sum of our own."""
+    ptx = {"sources": [{"name": "storyboard:text_to_image", "weight": 1}, {"name": "storyboard:understanding", "weight": 1}],
+           "coef": 0.25, "batch_size": 6, "image_weight": 2.0, "caption_dropout": 0.0}  # fmt: skip
+    config = grpo_config(tiny_folder, tmp_path / "run", ptx=ptx, micro_batch_size=4)
+    model, other = load_model(tiny_folder), load_model(tiny_folder)
+    mixture = grpo_module.Mixture(config.ptx.sources, 0)
+    metrics = grpo_module.add_supervised_gradient(model, mixture, config, 3)
+    sums, counts = {"text": 0.0, "image": 0.0}, {"text": 0, "image": 0}
+    for record in mixture.batch(3, 6):
+        batch = collate([other.encode_example(record.prompt, record.answer)])
+        logprobs = score(other, batch).logprobs
+        for kind, mask in (("text", batch.text_mask), ("image", batch.image_mask)):
+            chosen = batch.choice_mask & mask[..., None]
+            sums[kind] = sums[kind] - logprobs[chosen].sum()
+            counts[kind] += int(chosen.sum())
+    assert min(counts.values()) > 0
+    (0.25 * (sums["text"] / counts["text"] + 2.0 * sums["image"] / counts["image"])).backward()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-3)
+    assert metrics["ptx/loss/text"] == pytest.approx(float(sums["text"]) / counts["text"], rel=1e-4)
+
+
+def test_ptx_changes_the_update_and_is_logged(tiny_folder, tmp_path):
+    ptx = {"sources": [{"name": "storyboard:text_to_image", "weight": 1}], "coef": 1.0, "batch_size": 4}
+    weights = []
+    for name, term in (("with", ptx), ("without", None)):
+        model = grpo(grpo_config(tiny_folder, tmp_path / name, max_steps=1, ptx=term))
+        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert not torch.equal(*weights)
+    assert "ptx/loss/image" in read_jsonl(tmp_path / "with" / "metrics.jsonl")[0]
+    assert "ptx/loss/image" not in read_jsonl(tmp_path / "without" / "metrics.jsonl")[0]
 
 
 def test_first_update_has_ratio_one_and_parity_holds(tiny_folder, tmp_path):

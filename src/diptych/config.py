@@ -134,6 +134,17 @@ class AdvantageConfig(Config):
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
 
 
+class PTXConfig(Config):
+    """Supervised examples in every GRPO update, so that old skills stay. PPO-ptx, arXiv:2203.02155, Eq. 2."""
+
+    sources: tuple[MixtureSource, ...] = Field(min_length=1)
+    coef: float = Field(gt=0, description="weight of the supervised loss beside the policy loss")
+    batch_size: int = Field(16, ge=1, description="examples per update")
+    text_weight: float = Field(1.0, ge=0)
+    image_weight: float = Field(1.0, ge=0)
+    caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of image-only answers trained without prompt")
+
+
 class GRPOConfig(RunConfig):
     """Unified group-relative policy optimisation (the paper's stage 2)."""
 
@@ -149,6 +160,7 @@ class GRPOConfig(RunConfig):
     advantages: AdvantageConfig = AdvantageConfig()
     text: ModalityConfig = ModalityConfig()
     image: ModalityConfig = ModalityConfig()
+    ptx: PTXConfig | None = Field(None, description="supervised examples mixed in; None: the policy loss alone (the paper)")
     sampling: SamplingParams = SamplingParams()
     score_guidance: Literal["exact", "ignore"] = Field(
         "exact", description="`ignore` scores the unguided policy (the field's habit); its gap is logged"

@@ -7,6 +7,8 @@ Where we depart from, or add to, the paper:
 3. Weight, clip range, KL and entropy are set per modality; step rewards may be discounted and normalised per step index.
 4. A rollout batch may serve several optimizer steps (`num_iterations`, `num_minibatches`).
 5. Document-level rewards reach every token (see `credit.py`).
+6. Supervised examples of old skills may be mixed into every update (`ptx`), because the KL holds the policy to the
+   reference only on documents.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from diptych.runs import RunFolder
 from diptych.runtime import generator, init_processes, pick_device, rank, seed_everything, set_threads, sum_over_processes, world_size
 from diptych.sampling.engine import sample
 from diptych.sampling.rollout import Rollout
+from diptych.supervised import encode, supervised_gradient
 from diptych.tokens import TokenBatch, collate
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -68,6 +71,7 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
     run = RunFolder(config.output_dir, config)
     device = pick_device(config.device)
     prompts = Mixture([config.prompts], config.seed)
+    old_skills = Mixture(config.ptx.sources, config.seed) if config.ptx else None
     step = (run.steps() or [0])[-1]
     state: dict[str, Any] = {}
     run.truncate_logs(step)
@@ -80,7 +84,7 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
     reference = None
     if config.text.beta or config.image.beta:
         reference = load_model(config.model).to(device).eval().requires_grad_(False)
-    optimizer, schedule = make_optimizer(model, config.optim, config.max_steps * config.num_iterations * config.num_minibatches)
+    optimizer, schedule = make_optimizer(model, config.optim, config.max_steps * updates_per_step(config))
     if state:
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -98,8 +102,10 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
         metrics = check_parity(old.logprobs, experience.rollouts, batch, config, guided)
         ref_logprobs = replay(reference, batch, config, guided).logprobs if reference is not None else None
         sums: list[dict[str, float]] = []
-        for rows in minibatches(config, len(batch), step):
+        for update, rows in enumerate(minibatches(config, len(batch), step)):
             sums.append(accumulate_gradient(model, batch, rows, old.logprobs, ref_logprobs, advantages, config))
+            if old_skills is not None:
+                metrics |= add_supervised_gradient(model, old_skills, config, step * updates_per_step(config) + update)
             metrics |= optimizer_step(model, optimizer, schedule, config.optim)
         step += 1
         metrics |= update_metrics(sums, config) | reward_metrics(experience, config)
@@ -243,6 +249,10 @@ def check_parity(logprobs: Tensor, rollouts: list[Rollout], batch: TokenBatch, c
 # --- update ------------------------------------------------------------------------------------------------------------
 
 
+def updates_per_step(config: GRPOConfig) -> int:
+    return config.num_iterations * config.num_minibatches
+
+
 def minibatches(config: GRPOConfig, size: int, step: int) -> list[Tensor]:
     """Row indices of each optimizer step: `num_iterations` shuffled passes in `num_minibatches` parts."""
     order = generator(config.seed, 11, step)
@@ -282,6 +292,16 @@ def accumulate_gradient(
         for name, value in sums.items():
             total[name] = max(total.get(name, 0.0), value) if name.endswith("ratio_gap") else total.get(name, 0.0) + value
     return total
+
+
+def add_supervised_gradient(model: UnifiedModel, old_skills: Mixture, config: GRPOConfig, update: int) -> dict[str, float]:
+    """Backward of ptx.coef * (text loss + image loss) on examples of the old skills."""
+    ptx = config.ptx
+    assert ptx is not None
+    batch = encode(model, old_skills.batch(update, ptx.batch_size), ptx.caption_dropout, config.seed, update)
+    weights = {"text_weight": ptx.coef * ptx.text_weight, "image_weight": ptx.coef * ptx.image_weight}
+    losses = supervised_gradient(model, batch, **weights, micro_batch_size=config.micro_batch_size)
+    return {"ptx/loss/text": losses["loss/text"], "ptx/loss/image": losses["loss/image"]}
 
 
 def global_counts(batch: TokenBatch, rows: Tensor, sampling: SamplingParams, model: UnifiedModel) -> Counts:

@@ -15,13 +15,12 @@ import torch
 from diptych.config import WarmupConfig
 from diptych.data import Mixture, Record
 from diptych.document import to_json_blocks
-from diptych.logprobs import score
 from diptych.models import UnifiedModel, load_model
 from diptych.optim import make_optimizer, optimizer_step
 from diptych.runs import RunFolder
-from diptych.runtime import generator, init_processes, pick_device, rank, seed_everything, set_threads, sum_over_processes, world_size
+from diptych.runtime import generator, init_processes, pick_device, seed_everything, set_threads
 from diptych.sampling.engine import sample
-from diptych.tokens import TokenBatch, collate
+from diptych.supervised import encode, negative_log_likelihood, supervised_gradient
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -53,8 +52,10 @@ def warmup(config: WarmupConfig, progress: Progress | None = None) -> UnifiedMod
         schedule.load_state_dict(state["schedule"])
 
     while step < config.max_steps:
-        batch = encode(model, mixture.batch(step, config.batch_size), config, step)
-        metrics = supervised_step(model, batch, config)  # backward over micro-batches
+        batch = encode(model, mixture.batch(step, config.batch_size), config.caption_dropout, config.seed, step)
+        metrics = supervised_gradient(
+            model, batch, text_weight=config.text_weight, image_weight=config.image_weight, micro_batch_size=config.micro_batch_size
+        )
         metrics |= optimizer_step(model, optimizer, schedule, config.optim)
         step += 1
         if step % config.eval_steps == 0 or step == config.max_steps:
@@ -70,48 +71,10 @@ def warmup(config: WarmupConfig, progress: Progress | None = None) -> UnifiedMod
     return model.eval()
 
 
-def encode(model: UnifiedModel, records: list[Record], config: WarmupConfig, step: int) -> TokenBatch:
-    """Records to tokens; a share of the bare pictures loses its prompt (caption dropout)."""
-    draws = torch.rand(len(records), generator=generator(config.seed, 4, step)).tolist()
-    rows = []
-    for record, value in zip(records, draws, strict=True):
-        if record.answer is None:
-            raise ValueError(f"a record of {record.source} has no assistant message; warm-up needs answers")
-        dropped = record.is_drawing and value < config.caption_dropout
-        rows.append(model.encode_example(None if dropped else record.prompt, record.answer))
-    return collate(rows)
-
-
-def supervised_step(model: UnifiedModel, batch: TokenBatch, config: WarmupConfig) -> dict[str, float]:
-    """Gradients of text_weight * mean text loss + image_weight * mean image loss; means over the global batch."""
-    choices = batch.choice_mask
-    counts = torch.tensor([(choices & batch.text_mask[..., None]).sum(), (choices & batch.image_mask[..., None]).sum()])
-    mine = batch[list(range(rank(), len(batch), world_size()))]  # this process's share
-    size = config.micro_batch_size or len(mine)
-    sums = torch.zeros(2)
-    for begin in range(0, len(mine), size):
-        micro = mine[slice(begin, begin + size)].to(model.device)
-        text, image = negative_log_likelihood(model, micro)
-        loss = config.text_weight * text / max(1, int(counts[0])) + config.image_weight * image / max(1, int(counts[1]))
-        loss.backward()
-        sums += torch.stack([text, image]).detach().cpu()
-    sums = sum_over_processes(sums)
-    text_loss, image_loss = (sums / counts.clamp(min=1)).tolist()
-    return {"loss/text": text_loss, "loss/image": image_loss, "num_tokens": float(batch.attention_mask.sum())}
-
-
-def negative_log_likelihood(model: UnifiedModel, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over the text choices and over the image choices, in nats."""
-    logprobs, choices = score(model, batch).logprobs, batch.choice_mask
-    text = -(logprobs * (choices & batch.text_mask[..., None])).sum()
-    image = -(logprobs * (choices & batch.image_mask[..., None])).sum()
-    return text, image
-
-
 @torch.no_grad()
 def validation_loss(model: UnifiedModel, records: list[Record], config: WarmupConfig) -> dict[str, float]:
     model.eval()
-    batch = encode(model, records, config.model_copy(update={"caption_dropout": 0.0}), 0).to(model.device)
+    batch = encode(model, records, 0.0, config.seed, 0).to(model.device)
     text, image = negative_log_likelihood(model, batch)
     choices = batch.choice_mask
     model.train()

@@ -30,9 +30,7 @@ class PretrainSteps:
 PARTS = ("storyboard", "image_text", "text_critic")
 
 
-def pretrain(
-    output_dir: Path, *, seed: int, scale: float, log: Callable[[str], None], parts: Sequence[str] = PARTS
-) -> None:
+def pretrain(output_dir: Path, *, seed: int, scale: float, log: Callable[[str], None], parts: Sequence[str] = PARTS) -> None:
     """Trains all parts into `output_dir/{storyboard,image_text,text_critic}`. Finished parts are kept, so it resumes.
 
     `scale` multiplies the steps (tests use a small one). `parts` allows to train them in processes of their own, once

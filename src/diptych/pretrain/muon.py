@@ -39,8 +39,9 @@ class MuonAdamW:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for part in (*self.optimizers, *self.schedules):
-            part.step()
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizers": [o.state_dict() for o in self.optimizers], "schedules": [s.state_dict() for s in self.schedules]}

@@ -262,7 +262,5 @@ def _train(
             log(f"{saved.name} step {step + 1}/{steps}: loss {loss.item():.4f}, {measure()}")
         if step % 250 == 249 or step == steps - 1:
             with atomic_folder(saved) as folder:
-                torch.save(
-                    {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, folder / "trainer.pt"
-                )
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, folder / "trainer.pt")
     model.eval()
