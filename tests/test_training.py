@@ -147,6 +147,22 @@ def test_warmup_micro_batches_cannot_change_the_gradient(tiny_folder, tmp_path):
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-3)
 
 
+def test_two_processes_give_the_gradient_of_one(tiny_folder, tmp_path):
+    """Warm-up and GRPO with KL, entropy and ptx: sums over processes with global denominators."""
+    found = []
+    for count in (1, 2):
+        out = tmp_path / f"gradients_{count}.pt"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        done = subprocess.run([*command, TESTS / "two_processes.py", tiny_folder, out], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(torch.load(out))
+    one, two = found
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    for stage in ("warmup", "grpo"):
+        assert one[stage].abs().max() > 0
+        torch.testing.assert_close(one[stage], two[stage], atol=1e-6, rtol=1e-3)
+
+
 def test_ptx_adds_the_gradient_of_the_likelihood(tiny_folder, tmp_path):
     """The term is coef * (mean text loss + image_weight * mean image loss), by autograd over a sum of our own."""
     ptx = {"sources": [{"name": "storyboard:text_to_image", "weight": 1}, {"name": "storyboard:understanding", "weight": 1}],

@@ -1,0 +1,57 @@
+"""Run by `test_training.py` under torchrun: the gradient of one batch, shared by the processes. Arguments: model, output."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from diptych.data import Mixture
+from diptych.grpo import accumulate_gradient, add_supervised_gradient, replay
+from diptych.models import load_model
+from diptych.runtime import generator, init_processes, rank, sum_gradients, world_size
+from diptych.sampling.engine import sample
+from diptych.supervised import encode, supervised_gradient
+from diptych.tokens import collate
+from test_training import grpo_config, warmup_config
+
+PTX = {"sources": [{"name": "storyboard:understanding", "weight": 1}], "coef": 0.5, "batch_size": 5}
+
+
+def flat(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()])
+
+
+def gradients(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a warm-up batch and of a GRPO batch with all its terms, summed over processes."""
+    config = warmup_config(folder, Path("unused"))
+    model = load_model(folder)
+    batch = encode(model, Mixture(config.sources, 0).batch(0, 7), 0.1, 0, 0)
+    supervised_gradient(model, batch, text_weight=1.0, image_weight=0.5, micro_batch_size=2)
+    sum_gradients(model)
+    found = {"warmup": flat(model)}
+
+    changes = {"text": {"beta": 0.1, "entropy_coef": 0.01}, "image": {"beta": 0.2, "weight": 0.5}, "micro_batch_size": 2}
+    grpo = grpo_config(folder, Path("unused"), ptx=PTX, **changes)
+    model = load_model(folder)
+    prompts = [model.encode_prompt(r.prompt) for r in Mixture([grpo.prompts], 0).batch(0, 2)]
+    rollouts = sample(model, prompts, grpo.sampling, num_generations=4, generator=generator(0))  # the same in all processes
+    batch = collate([r.row for r in rollouts])
+    old = replay(model, batch, grpo, True).logprobs + 0.01
+    advantages = torch.randn(batch.text_ids.shape, generator=generator(1))
+    mine = torch.arange(rank(), len(batch), world_size())
+    accumulate_gradient(model, batch, mine, old, old - 0.05, advantages, grpo)
+    assert grpo.ptx is not None
+    add_supervised_gradient(model, Mixture(grpo.ptx.sources, 0), grpo, 0)
+    sum_gradients(model)
+    found["grpo"] = flat(model)
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    init_processes()
+    result = gradients(Path(sys.argv[1]))
+    if rank() == 0:
+        torch.save({**result, "world_size": world_size()}, sys.argv[2])
