@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from test_training import grpo_config, warmup_config
 
 from diptych.data import Mixture
 from diptych.grpo import accumulate_gradient, add_supervised_gradient, replay
@@ -14,7 +15,6 @@ from diptych.runtime import generator, init_processes, rank, sum_gradients, worl
 from diptych.sampling.engine import sample
 from diptych.supervised import encode, supervised_gradient
 from diptych.tokens import collate
-from test_training import grpo_config, warmup_config
 
 PTX = {"sources": [{"name": "storyboard:understanding", "weight": 1}], "coef": 0.5, "batch_size": 5}
 

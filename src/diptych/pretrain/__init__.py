@@ -51,7 +51,8 @@ def pretrain(output_dir: Path, *, seed: int, scale: float, log: Callable[[str], 
         codec.load_state_dict(load_file(saved))
     else:
         train_codec(codec, steps("codec"), 2e-3, 128, seed, log)
-        save_file(codec.state_dict(), saved)
+        save_file(codec.state_dict(), saved.with_suffix(".part"))
+        saved.with_suffix(".part").replace(saved)
     codec.eval()
     measures = {"codec": measure_codec(codec, distinct_patches(all_strips(), codec.patch))}
     if "storyboard" in parts and not (output_dir / "storyboard").is_dir():
