@@ -17,7 +17,7 @@ app = typer.Typer(
     help="Post-train unified vision-language models until they write illustrated documents.",
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
 )  # fmt: skip
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)  # a log has no width
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 Recipe = Annotated[str, typer.Argument(help="a YAML file, or the name of a packaged recipe")]
 
@@ -136,6 +136,7 @@ def pretrain(
     num_threads: Annotated[int, typer.Option(min=1)] = 2,
     scale: Annotated[float, typer.Option(min=0, help="multiplies the number of steps of every part")] = 1.0,
     part: Annotated[list[str] | None, typer.Option(help="train this part only (may be repeated)")] = None,
+    init_from: Annotated[Path | None, typer.Option(help="a base model to go on from, image tokenizer included")] = None,
 ) -> None:
     """Trains what is packaged: image tokenizer, base model, learned rewards. Resumes where it stopped."""
     from diptych.pretrain import PARTS
@@ -144,7 +145,14 @@ def pretrain(
 
     set_threads(num_threads)
     parts = tuple(part or PARTS)
-    run(output_dir, seed=seed, scale=scale, parts=parts, log=lambda line: console.print(line, highlight=False, soft_wrap=True))
+    run(
+        output_dir,
+        seed=seed,
+        scale=scale,
+        parts=parts,
+        init_from=init_from,
+        log=lambda line: console.print(line, highlight=False, soft_wrap=True),
+    )
 
 
 def _bar(bars: Progress, title: str, total: int) -> Any:

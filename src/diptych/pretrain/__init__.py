@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diptych.models.storyboard.codec import PatchCodec
+from diptych.models.storyboard.model import StoryboardModel
 from diptych.pretrain.base_model import new_model, pretrain_base
 from diptych.pretrain.codec import all_strips, distinct_patches, measure_codec, train_codec
 from diptych.pretrain.reward_models import Redrawer, measure_critic, measure_image_text, train_image_text, train_text_critic
@@ -22,7 +23,7 @@ class PretrainSteps:
     """Optimizer steps of each part. The weights packaged now took several passes instead: see docs/lab_notes.md."""
 
     codec = 4000
-    base = 4000
+    base = 1800
     image_text = 1500
     text_critic = 2000
 
@@ -30,11 +31,15 @@ class PretrainSteps:
 PARTS = ("storyboard", "image_text", "text_critic")
 
 
-def pretrain(output_dir: Path, *, seed: int, scale: float, log: Callable[[str], None], parts: Sequence[str] = PARTS) -> None:
+def pretrain(
+    output_dir: Path, *, seed: int, scale: float, log: Callable[[str], None],
+    parts: Sequence[str] = PARTS, init_from: Path | None = None,
+) -> None:  # fmt: skip
     """Trains all parts into `output_dir/{storyboard,image_text,text_critic}`. Finished parts are kept, so it resumes.
 
     `scale` multiplies the steps (tests use a small one). `parts` allows to train them in processes of their own, once
-    the image tokenizer is there. Raises ValueError for a part that does not exist.
+    the image tokenizer is there. `init_from`: a checkpoint whose image tokenizer is kept and whose weights the base model
+    starts from. Raises ValueError for a part that does not exist.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
@@ -47,7 +52,9 @@ def pretrain(output_dir: Path, *, seed: int, scale: float, log: Callable[[str], 
 
     torch.manual_seed(seed)
     codec, saved = PatchCodec(), work / "codec.safetensors"
-    if saved.is_file():
+    if init_from is not None:
+        codec.load_state_dict(StoryboardModel.load(init_from).codec.state_dict())
+    elif saved.is_file():
         codec.load_state_dict(load_file(saved))
     else:
         train_codec(codec, steps("codec"), 2e-3, 128, seed, log)
@@ -56,7 +63,8 @@ def pretrain(output_dir: Path, *, seed: int, scale: float, log: Callable[[str], 
     codec.eval()
     measures = {"codec": measure_codec(codec, distinct_patches(all_strips(), codec.patch))}
     if "storyboard" in parts and not (output_dir / "storyboard").is_dir():
-        model = pretrain_base(new_model(codec, seed), work, steps("base"), 3e-3, 24, seed, log)
+        model = new_model(codec, seed) if init_from is None else StoryboardModel.load(init_from)
+        pretrain_base(model, work, steps("base"), seed, log, from_scratch=init_from is None)
         with atomic_folder(output_dir / "storyboard") as folder:
             model.save_pretrained(folder)
             (folder / "measures.json").write_text(json.dumps(measures, indent=1) + "\n")

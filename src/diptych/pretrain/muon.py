@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 class MuonAdamW:
     """Both optimizers with one schedule (linear warm-up, then a cosine to 1 %) and gradients clipped at norm 1.
 
-    Muon (`torch.optim.Muon`) orthogonalises the momentum of each matrix. On the base model it reached in 200 steps the
+    Muon (`torch.optim.Muon`) orthogonalises the momentum of each matrix. On the base model it reached in 250 steps the
     held-out text loss for which AdamW alone took more than 300.
     """
 

@@ -6,7 +6,7 @@ survive context. No answer is interleaved: that is left for warm-up, as with a r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -107,17 +107,17 @@ def follow_up(turn: Turn) -> Turn | None:
 
 
 TURNS: dict[str, tuple[float, Callable[[np.random.Generator, Split], Turn]]] = {
-    "draw": (0.28, turn_draw),
+    "draw": (0.32, turn_draw),
     "describe": (0.18, turn_describe),
-    "question": (0.15, turn_question),
-    "event": (0.14, turn_event),
+    "question": (0.12, turn_question),
+    "event": (0.13, turn_event),
     "tell": (0.25, turn_tell),
 }
 
 
-def make_turn(rng: np.random.Generator, kind: str | None = None, split: Split = "train") -> Turn:
-    """A prompt and an answer of one kind (`draw`, `describe`, `question`, `event`, `tell`) or any, drawn by weight."""
+def make_turn(rng: np.random.Generator, kind: str | None = None, split: Split = "train", kinds: Sequence[str] = tuple(TURNS)) -> Turn:
+    """A prompt and an answer of one kind (`draw`, `describe`, `question`, `event`, `tell`) or, by weight, any of `kinds`."""
     if kind is None:
-        weights = np.array([weight for weight, _ in TURNS.values()])
-        kind = list(TURNS)[int(rng.choice(len(TURNS), p=weights / weights.sum()))]
+        weights = np.array([TURNS[name][0] for name in kinds])
+        kind = kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))]
     return TURNS[kind][1](rng, split)
