@@ -20,7 +20,7 @@ __all__ = ["PARTS", "PretrainSteps", "pretrain"]
 
 
 class PretrainSteps:
-    """Optimizer steps of each part. The weights packaged now took several passes instead: see docs/lab_notes.md."""
+    """Optimizer steps of each part. The packaged base model went on from an earlier one: see docs/lab_notes.md."""
 
     codec = 4000
     base = 1800
