@@ -17,6 +17,7 @@ from diptych.config import DemoConfig, load_config
 from diptych.demo import run_demo
 from diptych.document import Document
 from diptych.report import run_page
+from diptych.report.charts import line_chart
 
 
 def diptych(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -71,6 +72,20 @@ def test_generate_writes_a_document(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recipe", [[], ["demo"]])
+def test_demo_takes_settings_with_and_without_a_recipe(recipe):
+    result = diptych("demo", *recipe, "--evaluate.num_prompt", "3", "--seed", "1")
+    assert result.returncode != 0
+    assert "num_prompt: unknown key" in result.stderr.replace("\n", " ")
+
+
+def test_one_outlier_does_not_flatten_a_chart():
+    points = [(float(x), 0.1 * (x % 3)) for x in range(20)]
+    chart = line_chart("KL", [("text", "red", [*points[:9], (9.0, 1e6), *points[10:]])])
+    labels = [float(part.split("<")[0]) for part in chart.split('text-anchor="end">')[1:4]]
+    assert max(labels) < 1
+
+
 def test_the_whole_demo_at_a_small_size(tmp_path):
     config = load_config(
         DemoConfig, "demo",

@@ -27,7 +27,10 @@ def demo(context: typer.Context, recipe: Recipe = "demo") -> None:
     """The whole method on the packaged model: warm-up, GRPO, evaluation, report. Resumes where it stopped."""
     from diptych.demo import run_demo
 
-    run_demo(load_config(DemoConfig, recipe, context.args), console)
+    overrides = context.args
+    if recipe.startswith("--"):  # no recipe was named; click then takes the first override for it
+        recipe, overrides = "demo", [recipe, *overrides]
+    run_demo(load_config(DemoConfig, recipe, overrides), console)
 
 
 @app.command(context_settings=PASS_ON, epilog="Example: diptych warmup warmup --output_dir runs/warmup --optim.lr 1e-4")
