@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,22 @@ def test_generate_writes_a_document(tmp_path):
 
 
 @pytest.mark.slow
+def test_ctrl_c_says_how_to_resume_and_exits_130(tmp_path):
+    command = [sys.executable, "-m", "diptych", "warmup", "warmup", "--output_dir", "run", "--num_threads", "1"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    deadline = time.time() + 100
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "run the same command again to resume" in " ".join(output.split())
+    assert "Traceback" not in output
+
+
 @pytest.mark.parametrize("recipe", [[], ["demo"]])
 def test_demo_takes_settings_with_and_without_a_recipe(recipe):
     result = diptych("demo", *recipe, "--evaluate.num_prompt", "3", "--seed", "1")

@@ -18,6 +18,7 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
 )  # fmt: skip
 console = Console(width=None if sys.stdout.isatty() else 120)  # a log has no width
+INTERRUPTED = 130
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 Recipe = Annotated[str, typer.Argument(help="a YAML file, or the name of a packaged recipe")]
 
@@ -175,10 +176,10 @@ def _bar(bars: Progress, title: str, total: int) -> Any:
 def main() -> None:
     """Runs the command; what a user can mend is printed in a line or two, without a traceback."""
     try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt:
-        console.print("\nStopped. Everything up to the last checkpoint is saved: run the same command again to resume.")
-        sys.exit(130)
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer makes an exit code of Ctrl-C
+            console.print("\nStopped. Everything up to the last checkpoint is saved: run the same command again to resume.")
+        sys.exit(code if isinstance(code, int) else 0)
     except (ValueError, FloatingPointError, RuntimeError, OSError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(1)
@@ -186,9 +187,6 @@ def main() -> None:
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             sys.exit(error.exit_code)
-        if type(error).__name__ == "Abort":
-            console.print("\nStopped. Everything up to the last checkpoint is saved: run the same command again to resume.")
-            sys.exit(130)
         raise
 
 

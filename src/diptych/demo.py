@@ -45,8 +45,10 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, An
     with _bars(console) as bars:
         with clock.of("warmup"):
             warmup_stage.warmup(warmup_config, _stage(bars, "1/3 Warm-up", warmup_config.max_steps))
+            _complete(bars)
         with clock.of("grpo"):
             grpo_stage.grpo(grpo_config, _stage(bars, "2/3 GRPO", grpo_config.max_steps))
+            _complete(bars)
         with clock.of("evaluation"):
             sources = {
                 "base": warmup_config.model,
@@ -121,6 +123,12 @@ def _stage(bars: Progress, title: str, total: int) -> Any:
             bars.console.print(f"{title} {step}/{total}  {shown}")
 
     return update
+
+
+def _complete(bars: Progress) -> None:
+    """The newest bar to its end: a stage that an earlier run finished reports no step."""
+    task = bars.tasks[-1]
+    bars.update(task.id, completed=task.total)
 
 
 def _evaluate_all(config: DemoConfig, sources: dict[str, str], folder: Path, bars: Progress) -> dict[str, Any]:
