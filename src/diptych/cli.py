@@ -97,7 +97,7 @@ def generate(
 
 
 @app.command(
-    context_settings=PASS_ON, epilog="Example: diptych evaluate --model runs/demo/grpo/checkpoints/step_80/model --num_prompts 100"
+    context_settings=PASS_ON, epilog="Example: diptych evaluate --model runs/demo/grpo/checkpoints/step_90/model --num_prompts 100"
 )
 def evaluate(
     context: typer.Context,

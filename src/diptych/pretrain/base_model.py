@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from diptych.document import Document, Image
-from diptych.logprobs import score
 from diptych.models.base import UnifiedModel
 from diptych.models.pixels import to_pixels
 from diptych.models.storyboard.codec import PatchCodec
@@ -22,6 +21,7 @@ from diptych.models.storyboard.model import BOS, StoryboardConfig, StoryboardMod
 from diptych.pretrain.muon import MuonAdamW
 from diptych.runs import atomic_folder
 from diptych.runtime import rng as make_rng
+from diptych.supervised import negative_log_likelihood
 from diptych.tokens import TokenBatch, TokenRow, collate
 from diptych.worlds.storyboard.conversations import TURNS, Turn, follow_up, make_turn
 from diptych.worlds.storyboard.language import vocabulary
@@ -130,13 +130,9 @@ def make_batch(model: StoryboardModel, codes: PatchCodes, seed: int, step: int, 
 
 def likelihood_loss(model: UnifiedModel, batches: Sequence[TokenBatch]) -> tuple[Tensor, dict[str, float]]:
     """Mean negative log-likelihood per choice over all batches, text and codes apart, then added."""
-    text, image, counts = torch.zeros(()), torch.zeros(()), [0, 0]
-    for batch in batches:
-        logprobs, choices = score(model, batch).logprobs, batch.choice_mask
-        text_choices, image_choices = choices & batch.text_mask[..., None], choices & batch.image_mask[..., None]
-        text, image = text - logprobs[text_choices].sum(), image - logprobs[image_choices].sum()
-        counts = [counts[0] + int(text_choices.sum()), counts[1] + int(image_choices.sum())]
-    text, image = text / max(1, counts[0]), image / max(1, counts[1])
+    sums = [torch.stack(negative_log_likelihood(model, batch)) for batch in batches]
+    counts = [[(b.choice_mask & mask[..., None]).sum() for mask in (b.text_mask, b.image_mask)] for b in batches]
+    text, image = torch.stack(sums).sum(0) / torch.tensor(counts).sum(0).clamp(min=1)
     return text + image, {"text_loss": float(text.detach()), "image_loss": float(image.detach())}
 
 

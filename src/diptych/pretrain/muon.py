@@ -19,8 +19,9 @@ class MuonAdamW:
 
     def __init__(self, model: nn.Module, lr: float, steps: int, muon_lr: float = 8e-3) -> None:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        matrices = [p for name, p in trained if ".layers." in name and p.ndim == 2]
-        others = [p for name, p in trained if not (".layers." in name and p.ndim == 2)]
+        names = {name for name, p in trained if ".layers." in name and p.ndim == 2}
+        matrices = [p for name, p in trained if name in names]
+        others = [p for name, p in trained if name not in names]
         self.parameters = [*matrices, *others]
         warm = max(1, min(100, steps // 10))
 

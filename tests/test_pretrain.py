@@ -1,0 +1,76 @@
+"""The recipe of what is packaged, at a tiny size."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from diptych.logprobs import score
+from diptych.models import load_model, packaged_folder
+from diptych.models.storyboard.model import StoryboardModel
+from diptych.pretrain import pretrain
+from diptych.pretrain.base_model import ALONE, AMID, WORDS, Lesson, PatchCodes, lesson, likelihood_loss, make_batch
+from diptych.pretrain.muon import MuonAdamW
+
+
+def test_a_part_goes_on_from_a_checkpoint_and_keeps_its_image_tokenizer(tmp_path):
+    old = packaged_folder("storyboard")
+    pretrain(tmp_path / "out", seed=0, scale=0.001, log=lambda line: None, parts=("storyboard",), init_from=old)
+    assert not (tmp_path / "out" / "image_text").exists()
+    before, after = StoryboardModel.load(old).state_dict(), StoryboardModel.load(tmp_path / "out" / "storyboard").state_dict()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if name.startswith("codec.")} <= same
+    assert "lm_head.weight" not in same
+    assert not any(".layers." in name and name.endswith("proj.weight") for name in same)
+
+
+def test_an_unknown_part_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no part 'critic' to pretrain; the parts are storyboard, image_text, text_critic"):
+        pretrain(tmp_path / "out", seed=0, scale=1, log=print, parts=("critic",))
+    assert not (tmp_path / "out").exists()
+
+
+def test_lessons_begin_with_words_only_from_scratch():
+    assert [lesson(step, 10, True) for step in range(4)] == [WORDS, WORDS, ALONE, AMID]
+    assert [lesson(step, 10, False) for step in range(2)] == [ALONE, AMID]
+
+
+def test_loss_is_the_mean_over_all_batches():
+    """Conversations and bare pictures have one mean for text and one for codes, not a mean of means."""
+    model = load_model("storyboard")
+    batches = make_batch(model, PatchCodes(model), 0, 0, Lesson(("draw", "question"), 3, 64))
+    loss, parts = likelihood_loss(model, batches)
+    values: dict[str, list[float]] = {"text": [], "image": []}
+    for batch in batches:
+        logprobs = score(model, batch).logprobs.detach()
+        for kind, mask in (("text", batch.text_mask), ("image", batch.image_mask)):
+            values[kind] += (-logprobs[batch.choice_mask & mask[..., None]]).tolist()
+    means = {kind: sum(found) / len(found) for kind, found in values.items()}
+    assert parts["text_loss"] == pytest.approx(means["text"], rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(means["text"] + means["image"], rel=1e-4)
+
+
+def test_optimizer_resumes_exactly():
+    def run(steps: int, optimizer: MuonAdamW, model: torch.nn.Linear) -> None:
+        for step in range(steps):
+            optimizer.step((model(torch.full((1, 4), 1.0 + step)) ** 2).sum())
+
+    def fresh() -> tuple[torch.nn.Module, MuonAdamW]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential()
+        model.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4)])  # ".layers." makes its matrix Muon's
+        model.forward = model.layers[0].forward
+        body = torch.nn.ModuleDict({"body": model})
+        return body, MuonAdamW(body, 1e-2, 20)
+
+    body, optimizer = fresh()
+    assert [len(o.param_groups[0]["params"]) for o in optimizer.optimizers] == [1, 1]
+    run(3, optimizer, body["body"])
+    other, resumed = fresh()
+    other.load_state_dict(body.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as through a file
+    run(2, optimizer, body["body"])
+    run(2, resumed, other["body"])
+    assert torch.equal(body["body"].layers[0].weight, other["body"].layers[0].weight)
