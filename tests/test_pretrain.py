@@ -12,7 +12,7 @@ from diptych.models import load_model, packaged_folder
 from diptych.models.storyboard.model import StoryboardModel
 from diptych.pretrain import pretrain
 from diptych.pretrain.base_model import ALONE, AMID, WORDS, Lesson, PatchCodes, lesson, likelihood_loss, make_batch
-from diptych.pretrain.muon import MuonAdamW
+from diptych.pretrain.muon import AttentionCap, MuonAdamW
 
 
 def test_a_part_goes_on_from_a_checkpoint_and_keeps_its_image_tokenizer(tmp_path):
@@ -74,3 +74,30 @@ def test_optimizer_resumes_exactly():
     run(2, optimizer, body["body"])
     run(2, resumed, other["body"])
     assert torch.equal(body["body"].layers[0].weight, other["body"].layers[0].weight)
+
+
+def test_attention_cap_bounds_every_logit_and_leaves_small_heads_alone():
+    model = load_model("storyboard").llama
+    head = model.layers[0].self_attn.head_dim
+    with torch.no_grad():
+        model.layers[0].self_attn.q_proj.weight[:head] *= 40  # one head, far above any cap
+        model.layers[1].self_attn.q_proj.weight[:head] *= 1e-3  # and one far below
+    small = model.layers[1].self_attn.q_proj.weight[:head].clone()
+    embeds = torch.randn(2, 12, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    def largest_logit(layer: int) -> float:
+        """Over all pairs of positions, before rotation."""
+        attention, seen = model.layers[layer].self_attn, {}
+        hooks = [p.register_forward_hook(lambda m, _, out: seen.update({m: out})) for p in (attention.q_proj, attention.k_proj)]
+        model(inputs_embeds=embeds)
+        for hook in hooks:
+            hook.remove()
+        query, key = (seen[p].detach().reshape(24, -1, head) for p in (attention.q_proj, attention.k_proj))
+        return float(torch.einsum("ihd,jhd->hij", query, key).abs().max()) / head**0.5
+
+    assert largest_logit(0) > 20.0
+    cap = AttentionCap(model, 20.0)
+    model(inputs_embeds=embeds)
+    assert cap.apply() > 20.0
+    assert largest_logit(0) <= 20.0
+    assert torch.equal(model.layers[1].self_attn.q_proj.weight[:head], small)

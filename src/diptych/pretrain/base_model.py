@@ -18,7 +18,7 @@ from diptych.models.base import UnifiedModel
 from diptych.models.pixels import to_pixels
 from diptych.models.storyboard.codec import PatchCodec
 from diptych.models.storyboard.model import BOS, StoryboardConfig, StoryboardModel, build_tokenizer
-from diptych.pretrain.muon import MuonAdamW
+from diptych.pretrain.muon import AttentionCap, MuonAdamW
 from diptych.runs import atomic_folder
 from diptych.runtime import rng as make_rng
 from diptych.supervised import negative_log_likelihood
@@ -88,6 +88,8 @@ WORDS = Lesson(("question", "event", "tell"), 40, 64)
 ALONE = Lesson(tuple(TURNS), 40, 64)
 AMID = Lesson(tuple(TURNS), 18, 192)
 
+ATTENTION_CAP = 50.0
+
 
 def lesson(step: int, steps: int, from_scratch: bool) -> Lesson:
     """First a fifth of the steps on answers in words alone, then everything, by turns alone and amid other turns.
@@ -141,7 +143,8 @@ def pretrain_base(
 ) -> StoryboardModel:
     """Trains `model` in place; half the learning rates where it has been trained before."""
     lr, muon_lr = (3e-3, 8e-3) if from_scratch else (1.5e-3, 4e-3)
-    optimizer = MuonAdamW(model, lr, steps, muon_lr)
+    optimizer = MuonAdamW(model, lr, steps, muon_lr, decay=0.1)
+    cap = AttentionCap(model.llama, ATTENTION_CAP)
     start, saved = 0, work / "base_checkpoint"
     if (saved / "trainer.pt").is_file():
         model.load_state_dict(StoryboardModel.load(saved / "model").state_dict())
@@ -155,12 +158,15 @@ def pretrain_base(
         batches = make_batch(model, codes, seed, step, lesson(step, steps, from_scratch))
         loss, parts = likelihood_loss(model, batches)
         optimizer.step(loss)
+        bound = cap.apply()
         tokens += sum(int(batch.attention_mask.sum()) for batch in batches)
         recent.append((parts["text_loss"], parts["image_loss"]))
         if step % 50 == 49:
             text, image = np.mean(recent[-50:], axis=0)
             rate = tokens / (time.time() - began)
-            log(f"base step {step + 1}/{steps}: text {text:.4f} image {image:.4f} nats per choice, {rate:.0f} tokens/s")
+            log(
+                f"base step {step + 1}/{steps}: text {text:.4f} image {image:.4f} nats per choice, attention {bound:.0f}, {rate:.0f} tokens/s"
+            )
         if step % 250 == 249 or step == steps - 1:
             with atomic_folder(saved) as folder:
                 model.save_pretrained(folder / "model")

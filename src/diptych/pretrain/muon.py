@@ -1,4 +1,4 @@
-"""The optimizer of pretraining: Muon for the matrices of transformer layers, AdamW for everything else."""
+"""The optimizer of pretraining: Muon for the matrices of transformer layers, AdamW for everything else, and a cap on attention."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import LlamaModel
 
 
 class MuonAdamW:
@@ -17,7 +18,7 @@ class MuonAdamW:
     held-out text loss for which AdamW alone took more than 300.
     """
 
-    def __init__(self, model: nn.Module, lr: float, steps: int, muon_lr: float = 8e-3) -> None:
+    def __init__(self, model: nn.Module, lr: float, steps: int, muon_lr: float = 8e-3, decay: float = 0.01) -> None:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         names = {name for name, p in trained if ".layers." in name and p.ndim == 2}
         matrices = [p for name, p in trained if name in names]
@@ -29,7 +30,7 @@ class MuonAdamW:
             return min((step + 1) / warm, 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
         self.optimizers = [
-            torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(matrices, lr=muon_lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
         ]
         self.schedules = [LambdaLR(optimizer, rate) for optimizer in self.optimizers]
@@ -52,3 +53,40 @@ class MuonAdamW:
             optimizer.load_state_dict(kept)
         for schedule, kept in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(kept)
+
+
+class AttentionCap:
+    """Keeps attention logits small (QK-clip, arXiv:2507.20534, Sec. 2.1), so that their rounding stays small too.
+
+    Per head, max |q| * max |k| / sqrt(head_dim) bounds every logit, rotary positions included. After an optimizer step a head above `cap`
+    has its query and key rows scaled down to it. Muon grows them without limit: the second package reached 151, where one
+    rounding of a logit in float32 is 1e-5, and sampling and scoring then differed by more than 1e-4 at rare choices.
+    Departs: the bound instead of the largest logit seen, which is cheaper and never too small.
+    """
+
+    def __init__(self, model: LlamaModel, cap: float) -> None:
+        self.cap, self.attentions = cap, [layer.self_attn for layer in model.layers]
+        self.largest: dict[nn.Module, Tensor] = {}
+        for attention in self.attentions:
+            for projection in (attention.q_proj, attention.k_proj):
+                projection.register_forward_hook(self._remember)
+
+    def _remember(self, projection: nn.Module, _: Any, output: Tensor) -> None:
+        heads = output.detach().unflatten(-1, (-1, self.attentions[0].head_dim))  # (B, T, heads, head_dim)
+        norms = heads.norm(dim=-1).flatten(0, -2).amax(0)  # (heads,)
+        earlier = self.largest.get(projection)
+        self.largest[projection] = norms if earlier is None else torch.maximum(norms, earlier)
+
+    @torch.no_grad()
+    def apply(self) -> float:
+        """Scales down what is above the cap; returns the largest bound since the last call, before scaling."""
+        worst = 0.0
+        for attention in self.attentions:
+            query, key = attention.q_proj, attention.k_proj
+            bound = self.largest[query] * self.largest[key] * attention.head_dim**-0.5  # (heads,)
+            factor = (self.cap / bound).clamp(max=1).sqrt().repeat_interleave(attention.head_dim)
+            query.weight.mul_(factor[:, None])
+            key.weight.mul_(factor[:, None])
+            worst = max(worst, float(bound.max()))
+        self.largest.clear()
+        return worst
