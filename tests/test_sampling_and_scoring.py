@@ -13,8 +13,9 @@ from diptych.document import Document, Image, Text
 from diptych.logprobs import score
 from diptych.models import load_model
 from diptych.sampling import engine
-from diptych.sampling.distribution import draw, guide, log_distribution
+from diptych.sampling.distribution import draw, log_distribution
 from diptych.sampling.engine import sample
+from diptych.sampling.guidance import mix
 from diptych.sampling.rollout import Rollout
 from diptych.tokens import Modality, TokenBatch, TokenRow, collate
 
@@ -48,7 +49,7 @@ def reference_logprobs(model, rollout: Rollout, params: SamplingParams) -> torch
         return model.backbone(model.embed(batch), torch.arange(len(upto))[None], torch.ones(1, len(upto), dtype=torch.bool))[:, -1]
 
     def cut(begin: int, end: int) -> TokenRow:
-        return TokenRow(*(getattr(row, f.name)[begin:end] for f in dataclasses.fields(row)))
+        return row[begin:end]
 
     values = torch.zeros(len(row), spec.depth)
     drawn, image_start = 0, 0
@@ -66,7 +67,7 @@ def reference_logprobs(model, rollout: Rollout, params: SamplingParams) -> torch
             if token == spec.begin_id:
                 drawn, image_start = drawn + 1, t + 1
             continue
-        head = TokenRow.text([*model.unconditional_prompt(), spec.begin_id], spec.depth)
+        head = TokenRow.text([*model.unconditional_prompt(rollout.prompt_length), spec.begin_id], spec.depth)
         other = last_hidden(TokenRow.concat([head, cut(image_start, t)]))
         for d in range(spec.depth):
             prefix = row.codes[t : t + 1, :d]
@@ -133,9 +134,9 @@ def parity_gap(model, rollouts, params) -> float:
 
 def test_fault_image_logprobs_shifted_by_one(tiny_model, guided_params, monkeypatch):
     rollouts = roll(tiny_model, guided_params)
-    right = scorer.unconditional_image_logits
+    right = scorer.other_image_logits
     assert parity_gap(tiny_model, rollouts, guided_params) < 1e-4
-    monkeypatch.setattr(scorer, "unconditional_image_logits", lambda m, images: right(m, images).roll(1, dims=1))
+    monkeypatch.setattr(scorer, "other_image_logits", lambda *a: [logits.roll(1, dims=0) for logits in right(*a)])
     assert parity_gap(tiny_model, rollouts, guided_params) > 0.1
 
 
@@ -148,8 +149,8 @@ def test_fault_conditional_logprobs_shifted_by_one(tiny_model, guided_params, mo
 
 def test_fault_guidance_rows_mispaired(tiny_model, guided_params, monkeypatch):
     rollouts = roll(tiny_model, guided_params)
-    right = scorer.unconditional_image_logits
-    monkeypatch.setattr(scorer, "unconditional_image_logits", lambda m, images: right(m, images).roll(1, dims=0))
+    right, whole_image = scorer.other_image_logits, tiny_model.image_spec.num_positions
+    monkeypatch.setattr(scorer, "other_image_logits", lambda *a: [logits.roll(whole_image, dims=0) for logits in right(*a)])
     assert parity_gap(tiny_model, rollouts, guided_params) > 0.1
 
 
@@ -158,7 +159,7 @@ def test_fault_guided_sampling_scored_unguided_or_divided_by_the_scale(tiny_mode
     batch = collate([r.row for r in rollouts])
     unguided = score(tiny_model, batch, guided_params, guided=False).logprobs
     assert (unguided - sampled_logprobs(rollouts)).abs()[batch.choice_mask].max() > 0.1
-    monkeypatch.setattr(scorer, "guide", lambda c, u, scale: guide(c, u, scale) / scale)
+    monkeypatch.setattr(scorer, "mix", lambda c, others, image: mix(c, others, image) / image.guidance_scale)
     assert parity_gap(tiny_model, rollouts, guided_params) > 0.1
 
 

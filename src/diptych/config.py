@@ -26,7 +26,10 @@ class TextSampling(Config):
 
 
 class ImageSampling(TextSampling):
-    guidance_scale: float = Field(2.0, ge=0, description="classifier-free guidance; 1: off. The paper uses 3")
+    """Guidance is classifier-free. 1 turns it off; the paper uses 3."""
+
+    guidance_scale: float | None = Field(None, ge=0, description="None: the model family's own")
+    image_guidance_scale: float | None = Field(None, ge=0, description="three-way guidance: the weight of what the pictures say")
 
 
 class SamplingParams(Config):

@@ -7,13 +7,15 @@ Without, it gives the plain model's likelihood (supervised training).
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from diptych.config import SamplingParams, TextSampling
 from diptych.models.base import UnifiedModel
-from diptych.sampling.distribution import Grammar, guide, log_distribution
+from diptych.sampling.distribution import Grammar, log_distribution, resolve
+from diptych.sampling.guidance import branch_prefixes, mix, num_branches
 from diptych.tokens import TokenBatch, TokenRow, collate
 
 _PLAIN = TextSampling()
@@ -46,6 +48,7 @@ def score(
     """
     if bool(batch.completion_mask[:, 0].any()):
         raise ValueError("a chosen token stands at position 0; nothing predicts it, so put a prompt before it")
+    params = None if params is None else resolve(params, model)
     hidden = model.backbone(model.embed(batch), batch.position_ids, batch.attention_mask)  # (B, T, H)
     # The state at t - 1 predicts the token at t.
     row, column = batch.completion_mask.nonzero(as_tuple=True)  # (N,), row-major
@@ -94,24 +97,36 @@ def _score_images(
     logits = model.image_logits(hidden[row, column - 1], codes)  # (N, D, K)
     if params is None:
         return _gather(log_distribution(logits, _PLAIN), codes, entropy_gradient)
-    scale = params.image.guidance_scale
-    if guided and scale != 1:
-        num_positions = model.image_spec.num_positions
-        assert len(codes) % num_positions == 0, "images are sampled whole"
-        images = codes.reshape(-1, num_positions, codes.shape[-1])  # (M, positions, D)
-        logits = guide(logits, unconditional_image_logits(model, images).reshape(logits.shape), scale)
+    if guided and num_branches(params.image):
+        logits = mix(logits, other_image_logits(model, batch, row, column, params), params.image)
     return _gather(log_distribution(logits, params.image), codes, entropy_gradient)
 
 
-def unconditional_image_logits(model: UnifiedModel, images: Tensor) -> Tensor:
-    """Teacher-forced logits of images after the unconditional prompt: (M, positions, D) codes -> (M, positions, D, K)."""
+def other_image_logits(model: UnifiedModel, batch: TokenBatch, row: Tensor, column: Tensor, params: SamplingParams) -> list[Tensor]:
+    """Teacher-forced logits of the codes at (row, column), each (N,), in the other branches of guidance: a list of (N, D, K)."""
     spec = model.image_spec
-    head = TokenRow.text([*model.unconditional_prompt(), spec.begin_id], spec.depth)
-    batch = collate([TokenRow.concat([head, TokenRow.image(codes)]) for codes in images.cpu()]).to(images.device)
-    hidden = model.backbone(model.embed(batch), batch.position_ids, batch.attention_mask)
-    predicting = hidden[:, len(head) - 1 : -1]  # (M, positions, H)
-    logits = model.image_logits(predicting.flatten(0, 1), images.flatten(0, 1))
-    return logits.reshape(*images.shape, -1)
+    assert len(row) % spec.num_positions == 0, "images are sampled whole"
+    codes = batch.codes[row, column]  # (N, D)
+    prompt_lengths = batch.prompt_lengths.tolist()
+    prefixes, spans = [], []
+    for image in range(len(row) // spec.num_positions):
+        first = image * spec.num_positions
+        index, begin = int(row[first]), int(column[first]) - 1 - spec.code_offsets[0]
+        drawn = codes[first : first + spec.num_positions].cpu()
+        spans.append(model.image_row(drawn, chosen=True, step=0, begin_step=0)[1:])
+        context = partial(_context, batch, index, begin)
+        prefixes.append(branch_prefixes(model, params.image, prompt_lengths[index], context))
+    found = []
+    for branch in zip(*prefixes, strict=True):
+        other = collate([TokenRow.concat([prefix, span]) for prefix, span in zip(branch, spans, strict=True)]).to(batch.device)
+        hidden = model.backbone(model.embed(other), other.position_ids, other.attention_mask)
+        at, place = (other.image_mask & other.completion_mask).nonzero(as_tuple=True)
+        found.append(model.image_logits(hidden[at, place - 1], codes))
+    return found
+
+
+def _context(batch: TokenBatch, index: int, begin: int) -> TokenRow:
+    return batch.row(index).to("cpu")[:begin]
 
 
 def _gather(log_dist: Tensor, chosen: Tensor, entropy_gradient: bool) -> tuple[Tensor, Tensor]:

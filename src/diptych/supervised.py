@@ -24,7 +24,7 @@ def encode(model: UnifiedModel, records: Sequence[Record], caption_dropout: floa
         if record.answer is None:
             raise ValueError(f"a record of {record.source} has no assistant message; supervised learning needs answers")
         dropped = record.is_drawing and value < caption_dropout
-        rows.append(model.encode_example(None if dropped else record.prompt, record.answer))
+        rows.append(model.encode_example(record.prompt, record.answer, unconditional=dropped))
     return collate(rows)
 
 

@@ -8,7 +8,8 @@ A five-token example, depth 2: the answer "hi", the choice to draw, one image po
     step_ids         0     0       1        1        1
     completion_mask  True  True    True     False    True
 
-`</vis>` is in the sequence but was not chosen (the image's length is fixed), so it is never trained.
+`</vis>` is in the sequence but was not chosen (the image's length is fixed), so it is never trained. So are the size prefix and
+the row separators that some families write inside an image (Emu3): TEXT, of the image's step, not chosen.
 """
 
 from __future__ import annotations
@@ -32,13 +33,17 @@ class Modality(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class TokenRow:
-    """One sequence without padding; fields as in `TokenBatch` with shape (T,) or (T, D)."""
+    """One sequence without padding; fields as in `TokenBatch` with shape (T,) or (T, D).
+
+    `pixels`: the pictures behind its FEATURE positions, in order.
+    """
 
     text_ids: Tensor
     codes: Tensor
     modality: Tensor
     step_ids: Tensor
     completion_mask: Tensor
+    pixels: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.text_ids)
@@ -67,8 +72,31 @@ class TokenRow:
         )
 
     @classmethod
+    def feature(cls, pixels: Tensor, length: int, depth: int) -> TokenRow:
+        """A prompt picture (3, S, S) that stands at `length` positions as features of the family's own encoder."""
+        row = cls.text([0] * length, depth)
+        return dataclasses.replace(row, modality=torch.full((length,), Modality.FEATURE, dtype=torch.long), pixels=(pixels,))
+
+    @classmethod
     def concat(cls, rows: Sequence[TokenRow]) -> TokenRow:
-        return cls(*(torch.cat([getattr(r, f.name) for r in rows]) for f in dataclasses.fields(cls)))
+        joined = {name: torch.cat([getattr(r, name) for r in rows]) for name in _PER_POSITION}
+        return cls(**joined, pixels=tuple(picture for r in rows for picture in r.pixels))
+
+    def to(self, device: torch.device | str) -> TokenRow:
+        return TokenRow(**{name: getattr(self, name).to(device) for name in _PER_POSITION}, pixels=self.pixels)
+
+    def __getitem__(self, positions: slice) -> TokenRow:
+        """Some positions. Raises ValueError where they would cut a picture's features in two."""
+        kept = {name: getattr(self, name)[positions] for name in _PER_POSITION}
+        features = int((kept["modality"] == Modality.FEATURE).sum())
+        if features == 0:
+            return TokenRow(**kept)
+        if features != int((self.modality == Modality.FEATURE).sum()):
+            raise ValueError("a slice of a sequence must hold all of its picture features or none")
+        return TokenRow(**kept, pixels=self.pixels)
+
+
+_PER_POSITION = ("text_ids", "codes", "modality", "step_ids", "completion_mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +109,7 @@ class TokenBatch:
     position_ids: (B, T) int64; the number of real tokens before this one.
     step_ids: (B, T) int64; the document step a token belongs to, -1 in the prompt.
     completion_mask: (B, T) bool; True where the policy chose the token and it is trained.
+    pixels: for each row, the pictures behind its FEATURE positions; () where no row has any.
 
     Raises ValueError where shapes or dtypes disagree, or where the mask covers padding.
     """
@@ -91,6 +120,7 @@ class TokenBatch:
     position_ids: Tensor
     step_ids: Tensor
     completion_mask: Tensor
+    pixels: tuple[tuple[Tensor, ...], ...] = ()
 
     def __post_init__(self) -> None:
         shape = self.text_ids.shape
@@ -104,6 +134,8 @@ class TokenBatch:
         for name, dtype in (("text_ids", torch.long), ("codes", torch.long), ("completion_mask", torch.bool)):
             if getattr(self, name).dtype != dtype:
                 raise ValueError(f"{name} is {getattr(self, name).dtype}; {dtype} is needed")
+        if self.pixels and len(self.pixels) != shape[0]:
+            raise ValueError(f"pixels has {len(self.pixels)} rows; the batch has {shape[0]}")
         if bool((self.completion_mask & (self.modality == Modality.PAD)).any()):
             raise ValueError("completion_mask is True on padding")
 
@@ -129,6 +161,15 @@ class TokenBatch:
         return self.modality == Modality.IMAGE
 
     @property
+    def feature_mask(self) -> Tensor:
+        return self.modality == Modality.FEATURE
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """(B,) int64: positions before the answer."""
+        return ((self.step_ids < 0) & self.attention_mask).sum(1)
+
+    @property
     def choice_mask(self) -> Tensor:
         """(B, T, D) bool: every single choice of the policy. A text token is one choice (at depth 0), an image position D."""
         depth_zero = torch.arange(self.depth, device=self.device) == 0  # (D,)
@@ -138,13 +179,23 @@ class TokenBatch:
         return len(self.text_ids)
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        return TokenBatch(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+        return TokenBatch(**{name: getattr(self, name).to(device) for name in _ON_DEVICE}, pixels=self.pixels)
 
     def __getitem__(self, rows: slice | Tensor | list[int]) -> TokenBatch:
         """Some rows, with trailing padding that none of them needs cut off."""
-        parts = {f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)}
+        parts = {name: getattr(self, name)[rows] for name in _ON_DEVICE}
         longest = max(1, int((parts["modality"] != Modality.PAD).sum(1).max()))
-        return TokenBatch(**{name: value[:, :longest] for name, value in parts.items()})
+        pixels = tuple(self.pixels[i] for i in torch.arange(len(self))[rows].tolist()) if self.pixels else ()
+        return TokenBatch(**{name: value[:, :longest] for name, value in parts.items()}, pixels=pixels)
+
+    def row(self, index: int) -> TokenRow:
+        """One sequence without its padding."""
+        length = int(self.attention_mask[index].sum())
+        parts = {name: getattr(self, name)[index, :length] for name in _PER_POSITION}
+        return TokenRow(**parts, pixels=self.pixels[index] if self.pixels else ())
+
+
+_ON_DEVICE = (*_PER_POSITION, "position_ids")
 
 
 def collate(rows: Sequence[TokenRow]) -> TokenBatch:
@@ -164,4 +215,5 @@ def collate(rows: Sequence[TokenRow]) -> TokenBatch:
         position_ids=(real.long().cumsum(1) - 1).clamp(min=0),
         step_ids=pad("step_ids", -1),
         completion_mask=pad("completion_mask", False),
+        pixels=tuple(r.pixels for r in rows) if any(r.pixels for r in rows) else (),
     )

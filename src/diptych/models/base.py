@@ -10,25 +10,59 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 from torch import Tensor, nn
 
 from diptych.document import Document, Image, Text
 from diptych.models.pixels import to_pixels
-from diptych.tokens import TokenBatch, TokenRow
+from diptych.tokens import Modality, TokenBatch, TokenRow
+
+CODE = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """How a family writes an image: `num_positions` positions with `depth` codes each out of `codebook_size`,
-    between the text tokens `begin_id` (chosen by the model) and `end_id` (forced); `pixel_size` pixels a side."""
+    """How a family writes an image: the text token `begin_id`, which the model chooses, then what `layout` says.
 
-    num_positions: int
+    layout: CODE for a position whose `depth` codes are chosen, otherwise the id of a forced text token. Most families have
+        `num_positions` times CODE and an end token. Emu3 writes the size of the grid first and a separator after each row:
+        `(size tokens, CODE * W, separator, CODE * W, separator, ..., end tokens)`.
+    codebook_size: K, the codes to choose from. pixel_size: pixels a side.
+    """
+
+    layout: tuple[int, ...]
     depth: int
     codebook_size: int
     pixel_size: int
     begin_id: int
-    end_id: int
+
+    def __post_init__(self) -> None:
+        if not self.layout or self.layout[-1] == CODE:
+            raise ValueError("an image's layout must end with a forced token")
+
+    @classmethod
+    def plain(cls, num_positions: int, depth: int, codebook_size: int, pixel_size: int, begin_id: int, end_id: int) -> ImageSpec:
+        """`num_positions` positions in a row and one end token."""
+        return cls((CODE,) * num_positions + (end_id,), depth, codebook_size, pixel_size, begin_id)
+
+    @property
+    def num_positions(self) -> int:
+        return self.layout.count(CODE)
+
+    @property
+    def length(self) -> int:
+        """Sequence positions of one image, `begin_id` included."""
+        return 1 + len(self.layout)
+
+    @property
+    def end_id(self) -> int:
+        return self.layout[-1]
+
+    @property
+    def code_offsets(self) -> list[int]:
+        """Where the code positions stand behind `begin_id`, counted from 0."""
+        return [offset for offset, kind in enumerate(self.layout) if kind == CODE]
 
 
 class UnifiedModel(nn.Module, abc.ABC):
@@ -36,22 +70,34 @@ class UnifiedModel(nn.Module, abc.ABC):
 
     Hidden states predict the *next* position: the state at `begin_id` predicts the first image position. H is the
     hidden width, V the text vocabulary, K the codebook size, D the depth.
+
+    guidance_scale: the family's own classifier-free guidance when drawing; used where a setting leaves it open.
     """
 
+    family: str
     image_spec: ImageSpec
     eos_id: int
     vocab_size: int
     max_positions: int
+    guidance_scale: float = 1.0
 
     # --- tensors -------------------------------------------------------------------------------------------------
     @abc.abstractmethod
-    def embed(self, batch: TokenBatch) -> Tensor:
-        """Input embeddings of text tokens and image codes, (B, T, H)."""
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """(...,) int64 -> (..., H)."""
+
+    @abc.abstractmethod
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """Codes of image positions (N, D) -> (N, H)."""
+
+    def prompt_image_embeds(self, pixels: Tensor) -> Tensor:
+        """Features of prompt pictures, (N, 3, S, S) -> (N, F, H), for families that do not read them as codes (Janus)."""
+        raise NotImplementedError(f"{self.family} reads prompt pictures as codes")
 
     @abc.abstractmethod
     def backbone(self, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> Tensor:
-        """Hidden states (B, T, H). `attention_mask` is (B, cached + T) bool and may have holes; attention is causal
-        by slot. `cache`, from `new_cache`, is extended in place."""
+        """Hidden states (B, T, H) after the final norm. `attention_mask` is (B, cached + T) bool and may have holes;
+        attention is causal by slot. `cache`, from `new_cache`, is extended in place."""
 
     @abc.abstractmethod
     def new_cache(self) -> Any:
@@ -71,16 +117,19 @@ class UnifiedModel(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """(N, 3, S, S) float in -1..1 -> codes (N, num_positions, D)."""
+        """(N, 3, S, S) float as `target_pixels` gives them -> codes (N, num_positions, D)."""
 
     @abc.abstractmethod
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Codes (N, num_positions, D) -> pixels (N, 3, S, S) float in -1..1."""
 
-    # --- words ---------------------------------------------------------------------------------------------------
+    # --- words and pictures --------------------------------------------------------------------------------------
     @abc.abstractmethod
-    def unconditional_prompt(self) -> list[int]:
-        """Text ids that stand before `begin_id` in the unconditional branch of classifier-free guidance."""
+    def unconditional_prompt(self, prompt_length: int) -> list[int]:
+        """Text ids that stand before `begin_id` in the unconditional branch of classifier-free guidance.
+
+        `prompt_length`: positions of the prompt that is guided; most families do not care.
+        """
 
     @abc.abstractmethod
     def encode_text(self, text: str) -> list[int]: ...
@@ -89,65 +138,167 @@ class UnifiedModel(nn.Module, abc.ABC):
     def decode_text(self, ids: list[int]) -> str: ...
 
     @abc.abstractmethod
+    def forbidden_text_ids(self) -> list[int]:
+        """Text ids that no answer may contain (padding, role markers, forced tokens, image ids)."""
+
     def wrap_prompt(self, row: TokenRow) -> TokenRow:
-        """The chat template: what stands before and after the user's tokens."""
+        """What the chat template writes before and after the user's tokens. Families whose template works on strings
+        override `encode_prompt_row` instead."""
+        raise NotImplementedError
+
+    def encode_prompt_row(self, document: Document) -> TokenRow:
+        return self.wrap_prompt(self.encode_segments(document, answer=False))
+
+    def answer_text_ids(self, document: Document, index: int) -> list[int]:
+        """Tokens of text segment `index` of an answer; families with rules about the neighbours of pictures override it."""
+        segment = document.segments[index]
+        assert isinstance(segment, Text)
+        return self.encode_text(segment.text)
+
+    def lead_in_ids(self, document: Document, index: int) -> list[int]:
+        """Text tokens of an answer before `begin_id` of image segment `index` that belong to no text segment."""
+        return []
+
+    def target_pixels(self, image: PIL.Image.Image) -> Tensor:
+        """A picture to be drawn, as `encode_images` takes it: (3, S, S) float32 in -1..1."""
+        return to_pixels([image], self.image_spec.pixel_size)[0]
+
+    def prompt_image_row(self, image: Image) -> TokenRow:
+        """A picture in a prompt, from `begin_id` to its end."""
+        return self.image_row(self.image_codes(image), chosen=False, step=-1, begin_step=-1)
+
+    # --- files and training --------------------------------------------------------------------------------------
+    @property
+    @abc.abstractmethod
+    def language_model(self) -> nn.Module:
+        """The decoder stack (a transformers model with `.layers`): where LoRA and gradient checkpointing apply."""
+
+    @property
+    def lora_root(self) -> nn.Module:
+        """The module that PEFT wraps: the family's own Hugging Face class, so that adapters load into its home code."""
+        return self.language_model
 
     @abc.abstractmethod
-    def forbidden_text_ids(self) -> list[int]:
-        """Text ids that no answer may contain (padding, role markers, `end_id`, image ids)."""
+    def frozen_modules(self) -> list[nn.Module]:
+        """What no training touches: image tokenizer, vision encoder."""
 
     @abc.abstractmethod
     def save_pretrained(self, folder: Path) -> None: ...
 
     @classmethod
     @abc.abstractmethod
-    def load(cls, folder: Path) -> UnifiedModel:
-        """The model of a checkpoint folder. Raises ValueError naming the file that is missing, truncated or does not fit."""
+    def load(cls, folder: Path, *, dtype: torch.dtype | None = None, load_in_4bit: bool = False) -> UnifiedModel:
+        """The model of a checkpoint folder, on the CPU, in eval mode, frozen modules frozen.
+
+        Args:
+            dtype: of the weights; None keeps the checkpoint's own.
+            load_in_4bit: the language model's matrices in NF4 (bitsandbytes).
+        Raises:
+            ValueError naming the file that is missing, truncated or does not fit.
+        """
 
     # --- written once for all families ------------------------------------------------------------------------------
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embeddings; matrices may be quantised."""
+        return self.embed_text(torch.zeros(1, dtype=torch.long, device=self.device)).dtype
+
+    def freeze(self) -> None:
+        for module in self.frozen_modules():
+            module.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> UnifiedModel:
+        """Frozen modules stay in eval mode: some image tokenizers overwrite their codebook in training mode."""
+        super().train(mode)
+        for module in self.frozen_modules():
+            module.eval()
+        return self
+
+    def embed(self, batch: TokenBatch) -> Tensor:
+        """Input embeddings of text tokens, image codes and prompt pictures, (B, T, H)."""
+        embeds = self.embed_text(batch.text_ids)
+        images = batch.image_mask.nonzero(as_tuple=True)
+        if len(images[0]):
+            embeds = embeds.index_put(images, self.embed_codes(batch.codes[images]).to(embeds.dtype))
+        if batch.pixels:
+            pictures = [picture for row in batch.pixels for picture in row]
+            unique = {id(picture): picture for picture in pictures}  # a group's prompt is one object: encoded once
+            places = {key: place for place, key in enumerate(unique)}
+            features = self.prompt_image_embeds(torch.stack(list(unique.values())).to(embeds))  # (U, F, H)
+            ordered = features[[places[id(picture)] for picture in pictures]]
+            embeds = embeds.index_put(batch.feature_mask.nonzero(as_tuple=True), ordered.flatten(0, 1).to(embeds.dtype))
+        return embeds
+
     def image_codes(self, image: Image) -> Tensor:
         """(num_positions, D) codes of an image segment, encoding its pixels if it has no codes."""
         if image.codes is not None:
             return image.codes
         assert image.pixels is not None
-        return self.encode_images(to_pixels([image.pixels], self.image_spec.pixel_size).to(self.device))[0].cpu()
+        with torch.no_grad():
+            return self.encode_images(self.target_pixels(image.pixels)[None].to(self.device))[0].cpu()
+
+    def image_row(self, codes: Tensor, *, chosen: bool, step: int, begin_step: int) -> TokenRow:
+        """An image from `begin_id` on: (num_positions, D) codes at their places, forced tokens never chosen."""
+        spec = self.image_spec
+        rows = TokenRow.text([spec.begin_id], spec.depth, chosen=chosen, step=begin_step)
+        layout = torch.tensor(spec.layout)
+        is_code = layout == CODE
+        placed = torch.zeros(len(layout), spec.depth, dtype=torch.long)
+        placed[is_code] = codes.long()
+        span = TokenRow(
+            text_ids=layout.masked_fill(is_code, 0),
+            codes=placed,
+            modality=torch.where(is_code, int(Modality.IMAGE), int(Modality.TEXT)),
+            step_ids=torch.full((len(layout),), step, dtype=torch.long),
+            completion_mask=is_code & chosen,
+        )
+        return TokenRow.concat([rows, span])
 
     def encode_segments(self, document: Document, *, answer: bool) -> TokenRow:
-        """Segments to tokens. In an answer each segment is a step and everything but `end_id` is a choice."""
-        spec, rows = self.image_spec, []
+        """Segments to tokens. In an answer each segment is a step and everything but forced tokens is a choice."""
+        depth, rows = self.image_spec.depth, []
         for step, segment in enumerate(document):
-            step_id = step if answer else -1
             if isinstance(segment, Text):
-                rows.append(TokenRow.text(self.encode_text(segment.text), spec.depth, chosen=answer, step=step_id))
-                continue
-            begins_a_row = step == 0 or isinstance(document.segments[step - 1], Image)
-            begin_step = step_id if begins_a_row or not answer else step_id - 1  # the choice to draw ends the text step
-            rows.append(TokenRow.text([spec.begin_id], spec.depth, chosen=answer, step=begin_step))
-            rows.append(TokenRow.image(self.image_codes(segment), chosen=answer, step=step_id))
-            rows.append(TokenRow.text([spec.end_id], spec.depth, chosen=False, step=step_id))
+                ids = self.answer_text_ids(document, step) if answer else self.encode_text(segment.text)
+                rows.append(TokenRow.text(ids, depth, chosen=answer, step=step if answer else -1))
+            elif not answer:
+                rows.append(self.prompt_image_row(segment))
+            else:
+                begins_a_row = step == 0 or isinstance(document.segments[step - 1], Image)
+                begin_step = step if begins_a_row else step - 1  # the choice to draw ends the text step
+                rows.append(TokenRow.text(self.lead_in_ids(document, step), depth, chosen=True, step=begin_step))
+                rows.append(self.image_row(self.image_codes(segment), chosen=True, step=step, begin_step=begin_step))
         if answer:
-            rows.append(TokenRow.text([self.eos_id], spec.depth, chosen=True, step=max(0, len(document) - 1)))
-        return TokenRow.concat(rows) if rows else TokenRow.text([], spec.depth)
+            rows.append(TokenRow.text([self.eos_id], depth, chosen=True, step=max(0, len(document) - 1)))
+        return TokenRow.concat(rows) if rows else TokenRow.text([], depth)
 
     def encode_prompt(self, document: Document) -> TokenRow:
         """Raises ValueError where the prompt leaves no room for an answer in the context."""
-        row = self.wrap_prompt(self.encode_segments(document, answer=False))
+        row = self.encode_prompt_row(document)
         if len(row) >= self.max_positions:
-            raise ValueError(f"the prompt has {len(row)} positions and the model's context {self.max_positions}; shorten the prompt")
+            pictures = f" ({len(document.images)} pictures of {self.image_spec.length} positions each)" if document.images else ""
+            raise ValueError(
+                f"the prompt has {len(row)} positions{pictures} and the model's context {self.max_positions}; shorten the prompt"
+            )
         return row
 
-    def encode_example(self, prompt: Document | None, answer: Document) -> TokenRow:
-        """Prompt and answer for supervised training; `prompt=None` gives the unconditional branch (caption dropout).
+    def encode_example(self, prompt: Document, answer: Document, *, unconditional: bool = False) -> TokenRow:
+        """Prompt and answer for supervised training; `unconditional` puts the unconditional prompt in the place of the
+        real one (caption dropout).
 
         Raises ValueError where the example is longer than the context.
         """
-        bare = TokenRow.text(self.unconditional_prompt(), self.image_spec.depth)
-        begin = bare if prompt is None else self.encode_prompt(prompt)
+        begin = self.encode_prompt(prompt)
+        if unconditional:
+            begin = TokenRow.text(self.unconditional_prompt(len(begin)), self.image_spec.depth)
         row = TokenRow.concat([begin, self.encode_segments(answer, answer=True)])
         if len(row) > self.max_positions:
-            raise ValueError(f"the example has {len(row)} positions and the model's context {self.max_positions}")
+            raise ValueError(
+                f"the example has {len(row)} positions ({len(answer.images)} pictures in the answer) and the model's context "
+                f"{self.max_positions}; shorten it"
+            )
         return row

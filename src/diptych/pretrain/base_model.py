@@ -72,7 +72,7 @@ def extend(model: StoryboardModel, row: TokenRow | None, turn: Turn) -> TokenRow
     prompt, answer = model.encode_prompt(turn[0]), model.encode_segments(turn[1], answer=True)
     if row is None:
         return TokenRow.concat([prompt, answer])
-    return TokenRow.concat([row, TokenRow(*(getattr(prompt, f)[1:] for f in TokenRow.__dataclass_fields__)), answer])
+    return TokenRow.concat([row, prompt[1:], answer])
 
 
 @dataclasses.dataclass(frozen=True)

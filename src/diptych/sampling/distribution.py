@@ -13,28 +13,34 @@ from diptych.models.base import UnifiedModel
 
 @dataclasses.dataclass(frozen=True)
 class Grammar:
-    """Which text tokens are legal. In an image only codes are, which the two heads already ensure."""
+    """Which text tokens are legal. In an image only codes are, and forced tokens are never sampled.
 
-    vocab_size: int
-    forbidden_ids: tuple[int, ...]
+    legal: (V,) bool, what the family allows in text. `begin_id` is legal while fewer than `max_images` were begun.
+    """
+
+    legal: Tensor
     begin_id: int
     max_images: int
 
     @classmethod
     def of(cls, model: UnifiedModel, params: SamplingParams) -> Grammar:
-        return cls(model.vocab_size, tuple(model.forbidden_text_ids()), model.image_spec.begin_id, params.max_images)
+        legal = torch.ones(model.vocab_size, dtype=torch.bool)
+        legal[model.forbidden_text_ids()] = False
+        return cls(legal.to(model.device), model.image_spec.begin_id, params.max_images)
 
     def allowed(self, num_images: Tensor) -> Tensor:
         """(N,) images begun so far in each answer -> (N, V) bool."""
-        allowed = torch.ones(len(num_images), self.vocab_size, dtype=torch.bool, device=num_images.device)
-        allowed[:, list(self.forbidden_ids)] = False
+        allowed = self.legal.expand(len(num_images), -1).clone()
         allowed[:, self.begin_id] = num_images < self.max_images
         return allowed
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance on logits: u + scale * (c - u). Source: arXiv:2207.12598; scale 1 is no guidance."""
-    return unconditional + scale * (conditional - unconditional)
+def resolve(params: SamplingParams, model: UnifiedModel) -> SamplingParams:
+    """The same settings with the family's own guidance where none was set."""
+    image = params.image
+    if image.guidance_scale is None:
+        image = image.model_copy(update={"guidance_scale": model.guidance_scale})
+    return params.model_copy(update={"image": image})
 
 
 def log_distribution(logits: Tensor, params: TextSampling, allowed: Tensor | None = None) -> Tensor:

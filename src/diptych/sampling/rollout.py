@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
+import PIL.Image
 import torch
 from torch import Tensor
 
@@ -47,39 +49,45 @@ class Draft:
 def finish(model: UnifiedModel, drafts: list[Draft], params: SamplingParams) -> list[Rollout]:
     """Drafts to rollouts; all their images are decoded in one batch."""
     images = [codes for d in drafts for kind, codes, _ in d.pieces if kind == Modality.IMAGE]
-    pictures = iter(to_images(model.decode_codes(torch.stack(images).to(model.device)).cpu()) if images else [])
+    pictures = iter(to_images(model.decode_codes(torch.stack(images).to(model.device)).float().cpu()) if images else [])
     return [_finish_one(model, draft, params, pictures) for draft in drafts]
 
 
-def _finish_one(model: UnifiedModel, draft: Draft, params: SamplingParams, pictures) -> Rollout:
+def draft_row(model: UnifiedModel, draft: Draft) -> TokenRow:
+    """Prompt and answer so far, without a `begin_id` that was written last."""
+    row = _assemble(model, draft)[0]
+    return row[:-1] if int(row.text_ids[-1]) == model.image_spec.begin_id else row
+
+
+def _assemble(model: UnifiedModel, draft: Draft) -> tuple[TokenRow, Tensor, list[str | Tensor]]:
+    """Tokens, log-probabilities (T, D), and for each step its text or its codes."""
     spec = model.image_spec
     rows, logprobs = [draft.prompt], [torch.zeros(len(draft.prompt), spec.depth)]
-    segments: list[Text | Image] = []
-    modality: list[Modality] = []
-
-    def add(row: TokenRow, values: Tensor) -> None:
-        rows.append(row)
-        logprobs.append(values)
-
+    steps: list[str | Tensor] = []
     for kind, ids, values in draft.pieces:
         if kind == Modality.IMAGE:
-            modality.append(Modality.IMAGE)
-            segments.append(Image(next(pictures), ids))
-            step = len(modality) - 1
-            add(TokenRow.image(ids, chosen=True, step=step), values)
-            add(TokenRow.text([spec.end_id], spec.depth, chosen=False, step=step), torch.zeros(1, spec.depth))
-            continue
-        words = [int(i) for i in ids if int(i) not in (spec.begin_id, model.eos_id)]
-        if words:  # a lone control token belongs to the step before it (at the very beginning, to the first)
-            modality.append(Modality.TEXT)
-            segments.append(Text(model.decode_text(words)))
-        padded = torch.zeros(len(ids), spec.depth)
-        padded[:, 0] = values
-        add(TokenRow.text(ids.tolist(), spec.depth, chosen=True, step=max(0, len(modality) - 1)), padded)
-    if not modality:  # an empty answer
-        modality.append(Modality.TEXT)
-        segments.append(Text(""))
+            steps.append(ids)
+            span = model.image_row(ids, chosen=True, step=len(steps) - 1, begin_step=-1)[1:]  # the choice to begin is in the text piece
+            placed = torch.zeros(len(span), spec.depth)
+            placed[span.modality == Modality.IMAGE] = values
+        else:
+            text = model.decode_text([int(i) for i in ids if int(i) not in (spec.begin_id, model.eos_id)]).strip()
+            if text:  # control tokens and white space alone belong to the step before them (at the very beginning, to the first)
+                steps.append(text)
+            span = TokenRow.text(ids.tolist(), spec.depth, chosen=True, step=max(0, len(steps) - 1))
+            placed = torch.zeros(len(ids), spec.depth)
+            placed[:, 0] = values
+        rows.append(span)
+        logprobs.append(placed)
+    return TokenRow.concat(rows), torch.cat(logprobs), steps
+
+
+def _finish_one(model: UnifiedModel, draft: Draft, params: SamplingParams, pictures: Iterator[PIL.Image.Image]) -> Rollout:
+    row, logprobs, steps = _assemble(model, draft)
+    steps = steps or [""]  # an empty answer
+    segments = [Text(step) if isinstance(step, str) else Image(next(pictures), step) for step in steps]
     return Rollout(
-        prompt_length=len(draft.prompt), row=TokenRow.concat(rows), rollout_logprobs=torch.cat(logprobs), params=params,
-        truncated=draft.truncated, step_modality=tuple(modality), document=Document(tuple(segments)),
+        prompt_length=len(draft.prompt), row=row, rollout_logprobs=logprobs, params=params, truncated=draft.truncated,
+        step_modality=tuple(Modality.TEXT if isinstance(step, str) else Modality.IMAGE for step in steps),
+        document=Document(tuple(segments)),
     )  # fmt: skip

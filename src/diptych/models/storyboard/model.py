@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from diptych.models.base import ImageSpec, UnifiedModel
+from diptych.models.hf import CACHE_ARGUMENT
 from diptych.models.storyboard.codec import PatchCodec
-from diptych.tokens import TokenBatch, TokenRow
+from diptych.tokens import TokenRow
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>", "<user>", "<assistant>", "<vis>", "</vis>")
 PAD, UNK, BOS, EOS, USER, ASSISTANT, BEGIN_IMAGE, END_IMAGE = range(len(SPECIAL_TOKENS))
-# transformers 5.24 renamed the argument
-_CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +53,7 @@ def build_tokenizer(words: list[str]) -> Tokenizer:
 
 class StoryboardModel(UnifiedModel):
     family = "storyboard"
+    guidance_scale = 1.5  # more breaks pictures: see docs/lab_notes.md
 
     def __init__(self, config: StoryboardConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -96,20 +95,21 @@ class StoryboardModel(UnifiedModel):
         )
         self.depth_heads = nn.Parameter(torch.randn(config.depth, codebook, inner) * inner**-0.5)
         self.depth_tie = nn.Parameter(torch.randn(width, inner) * width**-0.5)
-        self.codec.requires_grad_(False)
-        self.image_spec = ImageSpec(config.grid**2, config.depth, codebook, config.grid * config.patch, BEGIN_IMAGE, END_IMAGE)
+        self.image_spec = ImageSpec.plain(config.grid**2, config.depth, codebook, config.grid * config.patch, BEGIN_IMAGE, END_IMAGE)
         self.eos_id, self.vocab_size, self.max_positions = EOS, config.vocab_size, config.max_positions
+        self.freeze()
 
     # --- tensors ---
-    def embed(self, batch: TokenBatch) -> Tensor:
-        text = self.llama.embed_tokens(batch.text_ids)  # (B, T, H)
-        images = sum(self.code_embeddings[d][batch.codes[..., d]] for d in range(batch.depth))
-        return torch.where(batch.image_mask[..., None], images, text)
+    def embed_text(self, ids: Tensor) -> Tensor:
+        return self.llama.embed_tokens(ids)
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        return torch.stack([self.code_embeddings[d][codes[:, d]] for d in range(codes.shape[1])]).sum(0)
 
     def backbone(self, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> Tensor:
         output = self.llama(
             inputs_embeds=embeds, position_ids=position_ids, attention_mask=attention_mask,
-            use_cache=cache is not None, **{_CACHE: cache},
+            use_cache=cache is not None, **{CACHE_ARGUMENT: cache},
         )  # fmt: skip
         return output.last_hidden_state
 
@@ -145,7 +145,7 @@ class StoryboardModel(UnifiedModel):
         return self.codec.decode(codes)
 
     # --- words ---
-    def unconditional_prompt(self) -> list[int]:
+    def unconditional_prompt(self, prompt_length: int) -> list[int]:
         return [BOS]
 
     def encode_text(self, text: str) -> list[int]:
@@ -161,7 +161,14 @@ class StoryboardModel(UnifiedModel):
     def forbidden_text_ids(self) -> list[int]:
         return [PAD, UNK, BOS, USER, ASSISTANT, END_IMAGE]
 
-    # --- files ---
+    # --- files and training ---
+    @property
+    def language_model(self) -> nn.Module:
+        return self.llama
+
+    def frozen_modules(self) -> list[nn.Module]:
+        return [self.codec]
+
     def save_pretrained(self, folder: Path) -> None:
         """Writes `config.json`, `tokenizer.json` and `model.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,8 +178,10 @@ class StoryboardModel(UnifiedModel):
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
 
     @classmethod
-    def load(cls, folder: Path) -> StoryboardModel:
+    def load(cls, folder: Path, *, dtype: torch.dtype | None = None, load_in_4bit: bool = False) -> StoryboardModel:
         """Raises ValueError naming the file that is missing, truncated or does not fit."""
+        if load_in_4bit:
+            raise ValueError("the Storyboard model has 3 M parameters and no 4-bit form; leave out load_in_4bit")
         try:
             fields = json.loads((folder / "config.json").read_text())
             fields.pop("model_type", None)
@@ -188,4 +197,4 @@ class StoryboardModel(UnifiedModel):
             model.load_state_dict(load_file(weights))
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{weights} is damaged or does not fit its config.json: {str(error)[:400]}") from error
-        return model.eval()
+        return model.to(dtype or torch.float32).eval()

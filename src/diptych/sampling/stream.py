@@ -1,0 +1,66 @@
+"""Sequences that share cache slots and grow one position at a time: the documents being written, and their guidance twins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diptych.models.base import UnifiedModel
+from diptych.tokens import Modality, TokenBatch, TokenRow, collate
+
+
+class Stream:
+    """B sequences in S cache slots. A row that waits gets an empty slot: the mask has holes, and positions count real tokens.
+
+    hidden: (B, H), the state that predicts each row's next position.
+    position: (B,) int64, real positions so far.
+    attention: (B, S) bool, False where a slot is empty.
+    """
+
+    def __init__(self, model: UnifiedModel, rows: list[TokenRow], repeat: Tensor) -> None:
+        """Prefills `rows` together, once each; `repeat` (B,) int64 says which of them each sequence starts from."""
+        self.model, device = model, model.device
+        self.cache: Any = model.new_cache()
+        batch = collate(rows).to(device)
+        lengths = batch.attention_mask.sum(1)  # (P,)
+        states = model.backbone(model.embed(batch), batch.position_ids, batch.attention_mask, self.cache)
+        last = states[torch.arange(len(rows), device=device), lengths - 1]  # (P, H)
+        repeat = repeat.to(device)
+        self.cache.batch_select_indices(repeat)
+        self.hidden, self.position, self.attention = last[repeat], lengths[repeat], batch.attention_mask[repeat]
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all but these rows, (B',) int64."""
+        self.cache.batch_select_indices(rows)
+        self.hidden, self.position, self.attention = self.hidden[rows], self.position[rows], self.attention[rows]
+
+    def feed_text(self, ids: Tensor, active: Tensor | None = None) -> None:
+        """One text token for each row, (B,); rows that are not `active` (B,) bool wait."""
+        codes = torch.zeros(len(ids), self.model.image_spec.depth, dtype=torch.long, device=ids.device)
+        self._feed(ids, codes, Modality.TEXT, torch.ones_like(ids, dtype=torch.bool) if active is None else active)
+
+    def feed_codes(self, codes: Tensor) -> None:
+        """One image position for each row, (B, D)."""
+        ids = torch.zeros(len(codes), dtype=torch.long, device=codes.device)
+        self._feed(ids, codes, Modality.IMAGE, torch.ones_like(ids, dtype=torch.bool))
+
+    def _feed(self, ids: Tensor, codes: Tensor, modality: Modality, active: Tensor) -> None:
+        batch = TokenBatch(
+            text_ids=ids[:, None],
+            codes=codes[:, None],
+            modality=torch.full_like(ids, int(modality))[:, None],
+            position_ids=self.position[:, None],
+            step_ids=torch.zeros_like(ids)[:, None],
+            completion_mask=torch.ones_like(ids, dtype=torch.bool)[:, None],
+        )
+        attention = torch.cat([self.attention, torch.ones_like(active)[:, None]], dim=1)  # a slot sees at least itself
+        hidden = self.model.backbone(self.model.embed(batch), batch.position_ids, attention, self.cache)[:, -1]
+        self.hidden = torch.where(active[:, None], hidden, self.hidden)
+        self.position = self.position + active
+        attention[:, -1] = active
+        self.attention = attention
