@@ -58,10 +58,24 @@ class OptimConfig(Config):
     max_grad_norm: float = Field(1.0, gt=0)
 
 
+class LoraConfig(Config):
+    """Low-rank adapters on the decoder layers (arXiv:2106.09685). No dropout: the policy that is scored is the one that samples."""
+
+    r: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    target_modules: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1)
+    train_in_full: tuple[str, ...] = Field((), description="parameters trained beside the adapters, by regular expression on their name")
+
+
 class RunConfig(Config):
     """What every training has."""
 
-    model: str = "storyboard"
+    model: str = Field("storyboard", description="packaged name, checkpoint or adapter folder, or hub id")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the weights; auto: the checkpoint's own")
+    load_in_4bit: bool = Field(False, description="QLoRA: the language model in NF4; needs `lora`")
+    lora: LoraConfig | None = Field(None, description="train adapters; None: train all but the image tokenizer")
+    gradient_checkpointing: bool = False
+    image_size: int | None = Field(None, ge=1, description="pixels a side of drawn pictures (Emu3); None: the family's own")
     output_dir: str
     seed: int = 0
     device: str = "auto"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from diptych.data import Mixture, Record
 from diptych.document import to_json_blocks
 from diptych.logprobs import Scores, score
 from diptych.losses import Counts, ModalityTerms, PolicyBatch, policy_loss
-from diptych.models import UnifiedModel, load_model
+from diptych.models import UnifiedModel, open_policy
+from diptych.models.loading import Reference
 from diptych.optim import make_optimizer, optimizer_step
 from diptych.rewards import RewardBatch, RewardError, call_rewards, load_reward
 from diptych.runs import RunFolder
@@ -75,15 +77,11 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
     step = (run.steps() or [0])[-1]
     state: dict[str, Any] = {}
     run.truncate_logs(step)
+    folder: Path | None = None
     if step:
         folder, state = run.load(step)
-        model = load_model(folder)
-    else:
-        model = load_model(config.model)
-    model.to(device).eval()  # no dropout: the policy that is scored is the policy that samples
-    reference = None
-    if config.text.beta or config.image.beta:
-        reference = load_model(config.model).to(device).eval().requires_grad_(False)
+    model = open_policy(config, device, folder).eval()  # no dropout: the policy that is scored is the policy that samples
+    reference = Reference(model, config, device) if config.text.beta or config.image.beta else None
     optimizer, schedule = make_optimizer(model, config.optim, config.max_steps * updates_per_step(config))
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -100,7 +98,10 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
         guided = config.score_guidance == "exact"
         old = replay(model, batch, config, guided)  # (B, T, D)
         metrics = check_parity(old.logprobs, experience.rollouts, batch, config, guided)
-        ref_logprobs = replay(reference, batch, config, guided).logprobs if reference is not None else None
+        ref_logprobs = None
+        if reference is not None:
+            with reference.active() as frozen:
+                ref_logprobs = replay(frozen, batch, config, guided).logprobs  # (B, T, D)
         sums: list[dict[str, float]] = []
         for update, rows in enumerate(minibatches(config, len(batch), step)):
             sums.append(accumulate_gradient(model, batch, rows, old.logprobs, ref_logprobs, advantages, config))

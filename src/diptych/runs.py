@@ -125,7 +125,7 @@ class RunFolder:
         """Writes model and trainer state for `step`, then drops all but the newest `keep` checkpoints."""
         if rank() == 0:
             with atomic_folder(self.checkpoints / f"step_{step}") as folder:
-                model.save_pretrained(folder / "model")
+                model.save(folder / "model")
                 torch.save(state, folder / "trainer.pt")
             for old in self.steps()[:-keep]:
                 shutil.rmtree(self.checkpoints / f"step_{old}", ignore_errors=True)

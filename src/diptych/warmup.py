@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from diptych.config import WarmupConfig
 from diptych.data import Mixture, Record
 from diptych.document import to_json_blocks
-from diptych.models import UnifiedModel, load_model
+from diptych.models import UnifiedModel, open_policy
 from diptych.optim import make_optimizer, optimizer_step
 from diptych.runs import RunFolder
 from diptych.runtime import generator, init_processes, pick_device, seed_everything, set_threads
@@ -40,12 +41,10 @@ def warmup(config: WarmupConfig, progress: Progress | None = None) -> UnifiedMod
     step = (run.steps() or [0])[-1]
     state: dict[str, Any] = {}
     run.truncate_logs(step)
+    folder: Path | None = None
     if step:
         folder, state = run.load(step)
-        model = load_model(folder)
-    else:
-        model = load_model(config.model)
-    model.to(device).train()
+    model = open_policy(config, device, folder).train()
     optimizer, schedule = make_optimizer(model, config.optim, config.max_steps)
     if state:
         optimizer.load_state_dict(state["optimizer"])

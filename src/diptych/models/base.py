@@ -14,6 +14,7 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
+from diptych.config import SamplingParams
 from diptych.document import Document, Image, Text
 from diptych.models.pixels import to_pixels
 from diptych.tokens import Modality, TokenBatch, TokenRow
@@ -71,15 +72,16 @@ class UnifiedModel(nn.Module, abc.ABC):
     Hidden states predict the *next* position: the state at `begin_id` predicts the first image position. H is the
     hidden width, V the text vocabulary, K the codebook size, D the depth.
 
-    guidance_scale: the family's own classifier-free guidance when drawing; used where a setting leaves it open.
+    default_sampling: how the family's release samples; its guidance scale stands in where a setting leaves it open.
     """
 
     family: str
+    default_sampling: SamplingParams
     image_spec: ImageSpec
     eos_id: int
     vocab_size: int
     max_positions: int
-    guidance_scale: float = 1.0
+    adapter: Any = None  # models.lora.LoraAdapter, where one is attached
 
     # --- tensors -------------------------------------------------------------------------------------------------
     @abc.abstractmethod
@@ -187,12 +189,15 @@ class UnifiedModel(nn.Module, abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def load(cls, folder: Path, *, dtype: torch.dtype | None = None, load_in_4bit: bool = False) -> UnifiedModel:
+    def load(
+        cls, folder: Path, *, dtype: torch.dtype | None = None, load_in_4bit: bool = False, image_size: int | None = None
+    ) -> UnifiedModel:
         """The model of a checkpoint folder, on the CPU, in eval mode, frozen modules frozen.
 
         Args:
             dtype: of the weights; None keeps the checkpoint's own.
             load_in_4bit: the language model's matrices in NF4 (bitsandbytes).
+            image_size: pixels a side of drawn pictures, for families that can choose; None keeps the family's own.
         Raises:
             ValueError naming the file that is missing, truncated or does not fit.
         """
@@ -206,6 +211,13 @@ class UnifiedModel(nn.Module, abc.ABC):
     def dtype(self) -> torch.dtype:
         """Of the embeddings; matrices may be quantised."""
         return self.embed_text(torch.zeros(1, dtype=torch.long, device=self.device)).dtype
+
+    def save(self, folder: Path) -> None:
+        """A checkpoint that `load_model` reads: the adapter alone where one is attached, the whole model otherwise."""
+        if self.adapter is not None:
+            self.adapter.save(folder)
+        else:
+            self.save_pretrained(folder)
 
     def freeze(self) -> None:
         for module in self.frozen_modules():
@@ -302,3 +314,9 @@ class UnifiedModel(nn.Module, abc.ABC):
                 f"{self.max_positions}; shorten it"
             )
         return row
+
+
+def check_image_size(asked: int | None, own: int, family: str) -> None:
+    """Raises ValueError where another size is asked of a family that draws one size only."""
+    if asked is not None and asked != own:
+        raise ValueError(f"image_size={asked}, but {family} draws pictures of {own} pixels a side only; leave it out")

@@ -1,10 +1,243 @@
-"""What the adapters around transformers' models share."""
+"""Families that transformers itself implements: their stock class, tokenizer and image processor behind our contract."""
 
 from __future__ import annotations
 
 import inspect
+import json
+from pathlib import Path
+from typing import Any, ClassVar
 
-from transformers import LlamaModel
+import PIL.Image
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BitsAndBytesConfig, DynamicCache, LlamaModel, PreTrainedModel
+
+from diptych.document import Document, Image, Text
+from diptych.models.base import UnifiedModel
+from diptych.tokens import TokenRow
 
 # transformers 5.24 renamed the argument of every decoder's forward
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
+
+
+class HFModel(UnifiedModel):
+    """A unified model around `self.hf`, the stock class of the family.
+
+    A subclass names the class, its tokens and its default chat template, and maps the contract to the class's parts.
+    """
+
+    hf_class: ClassVar[type[PreTrainedModel]]
+    image_marker: ClassVar[str]  # what the chat template writes for a picture
+    default_template: ClassVar[str]  # Jinja, where the checkpoint brings none
+    answer_lead: ClassVar[str] = " "  # what stands between the prompt and an answer that begins with text
+
+    def __init__(self, hf: PreTrainedModel, tokenizer: Any, image_processor: Any, folder: Path) -> None:
+        super().__init__()
+        self.hf, self.tokenizer, self.image_processor = hf, tokenizer, image_processor
+        self.side_files = read_side_files(folder)
+        self.template = chat_template(self.side_files, tokenizer) or self.default_template
+        self.folder = folder
+        self.eos_id = int(tokenizer.eos_token_id)
+        self.vocab_size = hf.get_input_embeddings().weight.shape[0]
+        self.max_positions = hf.config.get_text_config().max_position_embeddings
+
+    # --- tensors ---
+    def embed_text(self, ids: Tensor) -> Tensor:
+        return self.hf.get_input_embeddings()(ids)
+
+    def backbone(self, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> Tensor:
+        return decode(self.language_model, embeds, position_ids, attention_mask, cache)
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.hf.config.get_text_config())
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        return self.hf.lm_head(hidden)  # type: ignore[operator]
+
+    # --- words ---
+    def encode_text(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode_text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def answer_text_ids(self, document: Document, index: int) -> list[int]:
+        segment = document.segments[index]
+        assert isinstance(segment, Text)
+        return self.encode_text(self.answer_lead + segment.text if index == 0 else segment.text)
+
+    def encode_prompt_row(self, document: Document) -> TokenRow:
+        """The chat template, then tokens piece by piece, with each picture's positions where the template marks it."""
+        for segment in document:
+            if isinstance(segment, Text):
+                self._refuse_special_tokens(segment.text)
+        content = [{"type": "text", "text": s.text} if isinstance(s, Text) else {"type": "image"} for s in document]
+        rendered = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=self.template, tokenize=False, add_generation_prompt=True
+        )
+        pieces = self.begin_prompt(rendered).split(self.image_marker)
+        if len(pieces) != len(document.images) + 1:
+            raise ValueError(
+                f"the chat template of {self.folder} wrote {len(pieces) - 1} times {self.image_marker!r} for {len(document.images)} "
+                "pictures; a template must write it once for each block of type image"
+            )
+        depth, rows = self.image_spec.depth, []
+        for piece, image in zip(pieces, [*document.images, None], strict=True):
+            rows.append(TokenRow.text(self.tokenizer.encode(piece, add_special_tokens=False), depth))
+            if image is not None:
+                rows.append(self.prompt_image_row(image))
+        return TokenRow.concat(rows)
+
+    def begin_prompt(self, rendered: str) -> str:
+        """The rendered template, with the begin-of-sequence token in front where it is missing."""
+        bos = self.tokenizer.bos_token or ""
+        return rendered if rendered.startswith(bos) else bos + rendered
+
+    def _refuse_special_tokens(self, text: str) -> None:
+        for token in self.tokenizer.all_special_tokens + list(self.tokenizer.get_added_vocab()):
+            if token and token in text:
+                raise ValueError(f"the prompt's text contains the special token {token!r}; write it differently")
+
+    def token_id(self, token: str) -> int:
+        """Raises ValueError where the tokenizer lacks the token."""
+        found = self.tokenizer.get_vocab().get(token)
+        if found is None:
+            raise ValueError(
+                f"the tokenizer in {self.folder} has no token {token!r}, which {self.family} needs around pictures; use the "
+                "tokenizer files that came with the checkpoint"
+            )
+        return int(found)
+
+    def special_ids(self) -> set[int]:
+        """Added tokens, and ids that the tokenizer cannot decode; what may be sampled is taken out by the caller."""
+        vocabulary = self.tokenizer.get_vocab()
+        known = set(vocabulary.values())
+        return {*self.tokenizer.get_added_vocab().values(), *(i for i in range(self.vocab_size) if i not in known)}
+
+    # --- pictures ---
+    def processed(self, image: PIL.Image.Image) -> Tensor:
+        """(3, S, S) float32: a picture as the family's own image processor prepares it."""
+        return self.image_processor(images=[image.convert("RGB")], return_tensors="pt")["pixel_values"][0].float()
+
+    # --- files and training ---
+    @property
+    def lora_root(self) -> nn.Module:
+        return self.hf
+
+    def save_pretrained(self, folder: Path) -> None:
+        """The family's own layout: config and weights by transformers, every other small file as it was."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.hf.save_pretrained(folder)
+        for name, content in self.side_files.items():
+            if not (folder / name).exists():
+                (folder / name).write_bytes(content)
+
+    @classmethod
+    def load_parts(cls, folder: Path, dtype: torch.dtype | None, load_in_4bit: bool, skip_4bit: list[str]) -> tuple[Any, Any]:
+        """Stock model (on the CPU, or quantised) and tokenizer. Raises ValueError where files are missing or do not fit."""
+        options: dict[str, Any] = {"dtype": dtype or "auto"}
+        if load_in_4bit:
+            options["quantization_config"] = nf4(dtype, skip_4bit)
+        model = load_weights(cls.hf_class, folder, **options)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise ValueError(f"the tokenizer in {folder} cannot be read: {str(error)[:300]}") from error
+        return model, tokenizer
+
+
+class OneVocabularyModel(HFModel):
+    """A family whose image codes are tokens of the text vocabulary (Chameleon, Emu3): one embedding, one head, depth 1.
+
+    `code_ids`: (K,) int64, the vocabulary id of each code.
+    """
+
+    code_ids: Tensor
+
+    def set_code_ids(self, ids: Tensor) -> None:
+        self.register_buffer("code_ids", ids.long(), persistent=False)
+        self._first, self._last = int(ids.min()), int(ids.max())
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        return self.embed_text(self.code_ids[codes[:, 0]])
+
+    def _code_logits(self, hidden: Tensor) -> Tensor:
+        """(N, H) -> (N, K). Only the rows of the head between the first and the last code are multiplied."""
+        rows = slice(self._first, self._last + 1)
+        head = self.hf.lm_head
+        bias = None if head.bias is None else head.bias[rows]
+        return nn.functional.linear(hidden, head.weight[rows], bias)[:, self.code_ids - self._first]
+
+    def image_logits(self, hidden: Tensor, codes: Tensor) -> Tensor:
+        return self._code_logits(hidden)[:, None]
+
+    def image_step(self, hidden: Tensor, code_prefix: Tensor) -> Tensor:
+        return self._code_logits(hidden)
+
+
+def decode(decoder: nn.Module, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> Tensor:
+    """Hidden states (B, T, H) of a transformers decoder, after its final norm.
+
+    Gradient checkpointing works on layers in training mode only; the layers' own flag is set, and not that of what is in
+    them, so that dropout stays off: the policy that is trained is the policy that sampled.
+    """
+    for layer in decoder.layers:
+        layer.training = cache is None and torch.is_grad_enabled()
+    output = decoder(
+        inputs_embeds=embeds,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        use_cache=cache is not None,
+        **{CACHE_ARGUMENT: cache},
+    )
+    return output.last_hidden_state
+
+
+def load_weights(cls: type[PreTrainedModel], folder: Path, **options: Any) -> PreTrainedModel:
+    """`from_pretrained` (meta device, shard by shard) that refuses what transformers only warns of.
+
+    Raises ValueError naming what is missing, truncated or misshapen.
+    """
+    try:
+        model, report = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} cannot be loaded as {cls.__name__}: {str(error)[:400]}. Copy the whole checkpoint again") from error
+    wrong = [*report["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"])]
+    if wrong:
+        raise ValueError(
+            f"{folder} lacks {len(wrong)} weights of {cls.__name__}, or has them in another shape (first: {sorted(wrong)[0]}); "
+            "copy every shard of the checkpoint and the config.json that belongs to them"
+        )
+    return model.eval()
+
+
+def nf4(dtype: torch.dtype | None, skip: list[str]) -> BitsAndBytesConfig:
+    """4-bit NormalFloat with double quantisation. Source: QLoRA, arXiv:2305.14314, Sec. 3. Raises ValueError without bitsandbytes."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError("load_in_4bit needs the extra: pip install 'diptych[gpu]'") from error
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype or torch.bfloat16, llm_int8_skip_modules=skip,
+    )  # fmt: skip
+
+
+def read_side_files(folder: Path) -> dict[str, bytes]:
+    """Tokenizer, templates and processor settings: what belongs to a checkpoint beside config and weights."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHTS) and not path.name.startswith(".")
+    }
+
+
+def chat_template(files: dict[str, bytes], tokenizer: Any) -> str | None:
+    """The checkpoint's own template, from whichever place it is kept in."""
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode()
+    if "chat_template.json" in files:
+        return json.loads(files["chat_template.json"])["chat_template"]
+    return tokenizer.chat_template

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def to_pixels(images: Sequence[PIL.Image.Image], size: int) -> Tensor:
-    """Images of any size and mode -> (N, 3, size, size) float32 in -1..1 (bicubic resize)."""
+    """Images of any size and mode -> (N, 3, size, size) float32 in -1..1 (bicubic resize, the aspect ratio is not kept)."""
     arrays = []
     for image in images:
         rgb = image.convert("RGB")
@@ -21,7 +21,25 @@ def to_pixels(images: Sequence[PIL.Image.Image], size: int) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def square(image: PIL.Image.Image, *, keep_top: bool = False) -> PIL.Image.Image:
+    """The centred square of an image; with `keep_top` the topmost one of a portrait."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, 0 if keep_top else (height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def padded(image: PIL.Image.Image, fill: int = 127) -> PIL.Image.Image:
+    """The image in the middle of a grey square of its long side."""
+    rgb, side = image.convert("RGB"), max(image.size)
+    if rgb.size == (side, side):
+        return rgb
+    canvas = PIL.Image.new("RGB", (side, side), (fill,) * 3)
+    canvas.paste(rgb, ((side - rgb.width) // 2, (side - rgb.height) // 2))
+    return canvas
+
+
 def to_images(pixels: Tensor) -> list[PIL.Image.Image]:
     """(N, 3, S, S) float in -1..1 -> PIL images."""
-    arrays = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    arrays = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [PIL.Image.fromarray(array) for array in arrays]

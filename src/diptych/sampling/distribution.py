@@ -39,7 +39,7 @@ def resolve(params: SamplingParams, model: UnifiedModel) -> SamplingParams:
     """The same settings with the family's own guidance where none was set."""
     image = params.image
     if image.guidance_scale is None:
-        image = image.model_copy(update={"guidance_scale": model.guidance_scale})
+        image = image.model_copy(update={"guidance_scale": model.default_sampling.image.guidance_scale})
     return params.model_copy(update={"image": image})
 
 

@@ -15,7 +15,8 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from diptych.models.base import ImageSpec, UnifiedModel
+from diptych.config import ImageSampling, SamplingParams
+from diptych.models.base import ImageSpec, UnifiedModel, check_image_size
 from diptych.models.hf import CACHE_ARGUMENT
 from diptych.models.storyboard.codec import PatchCodec
 from diptych.tokens import TokenRow
@@ -53,7 +54,7 @@ def build_tokenizer(words: list[str]) -> Tokenizer:
 
 class StoryboardModel(UnifiedModel):
     family = "storyboard"
-    guidance_scale = 1.5  # more breaks pictures: see docs/lab_notes.md
+    default_sampling = SamplingParams(image=ImageSampling(guidance_scale=1.5)).greedy()  # more guidance breaks pictures: see docs/lab_notes.md
 
     def __init__(self, config: StoryboardConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -178,7 +179,9 @@ class StoryboardModel(UnifiedModel):
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
 
     @classmethod
-    def load(cls, folder: Path, *, dtype: torch.dtype | None = None, load_in_4bit: bool = False) -> StoryboardModel:
+    def load(
+        cls, folder: Path, *, dtype: torch.dtype | None = None, load_in_4bit: bool = False, image_size: int | None = None
+    ) -> StoryboardModel:
         """Raises ValueError naming the file that is missing, truncated or does not fit."""
         if load_in_4bit:
             raise ValueError("the Storyboard model has 3 M parameters and no 4-bit form; leave out load_in_4bit")
@@ -190,6 +193,7 @@ class StoryboardModel(UnifiedModel):
             model = cls(StoryboardConfig(**fields), tokenizer)
         except Exception as error:
             raise ValueError(f"{folder} is no Storyboard checkpoint: {error}") from error
+        check_image_size(image_size, model.image_spec.pixel_size, cls.family)
         weights = folder / "model.safetensors"
         if not weights.is_file():
             raise ValueError(f"{weights} is missing; copy the whole checkpoint folder")

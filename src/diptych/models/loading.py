@@ -1,0 +1,143 @@
+"""From a name, a folder or a hub id to a model; and from a run's settings to the policy that is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diptych.config import RunConfig
+from diptych.models.base import UnifiedModel
+from diptych.models.lora import DESCRIPTION, attach_lora, load_lora
+
+PACKAGED = ("storyboard",)
+FAMILIES: dict[str, str] = {  # model_type in config.json -> module:class; imported when it is needed
+    "diptych_storyboard": "diptych.models.storyboard.model:StoryboardModel",
+    "janus": "diptych.models.janus:JanusModel",
+    "vila_u_llama": "diptych.models.vila_u.model:VilaUModel",
+    "emu3": "diptych.models.emu3:Emu3Model",
+    "chameleon": "diptych.models.chameleon:ChameleonModel",
+}
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def packaged_folder(name: str) -> Path:
+    """The folder of something that ships inside the package, e.g. "storyboard" or "image_text"."""
+    return Path(str(resources.files("diptych") / "assets" / name))
+
+
+def model_folder(source: str | Path) -> Path:
+    """A packaged model's name, a local folder, or a Hugging Face hub id such as `deepseek-community/Janus-Pro-1B`.
+
+    Raises ValueError where there is nothing.
+    """
+    name = str(source)
+    if name in PACKAGED:
+        return packaged_folder(name)
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and folder.parts[0] != "runs":
+        return _from_hub(name)
+    raise ValueError(f"no model at {name!r}: give a checkpoint folder, a hub id such as org/name, or one of: {', '.join(PACKAGED)}")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:
+        raise ValueError(f"no folder {name!r}, and the hub did not give a model of that name: {str(error)[:200]}") from error
+
+
+def family_of(folder: Path) -> type[UnifiedModel]:
+    """The adapter class for a checkpoint folder, by `model_type` in its config.json. Raises ValueError for an unknown family."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"no model at {str(folder)!r}: {config} does not exist. Give a checkpoint folder or one of: {', '.join(PACKAGED)}")
+    try:
+        kind = json.loads(config.read_text()).get("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{config} is not valid JSON: {error}") from error
+    if kind not in FAMILIES:
+        raise ValueError(f"{config} has model_type {kind!r}; known families are {', '.join(FAMILIES)}")
+    module, name = FAMILIES[kind].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def load_model(
+    source: str | Path, *, dtype: str = "auto", load_in_4bit: bool | None = None, image_size: int | None = None
+) -> UnifiedModel:
+    """A model in eval mode on the CPU (4-bit weights on the GPU where there is one).
+
+    Args:
+        source: packaged name, checkpoint folder, adapter folder (its base is loaded with it), or hub id.
+        dtype: "auto" (the checkpoint's own), "float32" or "bfloat16".
+        load_in_4bit: None keeps what an adapter was trained with; False for everything else.
+        image_size: pixels a side of drawn pictures, for families that can choose.
+    Raises:
+        ValueError for a missing folder, an unknown family, or a damaged checkpoint.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
+    folder = model_folder(source)
+    if (folder / DESCRIPTION).is_file():
+        base = json.loads((folder / DESCRIPTION).read_text())["base"]
+        if load_in_4bit is not None:
+            base = {**base, "load_in_4bit": load_in_4bit}
+        if dtype != "auto":
+            base = {**base, "dtype": dtype}
+        options = {key: value for key, value in base.items() if key != "source"}
+        return load_lora(load_model(base["source"], **options), folder, base)
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # what it would warn of is an error here
+    family = family_of(folder)
+    return family.load(folder, dtype=DTYPES[dtype], load_in_4bit=bool(load_in_4bit), image_size=image_size)
+
+
+def open_policy(config: RunConfig, device: torch.device, checkpoint: Path | None = None) -> UnifiedModel:
+    """The model that a run trains: that of its last checkpoint, or `config.model` with the adapters that the settings ask for.
+
+    Raises ValueError where 4-bit weights would have to be trained themselves.
+    """
+    base: dict[str, Any] = {
+        "source": config.model, "dtype": config.dtype, "load_in_4bit": config.load_in_4bit, "image_size": config.image_size,
+    }  # fmt: skip
+    if checkpoint is not None:
+        options = {} if config.lora is not None else {key: value for key, value in base.items() if key not in ("source", "image_size")}
+        model = load_model(checkpoint, **options)
+    else:
+        model = load_model(base["source"], **{key: value for key, value in base.items() if key != "source"})
+    if config.load_in_4bit and config.lora is None and model.adapter is None:
+        raise ValueError("load_in_4bit=true with full training: 4-bit weights cannot be trained. Add adapters: --lora.r 16")
+    if config.lora is not None and model.adapter is None:
+        attach_lora(model, config.lora, base)
+    if config.gradient_checkpointing:
+        language_model: Any = model.language_model
+        language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.to(device)
+
+
+class Reference:
+    """The frozen model that the KL term refers to: the policy with its adapter off, or a copy of its own."""
+
+    def __init__(self, policy: UnifiedModel, config: RunConfig, device: torch.device) -> None:
+        self.policy, self.copy = policy, None
+        if policy.adapter is None or policy.adapter.train_in_full:
+            copy = load_model(config.model, dtype=config.dtype, load_in_4bit=config.load_in_4bit, image_size=config.image_size)
+            self.copy = copy.to(device).eval().requires_grad_(False)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[UnifiedModel]:
+        if self.copy is not None:
+            yield self.copy
+        else:
+            with self.policy.adapter.off():
+                yield self.policy

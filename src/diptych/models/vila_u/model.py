@@ -1,0 +1,234 @@
+"""VILA-U: a Llama that reads and writes residual codes, four to a position, through a depth transformer.
+
+arXiv:2409.04429; the paper's base model. The release has no Hugging Face class: this adapter reads and writes its folder
+(`llm/`, `vision_tower/`, `mm_projector/`) with modules of its own around the stock `LlamaForCausalLM`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
+
+from diptych.config import ImageSampling, SamplingParams, TextSampling
+from diptych.document import Document, Image, Text
+from diptych.models.base import ImageSpec, UnifiedModel, check_image_size
+from diptych.models.hf import decode, load_weights, nf4, read_side_files
+from diptych.models.pixels import padded, square, to_pixels
+from diptych.models.vila_u.config import read_json
+from diptych.models.vila_u.vision import Projector, VisionTower
+from diptych.tokens import TokenRow
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+BEGIN, END, MARKER, SPACE = "<im_start>", "<im_end>", "<image>", "▁"
+
+
+class VilaUModel(UnifiedModel):
+    """`wrap_prompt_images`: `<im_start>` and `<im_end>` around prompt pictures, as in training; the release's own inference
+    code leaves them out."""
+
+    family = "vila_u"
+    default_sampling = SamplingParams(
+        text=TextSampling(temperature=0.9, top_p=0.6), image=ImageSampling(guidance_scale=3.0, top_k=900, top_p=0.96)
+    )
+
+    def __init__(self, llm: LlamaForCausalLM, vision: VisionTower, projector: Projector, tokenizer: Any, folder: Path) -> None:
+        super().__init__()
+        self.llm, self.vision, self.projector, self.tokenizer = llm, vision, projector, tokenizer
+        self.folder, self.wrap_prompt_images = folder, True
+        self.root_files, self.llm_files = read_side_files(folder), read_side_files(folder / "llm")
+        self.pads = read_json(folder / "config.json").get("image_aspect_ratio", "resize") == "pad"
+        self.root_files["config.json"] = (folder / "config.json").read_bytes()
+        self.llm_files["config.json"] = (folder / "llm" / "config.json").read_bytes()  # transformers would write it in its new form
+        self.eos_id, self.vocab_size = int(tokenizer.eos_token_id), llm.config.vocab_size
+        self.max_positions = context_length(llm.config)
+        self.image_spec = ImageSpec.plain(
+            num_positions=vision.config.num_positions,
+            depth=vision.config.codes_per_position,
+            codebook_size=vision.config.codec.n_embed,
+            pixel_size=vision.config.pixel_size,
+            begin_id=self.token_id(BEGIN),
+            end_id=self.token_id(END),
+        )
+        self.freeze()
+
+    # --- tensors ---
+    def embed_text(self, ids: Tensor) -> Tensor:
+        return self.llm.model.embed_tokens(ids)
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        return self.projector(self.vision.code_sums(codes))
+
+    def backbone(self, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> Tensor:
+        return decode(self.llm.model, embeds, position_ids, attention_mask, cache)
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.llm.config)
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        return self.llm.lm_head(hidden)
+
+    def image_logits(self, hidden: Tensor, codes: Tensor) -> Tensor:
+        return self.vision.image_logits(hidden, codes)
+
+    def image_step(self, hidden: Tensor, code_prefix: Tensor) -> Tensor:
+        return self.vision.image_step(hidden, code_prefix)
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        return self.vision.encode(pixels)
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        return self.vision.decode(codes)
+
+    # --- words ---
+    def token_id(self, token: str) -> int:
+        """Raises ValueError where the tokenizer lacks the token."""
+        found = self.tokenizer.get_vocab().get(token)
+        if found is None:
+            raise ValueError(f"the tokenizer in {self.folder / 'llm'} has no token {token!r}; use the files that came with the checkpoint")
+        return int(found)
+
+    def piece_ids(self, piece: str) -> list[int]:
+        """Tokens of a piece of text between pictures, special tokens read as such, no begin token.
+
+        The release's tokenizer keeps a literal space at the very beginning as a token of its own; transformers 5 drops it.
+        """
+        ids = self.tokenizer.encode(piece, add_special_tokens=False)
+        return [self.token_id(SPACE), *ids] if piece.startswith(" ") and piece.strip() else ids
+
+    def encode_text(self, text: str) -> list[int]:
+        return self.piece_ids(self._plain(text))
+
+    def decode_text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _plain(self, text: str) -> str:
+        for token in (BEGIN, END, MARKER, "<vi_start>", "<vi_end>", "<s>", "</s>", "<unk>"):
+            if token in text:
+                raise ValueError(f"the text contains the special token {token!r}; write it differently")
+        return text
+
+    def encode_prompt_row(self, document: Document) -> TokenRow:
+        """`vicuna_v1`: SYSTEM USER: {message} ASSISTANT: with pictures on lines of their own; an empty message has no spaces."""
+        picture = f"{BEGIN}{MARKER}{END}\n" if self.wrap_prompt_images else f"{MARKER}\n"
+        message = "".join(picture if isinstance(s, Image) else self._plain(s.text) for s in document).strip()
+        pieces = self._template(message).split(MARKER)
+        spec, rows = self.image_spec, [TokenRow.text([self.tokenizer.bos_token_id], self.image_spec.depth)]
+        for piece, image in zip(pieces, [*document.images, None], strict=True):
+            rows.append(TokenRow.text(self.piece_ids(piece), spec.depth))
+            if image is not None:
+                rows.append(TokenRow.image(self.prompt_codes(image)))
+        return TokenRow.concat(rows)
+
+    def _template(self, message: str) -> str:
+        return f"{SYSTEM} USER: {message} ASSISTANT:" if message else f"{SYSTEM} USER:ASSISTANT:"
+
+    def unconditional_prompt(self, prompt_length: int) -> list[int]:
+        """The template with an empty message, and the space that stands before `<im_start>`."""
+        return [self.tokenizer.bos_token_id, *self.piece_ids(self._template("")), self.token_id(SPACE)]
+
+    def answer_text_ids(self, document: Document, index: int) -> list[int]:
+        """As the release formats training data: a space before a picture, a new line after one."""
+        segment = document.segments[index]
+        assert isinstance(segment, Text)
+        before_image = index + 1 < len(document) and isinstance(document.segments[index + 1], Image)
+        text = self._plain(segment.text) + (" " if before_image else "")
+        after_image = index > 0 and isinstance(document.segments[index - 1], Image)
+        return self._after_image("\n" + text) if after_image else self.piece_ids(text)
+
+    def lead_in_ids(self, document: Document, index: int) -> list[int]:
+        if index == 0:
+            return [self.token_id(SPACE)]
+        return self._after_image("\n") if isinstance(document.segments[index - 1], Image) else []
+
+    def _after_image(self, text: str) -> list[int]:
+        return self.piece_ids(END + text)[1:]  # a piece that begins with a special token gets no leading space
+
+    def forbidden_text_ids(self) -> list[int]:
+        vocabulary = self.tokenizer.get_vocab()
+        known = set(vocabulary.values())
+        unknown = {i for i in range(self.vocab_size) if i not in known}
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+        return sorted((special | unknown) - {self.eos_id, self.image_spec.begin_id})
+
+    # --- pictures ---
+    def target_pixels(self, image: PIL.Image.Image) -> Tensor:
+        """A square of the short side; of a portrait the topmost."""
+        return to_pixels([square(image.convert("RGB"), keep_top=True)], self.image_spec.pixel_size)[0]
+
+    def prompt_pixels(self, image: PIL.Image.Image) -> Tensor:
+        """(3, S, S): squashed into the square, or padded to one, as `image_aspect_ratio` in the config says."""
+        return to_pixels([padded(image) if self.pads else image], self.image_spec.pixel_size)[0]
+
+    def prompt_codes(self, image: Image) -> Tensor:
+        """(num_positions, D) codes of a picture that is read."""
+        if image.codes is not None:
+            return image.codes
+        assert image.pixels is not None
+        return self.encode_images(self.prompt_pixels(image.pixels)[None].to(self.device))[0].cpu()
+
+    # --- files and training ---
+    @property
+    def language_model(self) -> nn.Module:
+        return self.llm.model
+
+    @property
+    def lora_root(self) -> nn.Module:
+        return self.llm
+
+    def frozen_modules(self) -> list[nn.Module]:
+        return [self.vision.rqvaesiglip]
+
+    def save_pretrained(self, folder: Path) -> None:
+        """The release's layout and keys; every config and tokenizer file as it was."""
+        (folder / "llm").mkdir(parents=True, exist_ok=True)
+        self.llm.save_pretrained(folder / "llm")
+        for target, files in ((folder, self.root_files), (folder / "llm", self.llm_files)):
+            for name, content in files.items():
+                (target / name).write_bytes(content)
+        self.vision.save(folder)
+        self.projector.save(folder)
+
+    @classmethod
+    def load(
+        cls, folder: Path, *, dtype: torch.dtype | None = None, load_in_4bit: bool = False, image_size: int | None = None
+    ) -> VilaUModel:
+        root = read_json(folder / "config.json")
+        for part in ("llm", "vision_tower", "mm_projector"):
+            if not (folder / part / "config.json").is_file():
+                raise ValueError(f"{folder / part / 'config.json'} is missing; a VILA-U checkpoint has llm/, vision_tower/ and mm_projector/")
+        options: dict[str, Any] = {"dtype": dtype or "auto"}
+        if load_in_4bit:
+            options["quantization_config"] = nf4(dtype, ["lm_head"])
+        llm = load_weights(LlamaForCausalLM, folder / "llm", **options)
+        assert isinstance(llm, LlamaForCausalLM)
+        kind = llm.model.embed_tokens.weight.dtype
+        vision = VisionTower.load(folder, kind)
+        widths = vision.config.codec.embed_dim, llm.config.hidden_size
+        if (root.get("mm_hidden_size", widths[0]), root.get("hidden_size", widths[1])) != widths:
+            raise ValueError(f"{folder / 'config.json'} states widths other than its parts have: {widths}; copy the whole checkpoint again")
+        projector = Projector.load(folder, *widths, kind)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder / "llm", local_files_only=True)
+        except Exception as error:
+            raise ValueError(f"the tokenizer in {folder / 'llm'} cannot be read: {str(error)[:300]}") from error
+        model = cls(llm, vision, projector, tokenizer, folder)
+        check_image_size(image_size, model.image_spec.pixel_size, cls.family)
+        return model
+
+
+def context_length(config: Any) -> int:
+    """Positions that the LLM was trained for: linear RoPE scaling stretches those of its config."""
+    scaling = getattr(config, "rope_parameters", None) or {}
+    factor = scaling.get("factor", 1.0) if scaling.get("rope_type", scaling.get("type")) == "linear" else 1.0
+    return int(config.max_position_embeddings * factor)
+
+
