@@ -99,7 +99,7 @@ def load_model(
         return load_lora(load_model(base["source"], **options), folder, base)
     logging.getLogger("transformers").setLevel(logging.ERROR)  # what it would warn of is an error here
     family = family_of(folder)
-    return family.load(folder, dtype=DTYPES[dtype], load_in_4bit=bool(load_in_4bit), image_size=image_size)
+    return family.load(folder, dtype=DTYPES[dtype], load_in_4bit=bool(load_in_4bit), image_size=image_size).eval()
 
 
 def open_policy(config: RunConfig, device: torch.device, checkpoint: Path | None = None) -> UnifiedModel:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from diptych.config import ImageSampling
@@ -57,14 +58,14 @@ def pictures_of(model: UnifiedModel, row: TokenRow) -> list[TokenRow]:
 
 
 def _cut(row: TokenRow, spans: Sequence[slice]) -> list[TokenRow]:
-    """Slices of a row; pictures given as features go with the span that they stand in."""
+    """Slices of a row, nothing in them chosen; pictures given as features go with the span that they stand in."""
     pixels = list(row.pixels)
     cut = []
     for span in spans:
-        part = TokenRow(row.text_ids[span], row.codes[span], row.modality[span], row.step_ids[span], row.completion_mask[span])
-        if bool((part.modality == Modality.FEATURE).any()):
-            part = TokenRow(part.text_ids, part.codes, part.modality, part.step_ids, part.completion_mask, (pixels.pop(0),))
-        cut.append(part)
+        modality = row.modality[span]
+        held = (pixels.pop(0),) if bool((modality == Modality.FEATURE).any()) else ()
+        nothing = torch.zeros_like(row.completion_mask[span])
+        cut.append(TokenRow(row.text_ids[span], row.codes[span], modality, row.step_ids[span], nothing, held))
     return cut
 
 
