@@ -22,7 +22,7 @@ class FakeModel:
     def __init__(self, number: int, error: BaseException | None = None) -> None:
         self.number, self.error = number, error
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save(self, folder: Path) -> None:
         folder.mkdir()
         (folder / "weights").write_text(str(self.number))
         if self.error is not None:

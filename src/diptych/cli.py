@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from diptych.config import DemoConfig, EvaluateConfig, GRPOConfig, ImageSampling, SamplingParams, TextSampling, WarmupConfig, load_config
+from diptych.config import DemoConfig, EvaluateConfig, GRPOConfig, ImageSampling, SamplingParams, WarmupConfig, load_config
 
 app = typer.Typer(
     help="Post-train unified vision-language models until they write illustrated documents.",
@@ -21,6 +21,11 @@ console = Console(width=None if sys.stdout.isatty() else 120)  # a log has no wi
 INTERRUPTED = 130
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 Recipe = Annotated[str, typer.Argument(help="a YAML file, or the name of a packaged recipe")]
+Model = Annotated[str, typer.Option(help="packaged name, checkpoint or adapter folder, or hub id")]
+Guidance = Annotated[float | None, typer.Option(min=0, help="classifier-free guidance; 1: off; left out: the family's own")]
+Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16")]
+FourBit = Annotated[bool, typer.Option("--load-in-4bit", help="the language model in NF4")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 
 
 @app.command(context_settings=PASS_ON, epilog="Example: diptych demo --output_dir runs/demo --seed 1")
@@ -63,29 +68,35 @@ def grpo(context: typer.Context, recipe: Recipe = "grpo") -> None:
 )
 def generate(
     prompt: Annotated[str, typer.Argument(help="the prompt's text")],
-    model: Annotated[str, typer.Option(help="packaged model or checkpoint folder")] = "storyboard",
+    model: Model = "storyboard",
     image: Annotated[list[Path] | None, typer.Option(help="a picture before the text; may be repeated")] = None,
     out: Annotated[Path, typer.Option(help="an .html page, or a .json file of message blocks")] = Path("document.html"),
-    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
-    guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance; 1: off")] = 1.5,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0: greedy; left out: as the family's release samples")] = None,
+    guidance: Guidance = None,
+    max_images: Annotated[int | None, typer.Option(min=0, help="left out: 4, or as many as fit the context")] = None,
+    max_text_tokens: Annotated[int, typer.Option(min=1, help="per text segment")] = 64,
     seed: int = 0,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    image_size: Annotated[int | None, typer.Option(help="pixels a side of drawn pictures (Emu3)")] = None,
+    device: Device = "auto",
 ) -> None:
     """Writes one illustrated document."""
     from diptych.document import Document, Image, Text, open_image, to_json_blocks
     from diptych.models import load_model
     from diptych.report.pages import answer_html, blocks_html, page
     from diptych.runs import atomic_text
-    from diptych.runtime import generator
-    from diptych.sampling.engine import sample
+    from diptych.runtime import generator, pick_device
+    from diptych.sampling.engine import fit_to_context, sample
 
     if out.suffix not in (".html", ".json"):
         raise ValueError(f"--out is {str(out)!r}; allowed endings are .html and .json")
-    loaded = load_model(model)
     asked = Document((*(Image(open_image(path)) for path in image or []), Text(prompt)))
-    params = SamplingParams(
-        text=TextSampling(temperature=temperature), image=ImageSampling(temperature=temperature, guidance_scale=guidance)
-    )
-    answer = sample(loaded, [loaded.encode_prompt(asked)], params, generator=generator(seed))[0].document
+    loaded = load_model(model, dtype=dtype, load_in_4bit=load_in_4bit or None, image_size=image_size).to(pick_device(device))
+    row = loaded.encode_prompt(asked)
+    params = _sampling(loaded.default_sampling, temperature, guidance).model_copy(update={"max_text_tokens": max_text_tokens})
+    params = params.model_copy(update={"max_images": max_images}) if max_images is not None else fit_to_context(loaded, row, params)
+    answer = sample(loaded, [row], params, generator=generator(seed))[0].document
     blocks = to_json_blocks(answer)
     if out.suffix == ".json":
         atomic_text(out, json.dumps(blocks) + "\n")
@@ -101,17 +112,22 @@ def generate(
 )
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="packaged model or checkpoint folder")] = "storyboard",
+    model: Model = "storyboard",
     out: Annotated[Path | None, typer.Option(help="also write the numbers to this .json file")] = None,
-    guidance: Annotated[float, typer.Option(min=0)] = 1.5,
+    guidance: Guidance = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    device: Device = "auto",
 ) -> None:
     """Storyboard's benchmark: held-out documents and retention of old skills, judged by the oracle."""
     from diptych.evaluation.storyboard import evaluate_documents, evaluate_retention, held_out_tasks, rates
     from diptych.models import load_model
     from diptych.runs import atomic_text
+    from diptych.runtime import pick_device
 
     config = load_config(EvaluateConfig, None, context.args)
-    loaded, tasks = load_model(model), held_out_tasks(config)
+    loaded = load_model(model, dtype=dtype, load_in_4bit=load_in_4bit or None).to(pick_device(device))
+    tasks = held_out_tasks(config)
     params = SamplingParams(image=ImageSampling(guidance_scale=guidance))
     found: dict[str, Any] = {
         "greedy": rates(evaluate_documents(loaded, tasks, params.greedy(), config)),
@@ -121,6 +137,27 @@ def evaluate(
     console.print_json(json.dumps(found))
     if out:
         atomic_text(out, json.dumps(found, indent=1) + "\n")
+
+
+@app.command(epilog="Example: diptych merge runs/grpo/checkpoints/step_80/model --out merged")
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="an adapter folder, as a run with `lora` saves it")],
+    out: Annotated[Path, typer.Option(help="a new folder for the whole model, in its family's own layout")],
+    dtype: Dtype = "auto",
+) -> None:
+    """Adds a LoRA adapter to its base model's weights."""
+    from diptych.models import load_model
+    from diptych.runs import atomic_folder
+
+    if out.exists():
+        raise ValueError(f"--out {str(out)!r} exists; choose a new folder")
+    loaded = load_model(adapter, dtype=dtype, load_in_4bit=False)
+    if loaded.adapter is None:
+        raise ValueError(f"{adapter} holds no adapter, so there is nothing to merge; give the model folder of a run with `lora`")
+    loaded.adapter.merge()
+    with atomic_folder(out) as folder:
+        loaded.save_pretrained(folder)
+    console.print(f"saved: {out}")
 
 
 @app.command(epilog="Example: diptych view runs/demo/grpo")
@@ -157,6 +194,13 @@ def pretrain(
         init_from=init_from,
         log=lambda line: console.print(line, highlight=False, soft_wrap=True),
     )
+
+
+def _sampling(release: SamplingParams, temperature: float | None, guidance: float | None) -> SamplingParams:
+    """The release's settings with what the user asked for."""
+    changes: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
+    image = changes if guidance is None else {**changes, "guidance_scale": guidance}
+    return release.model_copy(update={"text": release.text.model_copy(update=changes), "image": release.image.model_copy(update=image)})
 
 
 def _bar(bars: Progress, title: str, total: int) -> Any:

@@ -71,11 +71,6 @@ class RunConfig(Config):
     """What every training has."""
 
     model: str = Field("storyboard", description="packaged name, checkpoint or adapter folder, or hub id")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the weights; auto: the checkpoint's own")
-    load_in_4bit: bool = Field(False, description="QLoRA: the language model in NF4; needs `lora`")
-    lora: LoraConfig | None = Field(None, description="train adapters; None: train all but the image tokenizer")
-    gradient_checkpointing: bool = False
-    image_size: int | None = Field(None, ge=1, description="pixels a side of drawn pictures (Emu3); None: the family's own")
     output_dir: str
     seed: int = 0
     device: str = "auto"
@@ -85,6 +80,11 @@ class RunConfig(Config):
     logging_steps: int = Field(1, ge=1)
     sample_steps: int = Field(10, ge=1, description="save sampled documents every so many steps")
     report_to: Literal["none", "tensorboard"] = "none"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the weights; auto: the checkpoint's own")
+    load_in_4bit: bool = Field(False, description="QLoRA: the language model in NF4; needs `lora`")
+    lora: LoraConfig | None = Field(None, description="train adapters; None: train all but the image tokenizer")
+    gradient_checkpointing: bool = False
+    image_size: int | None = Field(None, ge=1, description="pixels a side of drawn pictures (Emu3); None: the family's own")
 
 
 class MixtureSource(Config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -145,6 +146,7 @@ class HFModel(UnifiedModel):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:
             raise ValueError(f"the tokenizer in {folder} cannot be read: {str(error)[:300]}") from error
+        check_tokenizer(tokenizer, folder)
         return model, tokenizer
 
 
@@ -213,8 +215,21 @@ def load_weights(cls: type[PreTrainedModel], folder: Path, **options: Any) -> Pr
     return model.eval()
 
 
+def check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Some versions of transformers 5 take the byte-level tokenizers of Janus and Chameleon for sentencepiece ones and drop
+    spaces without a word. Raises ValueError where text does not come back."""
+    text = "The red ball, and 2 trees."
+    back = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), clean_up_tokenization_spaces=False)
+    if back.strip() != text:
+        raise ValueError(
+            f"the tokenizer in {folder} turns {text!r} into {back!r}: this version of transformers misreads its files. "
+            "Upgrade transformers (5.24 reads them), or use the tokenizer files that came with the checkpoint"
+        )
+
+
 def nf4(dtype: torch.dtype | None, skip: list[str]) -> BitsAndBytesConfig:
     """4-bit NormalFloat with double quantisation. Source: QLoRA, arXiv:2305.14314, Sec. 3. Raises ValueError without bitsandbytes."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional CPU kernels at import
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

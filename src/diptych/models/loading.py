@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import logging
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from diptych.config import RunConfig
 from diptych.models.base import UnifiedModel
@@ -97,7 +97,8 @@ def load_model(
             base = {**base, "dtype": dtype}
         options = {key: value for key, value in base.items() if key != "source"}
         return load_lora(load_model(base["source"], **options), folder, base)
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # what it would warn of is an error here
+    transformers_logging.set_verbosity_error()  # what it would warn of is an error here
+    transformers_logging.disable_progress_bar()
     family = family_of(folder)
     return family.load(folder, dtype=DTYPES[dtype], load_in_4bit=bool(load_in_4bit), image_size=image_size).eval()
 

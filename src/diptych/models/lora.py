@@ -8,14 +8,14 @@ were trained in full, `trained_in_full.safetensors`.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -28,7 +28,7 @@ DESCRIPTION, FULL = "diptych_adapter.json", "trained_in_full.safetensors"
 class LoraAdapter:
     """What was attached to a model. `base`: what `load_model` needs to load the model without it."""
 
-    def __init__(self, model: UnifiedModel, peft: PeftModel, base: dict[str, Any], train_in_full: tuple[str, ...]) -> None:
+    def __init__(self, model: UnifiedModel, peft: Any, base: dict[str, Any], train_in_full: tuple[str, ...]) -> None:
         self.model, self.peft, self.base, self.train_in_full = model, peft, base, train_in_full
 
     @contextlib.contextmanager
@@ -59,33 +59,35 @@ def attach_lora(model: UnifiedModel, config: LoraConfig, base: dict[str, Any]) -
 
     Raises ValueError where a name of the settings matches nothing.
     """
+    peft = _peft()
     root, language_model = model.lora_root, model.language_model
     prefix = next(name for name, module in root.named_modules() if module is language_model)
     wanted = rf"{re.escape(prefix + '.' if prefix else '')}layers\.\d+\..*\.({'|'.join(map(re.escape, config.target_modules))})"
     if not any(re.fullmatch(wanted, name) for name, _ in root.named_modules()):
         raise ValueError(f"lora.target_modules {list(config.target_modules)} match nothing in the decoder layers of {model.family}")
-    peft_config = PeftLoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=wanted, bias="none")
+    settings = peft.LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=wanted, bias="none")
     model.requires_grad_(False)
-    peft = get_peft_model(root, peft_config)  # type: ignore[arg-type]
-    peft.peft_config["default"].base_model_name_or_path = base["source"]
+    wrapped = peft.get_peft_model(root, settings)  # type: ignore[arg-type]
+    wrapped.peft_config["default"].base_model_name_or_path = base["source"]
     _train_in_full(model, config.train_in_full)
-    model.adapter = LoraAdapter(model, peft, base, config.train_in_full)
+    model.adapter = LoraAdapter(model, wrapped, base, config.train_in_full)
     return model
 
 
 def load_lora(model: UnifiedModel, folder: Path, base: dict[str, Any]) -> UnifiedModel:
     """Puts a saved adapter onto its base model, trainable. Raises ValueError for a damaged folder."""
+    peft = _peft()
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
         model.requires_grad_(False)
-        peft = PeftModel.from_pretrained(model.lora_root, folder, is_trainable=True)  # type: ignore[arg-type]
+        wrapped = peft.PeftModel.from_pretrained(model.lora_root, folder, is_trainable=True)  # type: ignore[arg-type]
         names = tuple(description["train_in_full"])
         if (folder / FULL).is_file():
             model.load_state_dict(load_file(folder / FULL), strict=False)
     except Exception as error:
         raise ValueError(f"the adapter in {folder} is damaged or does not fit {base['source']}: {str(error)[:300]}") from error
     _train_in_full(model, names)
-    model.adapter = LoraAdapter(model, peft, base, names)
+    model.adapter = LoraAdapter(model, wrapped, base, names)
     return model.eval()
 
 
@@ -101,3 +103,9 @@ def _train_in_full(model: UnifiedModel, patterns: tuple[str, ...]) -> None:
             raise ValueError(f"lora.train_in_full {pattern!r} matches no parameter of {model.family}; it has {names}, ...")
         for _, parameter in found:
             parameter.requires_grad_(True)
+
+
+def _peft() -> Any:
+    """The library, imported when it is needed: it is slow to, and brings bitsandbytes with its warnings."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return importlib.import_module("peft")

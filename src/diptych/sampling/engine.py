@@ -29,6 +29,15 @@ def context_needed(model: UnifiedModel, params: SamplingParams) -> int:
     return (params.max_images + 1) * params.max_text_tokens + params.max_images * len(spec.layout)
 
 
+def fit_to_context(model: UnifiedModel, prompt: TokenRow, params: SamplingParams) -> SamplingParams:
+    """The same settings with `max_images` lowered to what fits behind the prompt (0 at least: `sample` says what is too long)."""
+    for max_images in range(params.max_images, 0, -1):
+        lowered = params.model_copy(update={"max_images": max_images})
+        if len(prompt) + context_needed(model, lowered) <= model.max_positions:
+            return lowered
+    return params.model_copy(update={"max_images": 0})
+
+
 @torch.no_grad()
 def sample(
     model: UnifiedModel, prompts: list[TokenRow], params: SamplingParams, *, num_generations: int = 1, generator: torch.Generator
