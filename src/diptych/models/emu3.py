@@ -54,8 +54,9 @@ class Emu3Model(OneVocabularyModel):
         codes = sorted(mapping.img2bpe)
         if codes != list(range(hf.config.vq_config.codebook_size)) or mapping.eol_token_id is None:
             raise ValueError(
-                f"the vocabulary_map in {folder / 'config.json'} names {len(codes)} visual tokens and row separator {mapping.eol_token_id}; "
-                f"Emu3 needs one for each of its {hf.config.vq_config.codebook_size} codes, and <|extra_200|>. Use the release's config.json"
+                f"the vocabulary_map in {folder / 'config.json'} names {len(codes)} visual tokens and row separator "
+                f"{mapping.eol_token_id}; Emu3 needs one for each of its {hf.config.vq_config.codebook_size} codes, and {ROW_END}. "
+                "Use the release's config.json"
             )
         self.set_code_ids(torch.tensor([mapping.img2bpe[code] for code in codes]))
         self._row_end = int(mapping.eol_token_id)

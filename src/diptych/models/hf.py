@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, DynamicCache, LlamaModel, PreTrainedModel
 
-from diptych.document import Document, Image, Text
+from diptych.document import Document, Text
 from diptych.models.base import UnifiedModel
 from diptych.tokens import TokenRow
 
@@ -34,7 +34,9 @@ class HFModel(UnifiedModel):
     default_template: ClassVar[str]  # Jinja, where the checkpoint brings none
     answer_lead: ClassVar[str] = " "  # what stands between the prompt and an answer that begins with text
 
-    def __init__(self, hf: PreTrainedModel, tokenizer: Any, image_processor: Any, folder: Path) -> None:
+    hf: Any
+
+    def __init__(self, hf: Any, tokenizer: Any, image_processor: Any, folder: Path) -> None:
         super().__init__()
         self.hf, self.tokenizer, self.image_processor = hf, tokenizer, image_processor
         self.side_files = read_side_files(folder)
@@ -55,7 +57,7 @@ class HFModel(UnifiedModel):
         return DynamicCache(config=self.hf.config.get_text_config())
 
     def text_logits(self, hidden: Tensor) -> Tensor:
-        return self.hf.lm_head(hidden)  # type: ignore[operator]
+        return self.hf.lm_head(hidden)
 
     # --- words ---
     def encode_text(self, text: str) -> list[int]:
@@ -78,7 +80,7 @@ class HFModel(UnifiedModel):
         rendered = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], chat_template=self.template, tokenize=False, add_generation_prompt=True
         )
-        pieces = self.begin_prompt(rendered).split(self.image_marker)
+        pieces = self.begin_prompt(rendered, len(document.images)).split(self.image_marker)
         if len(pieces) != len(document.images) + 1:
             raise ValueError(
                 f"the chat template of {self.folder} wrote {len(pieces) - 1} times {self.image_marker!r} for {len(document.images)} "
@@ -91,7 +93,7 @@ class HFModel(UnifiedModel):
                 rows.append(self.prompt_image_row(image))
         return TokenRow.concat(rows)
 
-    def begin_prompt(self, rendered: str) -> str:
+    def begin_prompt(self, rendered: str, num_images: int) -> str:
         """The rendered template, with the begin-of-sequence token in front where it is missing."""
         bos = self.tokenizer.bos_token or ""
         return rendered if rendered.startswith(bos) else bos + rendered
@@ -179,7 +181,7 @@ class OneVocabularyModel(HFModel):
         return self._code_logits(hidden)
 
 
-def decode(decoder: nn.Module, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> Tensor:
+def decode(decoder: Any, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> Tensor:
     """Hidden states (B, T, H) of a transformers decoder, after its final norm.
 
     Gradient checkpointing works on layers in training mode only; the layers' own flag is set, and not that of what is in
@@ -197,7 +199,7 @@ def decode(decoder: nn.Module, embeds: Tensor, position_ids: Tensor, attention_m
     return output.last_hidden_state
 
 
-def load_weights(cls: type[PreTrainedModel], folder: Path, **options: Any) -> PreTrainedModel:
+def load_weights(cls: Any, folder: Path, **options: Any) -> Any:
     """`from_pretrained` (meta device, shard by shard) that refuses what transformers only warns of.
 
     Raises ValueError naming what is missing, truncated or misshapen.

@@ -5,6 +5,7 @@ arXiv:2501.17811. Stock class: `JanusForConditionalGeneration`.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, JanusForConditionalGeneration
+from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from diptych.config import ImageSampling, SamplingParams
 from diptych.document import Image
@@ -31,7 +33,9 @@ class JanusModel(HFModel):
     image_marker = PLACEHOLDER
     default_template = (
         "{% for m in messages %}<|User|>: {% for c in m['content'] %}"
-        "{% if c['type'] == 'image' %}" + PLACEHOLDER + "\n{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}\n\n{% endfor %}<|Assistant|>:"
+        "{% if c['type'] == 'image' %}"
+        + PLACEHOLDER
+        + "\n{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}\n\n{% endfor %}<|Assistant|>:"
     )
     default_sampling = SamplingParams(image=ImageSampling(guidance_scale=5.0))
 
@@ -50,8 +54,12 @@ class JanusModel(HFModel):
         self.num_features = int(vision.num_image_tokens)
         pad = hf.generation_config.pad_token_id if hf.generation_config.pad_token_id is not None else tokenizer.pad_token_id
         if pad is None or tokenizer.bos_token_id is None:
-            raise ValueError(f"{folder} names no pad or no bos token, of which Janus makes its unconditional prompt; use the release's files")
+            raise ValueError(
+                f"{folder} names no pad or no bos token, of which Janus makes its unconditional prompt; use the release's files"
+            )
         self._bos, self._pad = int(tokenizer.bos_token_id), int(pad)
+        processor = json.loads(self.side_files.get("processor_config.json", b"{}"))
+        self.system_prompt = DEFAULT_SYSTEM_PROMPT if processor.get("use_default_system_prompt") else ""
         self.token_id(PLACEHOLDER)
         self.freeze()
 
@@ -81,6 +89,10 @@ class JanusModel(HFModel):
     def unconditional_prompt(self, prompt_length: int) -> list[int]:
         """Every token of the prompt but its first replaced by padding, as `generate` does: positions stay what they were."""
         return [self._bos] + [self._pad] * (prompt_length - 1)
+
+    def begin_prompt(self, rendered: str, num_images: int) -> str:
+        """As the release was trained: with its system prompt where pictures are read, without it where one is only drawn."""
+        return super().begin_prompt(self.system_prompt + rendered if num_images else rendered, num_images)
 
     def forbidden_text_ids(self) -> list[int]:
         return sorted(self.special_ids() - {self.eos_id, self.image_spec.begin_id})

@@ -46,7 +46,10 @@ def model_folder(source: str | Path) -> Path:
         return folder
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and folder.parts[0] != "runs":
         return _from_hub(name)
-    raise ValueError(f"no model at {name!r}: give a checkpoint folder, a hub id such as org/name, or one of: {', '.join(PACKAGED)}")
+    raise ValueError(
+        f"no model at {name!r}: {folder / 'config.json'} does not exist. Give a checkpoint folder, a hub id such as org/name, or one of: "
+        f"{', '.join(PACKAGED)}"
+    )
 
 
 def _from_hub(name: str) -> Path:
@@ -73,9 +76,7 @@ def family_of(folder: Path) -> type[UnifiedModel]:
     return getattr(importlib.import_module(module), name)
 
 
-def load_model(
-    source: str | Path, *, dtype: str = "auto", load_in_4bit: bool | None = None, image_size: int | None = None
-) -> UnifiedModel:
+def load_model(source: str | Path, *, dtype: str = "auto", load_in_4bit: bool | None = None, image_size: int | None = None) -> UnifiedModel:
     """A model in eval mode on the CPU (4-bit weights on the GPU where there is one).
 
     Args:

@@ -67,7 +67,7 @@ def attach_lora(model: UnifiedModel, config: LoraConfig, base: dict[str, Any]) -
         raise ValueError(f"lora.target_modules {list(config.target_modules)} match nothing in the decoder layers of {model.family}")
     settings = peft.LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=wanted, bias="none")
     model.requires_grad_(False)
-    wrapped = peft.get_peft_model(root, settings)  # type: ignore[arg-type]
+    wrapped = peft.get_peft_model(root, settings)
     wrapped.peft_config["default"].base_model_name_or_path = base["source"]
     _train_in_full(model, config.train_in_full)
     model.adapter = LoraAdapter(model, wrapped, base, config.train_in_full)
@@ -80,7 +80,7 @@ def load_lora(model: UnifiedModel, folder: Path, base: dict[str, Any]) -> Unifie
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
         model.requires_grad_(False)
-        wrapped = peft.PeftModel.from_pretrained(model.lora_root, folder, is_trainable=True)  # type: ignore[arg-type]
+        wrapped = peft.PeftModel.from_pretrained(model.lora_root, folder, is_trainable=True)
         names = tuple(description["train_in_full"])
         if (folder / FULL).is_file():
             model.load_state_dict(load_file(folder / FULL), strict=False)

@@ -164,9 +164,8 @@ def pretrain_base(
         if step % 50 == 49:
             text, image = np.mean(recent[-50:], axis=0)
             rate = tokens / (time.time() - began)
-            log(
-                f"base step {step + 1}/{steps}: text {text:.4f} image {image:.4f} nats per choice, attention {bound:.0f}, {rate:.0f} tokens/s"
-            )
+            losses = f"text {text:.4f} image {image:.4f} nats per choice"
+            log(f"base step {step + 1}/{steps}: {losses}, attention {bound:.0f}, {rate:.0f} tokens/s")
         if step % 250 == 249 or step == steps - 1:
             with atomic_folder(saved) as folder:
                 model.save_pretrained(folder / "model")

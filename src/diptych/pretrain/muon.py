@@ -65,7 +65,8 @@ class AttentionCap:
     """
 
     def __init__(self, model: LlamaModel, cap: float) -> None:
-        self.cap, self.attentions = cap, [layer.self_attn for layer in model.layers]
+        self.cap = cap
+        self.attentions: list[Any] = [layer.self_attn for layer in model.layers]
         self.largest: dict[nn.Module, Tensor] = {}
         for attention in self.attentions:
             for projection in (attention.q_proj, attention.k_proj):

@@ -170,7 +170,8 @@ class _Lockstep:
         twins = []
         for branch in zip(*prefixes, strict=True):
             places: dict[tuple[Any, ...], int] = {}
-            rows, which = [], []
+            rows: list[TokenRow] = []
+            which: list[int] = []
             for prefix in branch:
                 key = (*prefix.text_ids.tolist(), *prefix.codes.flatten().tolist(), *map(id, prefix.pixels))
                 if key not in places:

@@ -23,9 +23,7 @@ def num_branches(image: ImageSampling) -> int:
     return 0 if scale == image_scale == 1 else 2
 
 
-def branch_prefixes(
-    model: UnifiedModel, image: ImageSampling, prompt_length: int, context: Callable[[], TokenRow]
-) -> list[TokenRow]:
+def branch_prefixes(model: UnifiedModel, image: ImageSampling, prompt_length: int, context: Callable[[], TokenRow]) -> list[TokenRow]:
     """For each branch the sequence up to and including `begin_id`.
 
     Args:

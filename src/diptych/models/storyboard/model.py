@@ -54,7 +54,9 @@ def build_tokenizer(words: list[str]) -> Tokenizer:
 
 class StoryboardModel(UnifiedModel):
     family = "storyboard"
-    default_sampling = SamplingParams(image=ImageSampling(guidance_scale=1.5)).greedy()  # more guidance breaks pictures: see docs/lab_notes.md
+    default_sampling = SamplingParams(
+        image=ImageSampling(guidance_scale=1.5)
+    ).greedy()  # more guidance breaks pictures: see docs/lab_notes.md
 
     def __init__(self, config: StoryboardConfig, tokenizer: Tokenizer) -> None:
         super().__init__()

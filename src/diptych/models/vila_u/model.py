@@ -6,7 +6,6 @@ arXiv:2409.04429; the paper's base model. The release has no Hugging Face class:
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +203,9 @@ class VilaUModel(UnifiedModel):
         root = read_json(folder / "config.json")
         for part in ("llm", "vision_tower", "mm_projector"):
             if not (folder / part / "config.json").is_file():
-                raise ValueError(f"{folder / part / 'config.json'} is missing; a VILA-U checkpoint has llm/, vision_tower/ and mm_projector/")
+                raise ValueError(
+                    f"{folder / part / 'config.json'} is missing; a VILA-U checkpoint has llm/, vision_tower/ and mm_projector/"
+                )
         options: dict[str, Any] = {"dtype": dtype or "auto"}
         if load_in_4bit:
             options["quantization_config"] = nf4(dtype, ["lm_head"])
@@ -230,5 +231,3 @@ def context_length(config: Any) -> int:
     scaling = getattr(config, "rope_parameters", None) or {}
     factor = scaling.get("factor", 1.0) if scaling.get("rope_type", scaling.get("type")) == "linear" else 1.0
     return int(config.max_position_embeddings * factor)
-
-

@@ -1,0 +1,560 @@
+"""Janus, Emu3, Chameleon and VILA-U against transformers' own classes, recordings of the official code, and our promises."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from family_data import answer, picture, prompts
+from safetensors.torch import load_file
+from toy_checkpoints import MAKERS, edit_json
+from transformers import AutoProcessor, ChameleonForConditionalGeneration, Emu3ForConditionalGeneration, JanusForConditionalGeneration
+
+from diptych.config import ImageSampling, SamplingParams, TextSampling
+from diptych.document import Document, Image, Text
+from diptych.logprobs import score
+from diptych.models import UnifiedModel, load_model
+from diptych.models.loading import FAMILIES
+from diptych.sampling.engine import sample
+from diptych.supervised import supervised_gradient
+from diptych.tokens import Modality, TokenRow, collate
+
+DATA = Path(__file__).parent / "data" / "vila_u"
+STOCK = {"janus": JanusForConditionalGeneration, "emu3": Emu3ForConditionalGeneration, "chameleon": ChameleonForConditionalGeneration}
+LIKING = {"emu3": (9.0, 0.0)}  # nats, see `model`; this toy's logits are the widest
+SIZE = {"emu3": 32}  # pixels a side; the other toys draw 32 anyway
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("toys")
+    return {name: maker(root / name) for name, maker in MAKERS.items()}
+
+
+@pytest.fixture(scope="session")
+def models(folders) -> dict[str, UnifiedModel]:
+    return {name: load_model(folder, image_size=SIZE.get(name)) for name, folder in folders.items()}
+
+
+@pytest.fixture(params=list(MAKERS))
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(models, family) -> Iterator[UnifiedModel]:
+    """With a head that likes to begin pictures and to end, so that a few short documents cover both."""
+    model = models[family]
+    head = (model.llm if family == "vila_u" else model.hf).lm_head
+    liked = torch.zeros(model.vocab_size)
+    liked[[model.image_spec.begin_id, model.eos_id]] = torch.tensor(LIKING.get(family, (4.0, 4.0)))
+    hook = head.register_forward_hook(lambda module, inputs, logits: logits + liked.to(logits))
+    yield model
+    hook.remove()
+
+
+def params(scale: float | None = None, **changes) -> SamplingParams:
+    return SamplingParams(
+        text=TextSampling(temperature=1.2), image=ImageSampling(temperature=0.8, guidance_scale=scale, **changes),
+        max_images=2, max_text_tokens=10,
+    )  # fmt: skip
+
+
+def roll(model: UnifiedModel, settings: SamplingParams, group: int = 6):
+    rows = [model.encode_prompt(document) for document in prompts()]
+    return sample(model, rows, settings, num_generations=group, generator=torch.Generator().manual_seed(0))
+
+
+def stock_ids(model: UnifiedModel, row: TokenRow) -> torch.Tensor:
+    """The sequence as ids of one vocabulary, worked out from the vocabulary map alone."""
+    vocabulary_map = model.hf.config.vocabulary_map
+    if model.family == "emu3":
+        of_code = {int(name[-8:-2]): i for name, i in vocabulary_map.items() if name.startswith("<|visual token")}
+    else:
+        letters = {chr(ord("A") + digit): str(digit) for digit in range(10)}
+        of_code = {int("".join(letters[c] for c in name[6:-1])): i for name, i in vocabulary_map.items() if name.startswith("IMGIMG")}
+    ids = [
+        of_code[int(code)] if kind == Modality.IMAGE else int(text)
+        for text, code, kind in zip(row.text_ids, row.codes[:, 0], row.modality, strict=True)
+    ]
+    return torch.tensor([ids])
+
+
+# --- against the stock classes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["emu3", "chameleon"])
+def test_one_vocabulary_logits_equal_a_plain_forward_of_the_stock_backbone_and_head(models, folders, name):
+    model = models[name]
+    row = model.encode_example(prompts()[1], answer())
+    ids = stock_ids(model, row)
+    stock = STOCK[name].from_pretrained(folders[name]).eval()
+    decoder = stock.model.text_model if name == "emu3" else stock.model
+    with torch.no_grad():
+        expected = stock.lm_head(decoder(input_ids=ids).last_hidden_state)[0]  # (T, V), nothing masked
+        batch = collate([row])
+        hidden = model.backbone(model.embed(batch), batch.position_ids, batch.attention_mask)[0]
+        torch.testing.assert_close(model.text_logits(hidden), expected, atol=1e-4, rtol=0)
+        code_ids = [int(stock_ids(model, TokenRow.image(torch.tensor([[code]])))[0, 0]) for code in range(model.image_spec.codebook_size)]
+        for logits in (
+            model.image_logits(hidden, torch.zeros(len(hidden), 1, dtype=torch.long))[:, 0],
+            model.image_step(hidden, hidden[:, :0]),
+        ):
+            torch.testing.assert_close(logits, expected[:, code_ids], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["emu3", "chameleon", "janus"])
+def test_prompts_equal_the_stock_processor_and_forward(models, folders, name):
+    """Tokens of prompts with pictures, picture codes or features included, from the family's own processor and model."""
+    model, processor = models[name], AutoProcessor.from_pretrained(folders[name])
+    stock = STOCK[name].from_pretrained(folders[name]).eval()
+    marker = {"janus": "<image_placeholder>", "emu3": "<image>", "chameleon": "<image>"}[name]
+    document = prompts()[1]
+    if name == "chameleon":
+        text, extra = f"{marker}{document.segments[1].text}", {}
+    else:
+        content = [{"type": "image"}, {"type": "text", "text": document.segments[1].text}]
+        text, extra = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True), {}
+    inputs = processor(images=[document.images[0].pixels], text=[text], return_tensors="pt", **extra)
+    row = model.encode_prompt(document)
+    assert len(row) == inputs["input_ids"].shape[1]
+    placeholder = model.tokenizer.get_vocab()[marker]
+    real = inputs["input_ids"][0] != placeholder
+    if name != "emu3":  # whose row separators are placeholders too
+        assert torch.equal(inputs["input_ids"][0][real], row.text_ids[row.modality == Modality.TEXT])
+    with torch.no_grad():
+        hidden = (stock.model.text_model if name == "emu3" else stock.model)(**inputs) if name != "emu3" else stock.model(**inputs)
+        batch = collate([row])
+        ours = model.backbone(model.embed(batch), batch.position_ids, batch.attention_mask)
+        torch.testing.assert_close(ours, hidden.last_hidden_state, atol=1e-4, rtol=0)
+        if name == "janus":
+            torch.testing.assert_close(model.text_logits(ours), stock(**inputs).logits, atol=1e-4, rtol=0)
+
+
+def drawn_first(model: UnifiedModel, prompt: TokenRow, settings: SamplingParams, monkeypatch, lead_in: tuple[int, ...] = ()):
+    """A rollout that begins its picture at once, as the families' own image generation does."""
+    spoken = [*lead_in, model.image_spec.begin_id, model.eos_id]
+
+    def forced(hidden):
+        logits = torch.full((*hidden.shape[:-1], model.vocab_size), -50.0)
+        logits[..., spoken.pop(0)] = 50.0
+        return logits
+
+    monkeypatch.setattr(model, "text_logits", forced)
+    return sample(model, [prompt], settings, generator=torch.Generator())[0]
+
+
+@pytest.mark.parametrize("scale", [2.0, 5.0])
+def test_janus_draws_what_transformers_generate_draws(models, folders, monkeypatch, scale):
+    model, stock = models["janus"], JanusForConditionalGeneration.from_pretrained(folders["janus"]).eval()
+    for document in (prompts()[0], Document((Text("a much longer prompt about a red cat on a mat"),))):
+        row = model.encode_prompt(document)
+        ids = torch.cat([row.text_ids, torch.tensor([model.image_spec.begin_id])])[None]
+        expected = stock.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_mode="image", guidance_scale=scale, do_sample=False,
+            bos_token_id=model.tokenizer.bos_token_id, pad_token_id=model.tokenizer.pad_token_id,
+        )[0]  # fmt: skip
+        with monkeypatch.context() as patch:
+            rollout = drawn_first(model, row, params(scale).greedy(), patch)
+        assert rollout.document.images[0].codes[:, 0].tolist() == expected.tolist()
+        pixels = stock.decode_image_tokens(expected[None]).permute(0, 3, 1, 2)
+        torch.testing.assert_close(model.decode_codes(rollout.document.images[0].codes[None]), pixels, atol=1e-5, rtol=0)
+
+
+def test_emu3_draws_what_transformers_generate_draws(models, folders, monkeypatch):
+    """Stock generation with the constraint that the model card gives: codes, a separator after each row, then the end tokens."""
+    model, stock = models["emu3"], Emu3ForConditionalGeneration.from_pretrained(folders["emu3"]).eval()
+    processor = AutoProcessor.from_pretrained(folders["emu3"])
+    row = model.encode_prompt(prompts()[0])
+    prompt_text = model.tokenizer.decode(row.text_ids[1:])  # the processor puts the begin token itself
+    inputs = processor(text=[prompt_text], return_for_image_generation=True, ratio="1:1", image_area=32 * 32, return_tensors="pt")
+    side, begin = 4, inputs["input_ids"].shape[1]
+    codes, mapping = stock.vocabulary_mapping.image_tokens, stock.vocabulary_mapping
+
+    def legal(_, ids):
+        at = len(ids) - begin
+        return [mapping.eol_token_id] if (at + 1) % (side + 1) == 0 else codes
+
+    generated = stock.generate(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], prefix_allowed_tokens_fn=legal,
+        max_new_tokens=side * (side + 1), do_sample=False,
+    )[0, begin:]  # fmt: skip
+    with monkeypatch.context() as patch:
+        rollout = drawn_first(model, row, params(1.0).greedy(), patch)
+    answered = rollout.row[len(row) :]
+    assert torch.equal(inputs["input_ids"][0], torch.cat([row.text_ids, answered.text_ids[: begin - len(row)]]))
+    grid = mapping.convert_bpe2img(generated.view(side, side + 1))
+    assert rollout.document.images[0].codes[:, 0].tolist() == grid.flatten().tolist()
+    assert not answered.completion_mask[answered.text_ids == mapping.eol_token_id].any()
+    assert int((answered.text_ids == mapping.eol_token_id).sum()) == side
+
+
+# --- VILA-U against the official code's recordings -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded() -> tuple[dict[str, torch.Tensor], dict]:
+    return load_file(DATA / "reference_fp32.safetensors"), json.loads((DATA / "reference_fp32.json").read_text())
+
+
+@pytest.fixture
+def released() -> UnifiedModel:
+    return load_model(DATA / "toy_checkpoint")
+
+
+def with_placeholders(row: TokenRow) -> list[int]:
+    """-200 for each picture, as the official code marks them."""
+    ids: list[int] = []
+    for text, kind in zip(row.text_ids.tolist(), row.modality.tolist(), strict=True):
+        if kind == Modality.TEXT:
+            ids.append(text)
+        elif not ids or ids[-1] != -200:
+            ids.append(-200)
+    return ids
+
+
+def test_vila_u_prompts_and_pieces(released, recorded):
+    released.wrap_prompt_images = False  # as the official inference code
+    codes = torch.zeros(16, 4, dtype=torch.long)
+    for case in recorded[1]["conversation_prompts"]:
+        num_images = case["user"].count("<image>")
+        text = Text(case["user"].replace("<image>\n", ""))
+        row = released.encode_prompt(Document((*[Image(codes=codes)] * num_images, text)))
+        tail = {"text": [], "image_generation": [released.token_id("▁"), released.image_spec.begin_id]}
+        if case["kind"] in tail:
+            assert with_placeholders(row) + tail[case["kind"]] == case["ids"]
+    for case in recorded[1]["tokenizer_image_token"]:
+        pieces = [released.piece_ids(piece) for piece in case["text"].split("<image>")]
+        ids = [1, *pieces[0], *(i for piece in pieces[1:] for i in (-200, *piece))]
+        assert ids == case["ids"]
+
+
+def test_vila_u_answers_are_laid_out_as_in_its_training_data(released):
+    codes = Image(codes=torch.zeros(16, 4, dtype=torch.long))
+    row = released.encode_segments(Document((Text("step:"), codes, Text("then a bird."))), answer=True)
+    official = "step: <im_start><image><im_end>\nthen a bird.</s>"  # in the recordings
+    pieces = [released.piece_ids(piece) for piece in official.split("<image>")]
+    assert with_placeholders(row) == [*pieces[0], -200, *pieces[1]]
+    first = released.encode_segments(Document((codes,)), answer=True)  # "ASSISTANT: <im_start><image><im_end></s>"
+    assert with_placeholders(first) == [released.token_id("▁"), 400, -200, 401, 2]
+    assert first.completion_mask[[0, 1]].all()  # the space and the choice to draw are trained
+    assert not first.completion_mask[first.text_ids == 401].any()  # <im_end> is forced
+
+
+def test_vila_u_draws_what_the_official_code_drew(released, recorded, monkeypatch):
+    tensors, facts = recorded
+    row = released.encode_prompt(Document((Text(facts["image_generation_cfg3_prompt"]),)))
+    rollout = drawn_first(released, row, params(3.0).greedy(), monkeypatch, lead_in=(released.token_id("▁"),))
+    assert torch.equal(rollout.document.images[0].codes, tensors["image_generation_cfg3.codes"][0])
+    unconditional = tensors["image_generation_cfg3.input_ids"][1][tensors["image_generation_cfg3.attention_mask"][1].bool()]
+    assert [*released.unconditional_prompt(len(row)), 400] == unconditional.tolist()
+    raw = released.decode_codes(rollout.document.images[0].codes[None])
+    expected = tensors["image_generation_cfg3.pixels_float_0_255"]
+    torch.testing.assert_close(((raw + 1) * 127.5).clamp(0, 255), expected, atol=2e-2, rtol=0)
+
+
+def test_vila_u_backbone_with_left_padding_equals_the_recorded_states(released, recorded):
+    """The official run is left-padded: masks with holes at the left, and positions that count real tokens."""
+    tensors, _ = recorded
+    ids, mask = tensors["image_generation_cfg3.input_ids"], tensors["image_generation_cfg3.attention_mask"].bool()
+    codes = tensors["image_generation_cfg3.codes"].expand(2, -1, -1)  # both halves receive the same codes
+    embeds = torch.cat([released.embed_text(ids), released.embed_codes(codes.flatten(0, 1)).unflatten(0, (2, 16))], dim=1)
+    mask = torch.cat([mask, torch.ones(2, 16, dtype=torch.bool)], dim=1)
+    positions = (mask.long().cumsum(1) - 1).masked_fill(~mask, 1)
+    with torch.no_grad():
+        hidden = released.backbone(embeds, positions, mask)
+    torch.testing.assert_close(hidden[:, ids.shape[1] - 1 : -1], tensors["image_generation_cfg3.llm_hidden_states"], atol=1e-4, rtol=0)
+
+
+def test_vila_u_pictures_are_prepared_as_in_the_release(released, recorded):
+    import PIL.Image
+
+    tensors, _ = recorded
+    for shape in ("land", "port", "sq", "sq2"):
+        image = PIL.Image.fromarray(tensors[f"preprocess.{shape}.uint8_hwc"].numpy())
+        torch.testing.assert_close(released.prompt_pixels(image), tensors[f"preprocess.{shape}.resize"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(released.target_pixels(image), tensors[f"preprocess.{shape}.generation_crop"], atol=1e-4, rtol=0)
+        released.pads = True
+        torch.testing.assert_close(released.prompt_pixels(image), tensors[f"preprocess.{shape}.pad"], atol=1e-4, rtol=0)
+        released.pads = False
+
+
+def test_vila_u_sampling_distribution_is_the_releases(recorded):
+    from diptych.sampling.distribution import log_distribution
+
+    tensors, _ = recorded
+    cases = {"t0.7_k50_p0.8": (0.7, 50, 0.8), "t1.3_k900": (1.3, 900, 1.0), "t1_k900_p0.96": (1.0, 900, 0.96), "t1_p0.5": (1.0, 0, 0.5)}
+    for name, (temperature, top_k, top_p) in cases.items():
+        found = log_distribution(tensors["sampler.logits"], TextSampling(temperature=temperature, top_k=top_k, top_p=top_p)).exp()
+        torch.testing.assert_close(found, tensors[f"sampler.probs.{name}"], atol=1e-6, rtol=0)
+
+
+def test_vila_u_training_loss_is_text_mean_plus_image_mean(released):
+    """Section 7 of the spec, written out: shifted cross-entropy on plane 0, and the depth transformer over <im_start> to the
+    second-to-last image token, both unweighted means."""
+    row = released.encode_example(prompts()[0], Document((Text("a cat."), Image(picture(1)))))
+    batch = collate([row])
+    released.zero_grad()
+    losses = supervised_gradient(released, batch, text_weight=1.0, image_weight=1.0)
+    with torch.no_grad():
+        pieces = []
+        for text, codes, kind in zip(row.text_ids, row.codes, row.modality, strict=True):
+            vector = sum(released.vision.quantizer.code_vectors(d)[code] for d, code in enumerate(codes))
+            pieces.append(released.projector(vector) if kind == Modality.IMAGE else released.llm.model.embed_tokens.weight[text])
+        hidden = released.llm.model(inputs_embeds=torch.stack(pieces)[None]).last_hidden_state[0]
+        logits = released.llm.lm_head(hidden)
+        targets = [t for t in range(1, len(row)) if row.completion_mask[t] and row.modality[t] == Modality.TEXT]
+        text_loss = torch.nn.functional.cross_entropy(logits[[t - 1 for t in targets]], row.text_ids[targets])
+        places = (row.modality == Modality.IMAGE).nonzero().flatten()
+        depth_logits = released.image_logits(hidden[places - 1], row.codes[places])  # (16, 4, K)
+        image_loss = torch.nn.functional.cross_entropy(depth_logits.flatten(0, 1), row.codes[places].flatten())
+    assert losses["loss/text"] == pytest.approx(float(text_loss), abs=1e-5)
+    assert losses["loss/image"] == pytest.approx(float(image_loss), abs=1e-5)
+
+
+# --- promises, for every family ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [params(), params(3.0), params(2.0, image_guidance_scale=1.4)], ids=["own", "guided", "three-way"])
+def test_what_was_sampled_is_what_is_scored(model, settings):
+    rollouts = roll(model, settings)
+    assert sum(len(r.document.images) for r in rollouts) >= 4
+    assert len({len(r.document.images) for r in rollouts}) >= 2
+    batch = collate([r.row for r in rollouts])
+    sampled = torch.nn.utils.rnn.pad_sequence([r.rollout_logprobs for r in rollouts], batch_first=True)
+    with torch.no_grad():
+        gap = (score(model, batch, settings).logprobs - sampled).abs()[batch.choice_mask]
+        ignored = score(model, batch, settings, guided=False).logprobs
+    assert gap.max() <= 1e-4
+    if settings.image.guidance_scale != 1 and (settings.image.guidance_scale or model.default_sampling.image.guidance_scale != 1):
+        assert (ignored - sampled).abs()[batch.choice_mask].max() > 0.05
+
+
+def test_rows_do_not_depend_on_their_batch(model):
+    rollouts = roll(model, params(2.0), group=2)
+    with torch.no_grad():
+        together = score(model, collate([r.row for r in rollouts]), params(2.0)).logprobs
+        for i, rollout in enumerate(rollouts):
+            alone = score(model, collate([rollout.row]), params(2.0)).logprobs[0]
+            torch.testing.assert_close(together[i, : len(alone)], alone, atol=5e-5, rtol=0)
+
+
+def test_greedy_rows_do_not_depend_on_prefill_and_compaction(model):
+    rows, greedy = [model.encode_prompt(document) for document in prompts()], params(2.0).greedy()
+    together = sample(model, rows, greedy, generator=torch.Generator())
+    for row, rollout in zip(rows, together, strict=True):
+        alone = sample(model, [row], greedy, generator=torch.Generator())[0]
+        assert torch.equal(alone.row.text_ids, rollout.row.text_ids)
+        assert torch.equal(alone.row.codes, rollout.row.codes)
+
+
+def test_only_legal_tokens_are_sampled_and_pictures_are_whole(model):
+    spec, forbidden = model.image_spec, set(model.forbidden_text_ids())
+    assert spec.begin_id not in forbidden
+    assert model.eos_id not in forbidden
+    assert set(spec.layout) & set(range(model.vocab_size)) - {spec.end_id} <= forbidden | set(model.encode_text("0123456789*"))
+    for rollout in roll(model, params(), group=8):
+        row = rollout.row[rollout.prompt_length :]
+        chosen = row.text_ids[row.completion_mask & (row.modality == Modality.TEXT)].tolist()
+        assert not set(chosen) & forbidden
+        assert int((row.modality == Modality.IMAGE).sum()) == len(rollout.document.images) * spec.num_positions
+        forced = row.text_ids[~row.completion_mask].tolist()
+        assert forced == [i for i in spec.layout if i >= 0] * len(rollout.document.images)
+
+
+def test_text_comes_back_and_makes_no_special_tokens(model):
+    for text in ("a red cat.", "Two words, 3 numbers: 10*4", "naïve café"):
+        assert model.decode_text(model.encode_text(text)).strip() == text
+    special = model.tokenizer.convert_ids_to_tokens([model.image_spec.begin_id])[0]
+    if model.family == "vila_u":
+        with pytest.raises(ValueError, match="contains the special token"):
+            model.encode_text(f"a {special} b")
+    else:
+        assert model.image_spec.begin_id not in model.encode_text(f"a {special} b")
+    with pytest.raises(ValueError, match="contains the special token"):
+        model.encode_prompt(Document((Text(f"a {special} b"),)))
+
+
+def test_examples_train_the_answer_and_dropped_captions_are_the_unconditional_branch(model):
+    drawing = Document((Image(picture(7)),))
+    row = model.encode_example(prompts()[1], drawing)
+    prompt = model.encode_prompt(prompts()[1])
+    assert not row.completion_mask[: len(prompt)].any()
+    assert int((row.completion_mask & (row.modality == Modality.IMAGE)).sum()) == model.image_spec.num_positions
+    dropped = model.encode_example(prompts()[1], drawing, unconditional=True)
+    ids = model.unconditional_prompt(len(prompt))
+    assert dropped.text_ids[: len(ids)].tolist() == ids
+    assert dropped[len(ids) :].text_ids.tolist() == row[len(prompt) :].text_ids.tolist()
+
+
+def test_pictures_of_any_mode_and_shape_are_read(model):
+    import PIL.Image
+
+    for mode in ("RGB", "RGBA", "L", "P", "1", "CMYK", "I;16"):
+        image = PIL.Image.new(mode, (23, 57)) if mode == "I;16" else picture(9, 23, 57).convert(mode)
+        row = model.encode_prompt(Document((Image(image), Text("what is it?"))))
+        model.encode_segments(Document((Image(image),)), answer=True)
+        assert len(row) < model.max_positions
+    tiny = model.encode_segments(Document((Image(PIL.Image.new("RGB", (1, 3))),)), answer=True)
+    assert int((tiny.modality == Modality.IMAGE).sum()) == model.image_spec.num_positions
+
+
+def test_more_pictures_than_the_context_holds(model):
+    many = Document((*[Image(picture(1))] * (model.max_positions // model.image_spec.num_positions), Text("look")))
+    with pytest.raises(ValueError, match=r"positions \(\d+ pictures of \d+ positions each\) and the model's context"):
+        model.encode_prompt(many)
+    with pytest.raises(ValueError, match="lower max_images"):
+        sample(model, [model.encode_prompt(prompts()[0])], SamplingParams(max_images=60), generator=torch.Generator())
+
+
+def test_a_saved_model_loads_in_its_home_code_with_equal_logits(models, family, folders, tmp_path):
+    model = models[family]
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    trained.save(tmp_path / "saved")
+    again = load_model(tmp_path / "saved")
+    batch = collate([model.encode_example(prompts()[1], answer())])
+    with torch.no_grad():
+        expected = score(trained, batch).logprobs
+        assert torch.equal(score(again, batch).logprobs, expected)
+        assert not torch.equal(score(model, batch).logprobs, expected)
+    assert again.image_spec == model.image_spec  # a chosen picture size is kept
+    if family in STOCK:
+        stock, report = STOCK[family].from_pretrained(tmp_path / "saved", output_loading_info=True)
+        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        ours = {f"hf.{name}": value for name, value in stock.state_dict().items()}
+        assert all(torch.equal(trained.state_dict()[name], value) for name, value in ours.items())
+        AutoProcessor.from_pretrained(tmp_path / "saved")
+    else:
+        keys = {}
+        for part in ("llm", "vision_tower", "mm_projector"):
+            before = {k: v.shape for file in (folders[family] / part).glob("*.safetensors") for k, v in load_file(file).items()}
+            after = {k: v.shape for file in (tmp_path / "saved" / part).glob("*.safetensors") for k, v in load_file(file).items()}
+            keys[part] = before == after
+        assert keys == {"llm": True, "vision_tower": True, "mm_projector": True}
+        for name in ("config.json", "llm/config.json", "llm/tokenizer.model", "vision_tower/config.json"):
+            assert (
+                json.loads((folders[family] / name).read_text()) == json.loads((tmp_path / "saved" / name).read_text())
+                if name.endswith("json")
+                else (folders[family] / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+            )
+
+
+def test_weights_load_in_the_dtype_that_was_asked_for(folders, family):
+    model = load_model(folders[family], dtype="bfloat16", image_size=SIZE.get(family))
+    assert model.dtype == torch.bfloat16
+    rollout = sample(model, [model.encode_prompt(prompts()[1])], params(2.0), generator=torch.Generator().manual_seed(1))[0]
+    assert torch.isfinite(rollout.rollout_logprobs).all()
+
+
+def test_chameleon_with_swin_norm(tmp_path):
+    from toy_checkpoints import make_chameleon
+
+    model = load_model(make_chameleon(tmp_path / "swin", swin_norm=True))
+    rollouts = roll(model, params(2.0), group=2)
+    batch = collate([r.row for r in rollouts])
+    sampled = torch.nn.utils.rnn.pad_sequence([r.rollout_logprobs for r in rollouts], batch_first=True)
+    assert (score(model, batch, params(2.0)).logprobs - sampled).abs()[batch.choice_mask].max() <= 1e-4
+
+
+# --- broken folders --------------------------------------------------------------------------------------------------------
+
+
+def broken(folders: dict[str, Path], name: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folders[name], tmp_path / name))
+
+
+def test_unknown_families_and_folders_are_named(folders, tmp_path):
+    folder = broken(folders, "janus", tmp_path)
+    edit_json(folder / "config.json", lambda config: config.update(model_type="show_o"))
+    with pytest.raises(ValueError, match="model_type 'show_o'; known families are " + ", ".join(FAMILIES)):
+        load_model(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        load_model(folder)
+    with pytest.raises(ValueError, match="dtype is 'float8'; allowed are auto, float32, bfloat16"):
+        load_model(folder, dtype="float8")
+
+
+@pytest.mark.parametrize("name", ["janus", "emu3", "chameleon", "vila_u"])
+def test_missing_truncated_and_wrong_weights_are_named(name, folders, tmp_path):
+    folder = tmp_path / name
+    MAKERS[name](folder, **({} if name == "vila_u" else {"shards": True}))
+    part = folder / "llm" if name == "vila_u" else folder
+    shard = sorted(part.glob("model-*.safetensors"))[-1]
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"{shard.name}|cannot be loaded"):
+        load_model(folder, image_size=SIZE.get(name))
+    shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(folder, image_size=SIZE.get(name))
+    shard.write_bytes(content)
+    edit_json(part / "config.json", lambda config: config.get("text_config", config).update(intermediate_size=64))
+    with pytest.raises(ValueError, match=r"in another shape|cannot be loaded"):
+        load_model(folder, image_size=SIZE.get(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "token"), [("janus", "<begin_of_image>"), ("emu3", "<|extra_201|>"), ("chameleon", "<racm3:break>"), ("vila_u", "<im_end>")]
+)
+def test_a_tokenizer_without_the_image_tokens_is_named(name, token, models, folders, tmp_path, monkeypatch):
+    model = copy.copy(models[name])
+    vocabulary = {k: v for k, v in model.tokenizer.get_vocab().items() if k != token}
+    monkeypatch.setattr(type(model.tokenizer), "get_vocab", lambda self: vocabulary)
+    with pytest.raises(ValueError, match=f"has no token '{token}'.*came with the checkpoint".replace("|", r"\|")):
+        load_model(folders[name], image_size=SIZE.get(name))
+
+
+def test_a_misread_tokenizer_is_refused(folders, monkeypatch):
+    from diptych.models import hf
+
+    monkeypatch.setattr(hf.AutoTokenizer, "from_pretrained", lambda *a, **k: Spaceless())
+    with pytest.raises(ValueError, match="this version of transformers misreads its files"):
+        load_model(folders["janus"])
+
+
+class Spaceless:
+    """What transformers 5.3 made of Janus' tokenizer."""
+
+    def encode(self, text, **_):
+        return [ord(c) for c in text if c != " "]
+
+    def decode(self, ids, **_):
+        return "".join(map(chr, ids))
+
+
+def test_chameleon_without_its_picture_decoder_says_what_is_missing(tmp_path):
+    from toy_checkpoints import make_chameleon
+
+    model = load_model(make_chameleon(tmp_path / "bare", decoder=False))
+    with pytest.raises(ValueError, match=r"has no decoder. Put the original release's vqgan.ckpt"):
+        model.decode_codes(torch.zeros(1, 16, 1, dtype=torch.long))
+    (tmp_path / "bare" / "vqgan.ckpt").write_bytes(b"PK not a checkpoint")
+    with pytest.raises(ValueError, match=r"vqgan.ckpt is damaged"):
+        load_model(tmp_path / "bare")
+
+
+def test_vila_u_with_a_missing_part(folders, tmp_path):
+    folder = broken(folders, "vila_u", tmp_path)
+    shutil.rmtree(folder / "mm_projector")
+    with pytest.raises(
+        ValueError, match=r"mm_projector/config.json is missing; a VILA-U checkpoint has llm/, vision_tower/ and mm_projector/"
+    ):
+        load_model(folder)
+
+
+def test_emu3_draws_in_the_size_that_was_asked_for(folders):
+    assert load_model(folders["emu3"], image_size=24).image_spec.num_positions == 9
+    with pytest.raises(ValueError, match="image_size=30 is no multiple of the 8 pixels"):
+        load_model(folders["emu3"], image_size=30)
+    with pytest.raises(ValueError, match="janus draws pictures of 32 pixels a side only"):
+        load_model(folders["janus"], image_size=64)
