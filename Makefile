@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing Diptych and its locked dependencies into .venv (once; a few minutes) ..."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip hatchling editables
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,dev,track]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,dev,track,gpu]'
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## the whole method on the packaged model: warm-up, GRPO, evaluation, report (ARGS="--seed 1" is passed on)
@@ -45,7 +45,7 @@ lock:  ## write constraints.txt anew: the newest versions that pyproject.toml ad
 	@echo "Resolving in a fresh environment, .venv-lock (a few minutes) ..."
 	@$(PYTHON) -m venv --clear .venv-lock
 	@.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	@.venv-lock/bin/python -m pip install --quiet $(call locked,torch) hatchling editables -e '.[test,dev,track]'
+	@.venv-lock/bin/python -m pip install --quiet $(call locked,torch) hatchling editables -e '.[test,dev,track,gpu]'
 	@{ grep '^#' constraints.txt; .venv-lock/bin/python -m pip freeze --all --exclude-editable > .venv-lock/frozen && \
 		sed 's/+[a-z0-9.]*$$//' .venv-lock/frozen | grep -Eiv '^(nvidia|cuda|triton)'; } > .venv-lock/constraints.txt
 	@mv .venv-lock/constraints.txt constraints.txt

@@ -224,10 +224,15 @@ class UnifiedModel(nn.Module, abc.ABC):
             module.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> UnifiedModel:
-        """Frozen modules stay in eval mode: some image tokenizers overwrite their codebook in training mode."""
+        """Frozen modules stay in eval mode: some image tokenizers overwrite their codebook in training mode. 4-bit matrices stay
+        in training mode: in eval mode bitsandbytes repacks them on a CPU, with scales rounded to bfloat16, and the sampler
+        would use other weights than the trainer."""
         super().train(mode)
         for module in self.frozen_modules():
             module.eval()
+        for module in self.modules():
+            if type(module).__name__ == "Linear4bit":
+                module.training = True
         return self
 
     def embed(self, batch: TokenBatch) -> Tensor:

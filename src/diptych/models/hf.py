@@ -230,7 +230,8 @@ def check_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def nf4(dtype: torch.dtype | None, skip: list[str]) -> BitsAndBytesConfig:
-    """4-bit NormalFloat with double quantisation. Source: QLoRA, arXiv:2305.14314, Sec. 3. Raises ValueError without bitsandbytes."""
+    """4-bit NormalFloat with double quantisation, but for the modules named in `skip` (transformers matches from the start of the
+    full name). Source: QLoRA, arXiv:2305.14314, Sec. 3. Raises ValueError without bitsandbytes."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional CPU kernels at import
     try:
         import bitsandbytes  # noqa: F401
@@ -238,7 +239,7 @@ def nf4(dtype: torch.dtype | None, skip: list[str]) -> BitsAndBytesConfig:
         raise ValueError("load_in_4bit needs the extra: pip install 'diptych[gpu]'") from error
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype or torch.bfloat16, llm_int8_skip_modules=skip,
+        bnb_4bit_compute_dtype=dtype or torch.bfloat16, llm_int8_skip_modules=[f".*{name}" for name in skip],
     )  # fmt: skip
 
 
