@@ -71,6 +71,13 @@ def test_bad_blocks_are_named_with_what_is_allowed(block):
         Document.from_blocks([{"type": "text", "text": "fine"}, block])
 
 
+def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    picture().save(tmp_path / "bomb.png")
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 4)
+    with pytest.raises(ValueError, match=r"^cannot read image '.*bomb.png': Image size .* exceeds limit"):
+        open_image(tmp_path / "bomb.png")
+
+
 def test_unreadable_pictures_are_named(tmp_path):
     (tmp_path / "words.png").write_text("not a picture")
     picture().save(tmp_path / "half.png")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -477,6 +479,9 @@ def test_unknown_families_and_folders_are_named(folders, tmp_path):
     edit_json(folder / "config.json", lambda config: config.update(model_type="show_o"))
     with pytest.raises(ValueError, match="model_type 'show_o'; known families are " + ", ".join(FAMILIES)):
         load_model(folder)
+    edit_json(folder / "config.json", lambda config: config.update(model_type="multi_modality"))
+    with pytest.raises(ValueError, match=r"DeepSeek's own layout of Janus; use the conversion for transformers"):
+        load_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):
         load_model(folder)
@@ -558,3 +563,14 @@ def test_emu3_draws_in_the_size_that_was_asked_for(folders):
         load_model(folders["emu3"], image_size=30)
     with pytest.raises(ValueError, match="janus draws pictures of 32 pixels a side only"):
         load_model(folders["janus"], image_size=64)
+
+
+def test_loading_does_not_double_the_memory(tmp_path):
+    """Anonymous memory (mapped files do not count), watched while 150 MB of weights load in a process of their own."""
+    script = Path(__file__).parent / "watch_loading.py"
+    found = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    weights, peak, kept = map(float, found.stdout.split())
+    assert weights > 140
+    assert peak < 1.25 * weights + 20
+    assert kept < peak + 1

@@ -110,7 +110,7 @@ def open_image(source: Any) -> PIL.Image.Image:
             stream = Path(source)
         with PIL.Image.open(stream) as image:
             return image.convert("RGB")
-    except (OSError, ValueError, TypeError, IndexError, SyntaxError) as error:
+    except (OSError, ValueError, TypeError, IndexError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {str(source)[:120]!r}: {error}. Give a PNG or JPEG file that opens.") from error
 
 

@@ -25,6 +25,11 @@ FAMILIES: dict[str, str] = {  # model_type in config.json -> module:class; impor
     "emu3": "diptych.models.emu3:Emu3Model",
     "chameleon": "diptych.models.chameleon:ChameleonModel",
 }
+# Folders in another layout than transformers', by what their config.json says
+OTHER_LAYOUTS = {
+    "multi_modality": "this is DeepSeek's own layout of Janus; use the conversion for transformers, e.g. deepseek-community/Janus-Pro-7B",
+    "Emu3": "this is BAAI's own layout of Emu3; use the conversion for transformers, e.g. Emu3-community/Emu3-Chat-hf",
+}
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -56,7 +61,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf"]))
     except Exception as error:
         raise ValueError(f"no folder {name!r}, and the hub did not give a model of that name: {str(error)[:200]}") from error
 
@@ -71,7 +76,8 @@ def family_of(folder: Path) -> type[UnifiedModel]:
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{config} is not valid JSON: {error}") from error
     if kind not in FAMILIES:
-        raise ValueError(f"{config} has model_type {kind!r}; known families are {', '.join(FAMILIES)}")
+        hint = f" ({OTHER_LAYOUTS[kind]})" if kind in OTHER_LAYOUTS else ""
+        raise ValueError(f"{config} has model_type {kind!r}{hint}; known families are {', '.join(FAMILIES)}")
     module, name = FAMILIES[kind].split(":")
     return getattr(importlib.import_module(module), name)
 
