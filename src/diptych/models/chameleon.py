@@ -80,11 +80,6 @@ class ChameleonModel(OneVocabularyModel):
 
     # --- tensors ---
     @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        vqmodel = self.hf.model.vqmodel
-        return vqmodel.encode(pixels.to(vqmodel.dtype), return_dict=True).image_tokens.view(len(pixels), -1, 1)
-
-    @torch.no_grad()
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Raises ValueError where the checkpoint folder holds no picture decoder."""
         if self.picture_decoder is None:

@@ -120,6 +120,11 @@ class HFModel(UnifiedModel):
         return {*self.tokenizer.get_added_vocab().values(), *(i for i in range(self.vocab_size) if i not in known)}
 
     # --- pictures ---
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        vqmodel = self.hf.model.vqmodel
+        return vqmodel.encode(pixels.to(vqmodel.dtype), return_dict=True).image_tokens.view(len(pixels), -1, 1)
+
     def processed(self, image: PIL.Image.Image) -> Tensor:
         """(3, S, S) float32: a picture as the family's own image processor prepares it."""
         return self.image_processor(images=[image.convert("RGB")], return_tensors="pt")["pixel_values"][0].float()

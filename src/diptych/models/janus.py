@@ -77,11 +77,6 @@ class JanusModel(HFModel):
         return self.hf.model.generation_head(hidden)
 
     @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        vqmodel = self.hf.model.vqmodel
-        return vqmodel.encode(pixels.to(vqmodel.dtype), return_dict=True).image_tokens.view(len(pixels), -1, 1)
-
-    @torch.no_grad()
     def decode_codes(self, codes: Tensor) -> Tensor:
         return self.hf.model.vqmodel.decode(codes[..., 0])
 
