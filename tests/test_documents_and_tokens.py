@@ -71,6 +71,20 @@ def test_bad_blocks_are_named_with_what_is_allowed(block):
         Document.from_blocks([{"type": "text", "text": "fine"}, block])
 
 
+def test_any_mode_becomes_rgb_as_a_person_sees_it():
+    """What is transparent stands on white (a plain conversion makes it black), 16 bits are scaled (it clips them)."""
+    clear = PIL.Image.new("RGBA", (2, 2), (10, 20, 30, 0))
+    half = PIL.Image.new("LA", (2, 2), (0, 128))
+    palette = PIL.Image.new("P", (2, 2), 0)
+    palette.info["transparency"] = 0
+    deep = PIL.Image.fromarray(np.full((2, 2), 0x8000, dtype=np.uint16))
+    expected = {clear: (255, 255, 255), half: (127, 127, 127), palette: (255, 255, 255), deep: (128, 128, 128)}
+    for image, colour in expected.items():
+        assert open_image(image).mode == "RGB"
+        assert open_image(image).getpixel((0, 0)) == pytest.approx(colour, abs=1)
+    assert open_image(PIL.Image.new("L", (2, 2), 9)).getpixel((1, 1)) == (9, 9, 9)
+
+
 def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     picture().save(tmp_path / "bomb.png")
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 4)

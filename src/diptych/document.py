@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 
 
@@ -102,16 +104,26 @@ def open_image(source: Any) -> PIL.Image.Image:
     Raises ValueError naming the source where it cannot be read.
     """
     if isinstance(source, PIL.Image.Image):
-        return source.convert("RGB")
+        return to_rgb(source)
     try:
         if isinstance(source, str) and source.startswith("data:image/"):
             stream: Any = io.BytesIO(base64.b64decode(source.split(",", 1)[1], validate=True))
         else:
             stream = Path(source)
         with PIL.Image.open(stream) as image:
-            return image.convert("RGB")
+            return to_rgb(PIL.ImageOps.exif_transpose(image))
     except (OSError, ValueError, TypeError, IndexError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {str(source)[:120]!r}: {error}. Give a PNG or JPEG file that opens.") from error
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An RGB image of any mode: what is transparent stands on white, 16-bit greys are scaled instead of clipped."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    if image.mode.startswith("I;16"):
+        return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
 
 
 def to_message(role: str, document: Document) -> dict[str, Any]:

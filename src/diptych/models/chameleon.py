@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ChameleonForConditionalGeneration
 
-from diptych.config import ImageSampling, SamplingParams
+from diptych.config import ImageSampling, SamplingParams, TextSampling
 from diptych.models.base import ImageSpec, check_image_size
 from diptych.models.hf import OneVocabularyModel
 from diptych.models.janus import load_image_processor
@@ -60,7 +60,9 @@ class ChameleonModel(OneVocabularyModel):
         "{{ c['text'] | trim }}{% endif %}{% endfor %}<reserved08706>{% endfor %}"
     )
     answer_lead = ""
-    default_sampling = SamplingParams(image=ImageSampling(guidance_scale=1.0))
+    default_sampling = SamplingParams(
+        text=TextSampling(temperature=0.7, top_p=0.9), image=ImageSampling(temperature=0.7, top_p=0.9, guidance_scale=1.0)
+    )
 
     def __init__(self, hf: Any, tokenizer: Any, image_processor: Any, folder: Path) -> None:
         super().__init__(hf, tokenizer, image_processor, folder)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Emu3ForConditionalGeneration
 
 from diptych.config import ImageSampling, SamplingParams
-from diptych.document import Image
+from diptych.document import Image, to_rgb
 from diptych.models.base import CODE, ImageSpec
 from diptych.models.hf import OneVocabularyModel
 from diptych.models.janus import load_image_processor
@@ -109,7 +109,7 @@ class Emu3Model(OneVocabularyModel):
 
     def target_pixels(self, image: PIL.Image.Image) -> Tensor:
         mean, std = (torch.tensor(v)[:, None, None] for v in self._normalisation())
-        unit = (to_pixels([square(image.convert("RGB"))], self.image_spec.pixel_size)[0] + 1) / 2
+        unit = (to_pixels([square(to_rgb(image))], self.image_spec.pixel_size)[0] + 1) / 2
         return (unit - mean) / std
 
     def prompt_image_row(self, image: Image) -> TokenRow:

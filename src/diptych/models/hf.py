@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, DynamicCache, LlamaModel, PreTrainedModel
 
-from diptych.document import Document, Text
+from diptych.document import Document, Text, to_rgb
 from diptych.models.base import UnifiedModel
 from diptych.tokens import TokenRow
 
@@ -127,7 +127,7 @@ class HFModel(UnifiedModel):
 
     def processed(self, image: PIL.Image.Image) -> Tensor:
         """(3, S, S) float32: a picture as the family's own image processor prepares it."""
-        return self.image_processor(images=[image.convert("RGB")], return_tensors="pt")["pixel_values"][0].float()
+        return self.image_processor(images=[to_rgb(image)], return_tensors="pt")["pixel_values"][0].float()
 
     # --- files and training ---
     @property

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, JanusForConditionalGeneration
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from diptych.config import ImageSampling, SamplingParams
-from diptych.document import Image
+from diptych.document import Image, to_rgb
 from diptych.models.base import ImageSpec, check_image_size
 from diptych.models.hf import HFModel
 from diptych.models.pixels import square, to_images, to_pixels
@@ -93,7 +93,7 @@ class JanusModel(HFModel):
         return sorted(self.special_ids() - {self.eos_id, self.image_spec.begin_id})
 
     def target_pixels(self, image: PIL.Image.Image) -> Tensor:
-        return to_pixels([square(image.convert("RGB"))], self.image_spec.pixel_size)[0]
+        return to_pixels([square(to_rgb(image))], self.image_spec.pixel_size)[0]
 
     def prompt_image_row(self, image: Image) -> TokenRow:
         """SigLIP features between the image tokens; a picture that has codes only is decoded first."""

@@ -9,12 +9,14 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from diptych.document import to_rgb
+
 
 def to_pixels(images: Sequence[PIL.Image.Image], size: int) -> Tensor:
     """Images of any size and mode -> (N, 3, size, size) float32 in -1..1 (bicubic resize, the aspect ratio is not kept)."""
     arrays = []
     for image in images:
-        rgb = image.convert("RGB")
+        rgb = to_rgb(image)
         if rgb.size != (size, size):
             rgb = rgb.resize((size, size), PIL.Image.Resampling.BICUBIC)
         arrays.append(np.asarray(rgb))
@@ -31,7 +33,7 @@ def square(image: PIL.Image.Image, *, keep_top: bool = False) -> PIL.Image.Image
 
 def padded(image: PIL.Image.Image, fill: int = 127) -> PIL.Image.Image:
     """The image in the middle of a grey square of its long side."""
-    rgb, side = image.convert("RGB"), max(image.size)
+    rgb, side = to_rgb(image), max(image.size)
     if rgb.size == (side, side):
         return rgb
     canvas = PIL.Image.new("RGB", (side, side), (fill,) * 3)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
 from diptych.config import ImageSampling, SamplingParams, TextSampling
-from diptych.document import Document, Image, Text
+from diptych.document import Document, Image, Text, to_rgb
 from diptych.models.base import ImageSpec, UnifiedModel, check_image_size
 from diptych.models.hf import decode, load_weights, nf4, read_side_files
 from diptych.models.pixels import padded, square, to_pixels
@@ -161,7 +161,7 @@ class VilaUModel(UnifiedModel):
     # --- pictures ---
     def target_pixels(self, image: PIL.Image.Image) -> Tensor:
         """A square of the short side; of a portrait the topmost."""
-        return to_pixels([square(image.convert("RGB"), keep_top=True)], self.image_spec.pixel_size)[0]
+        return to_pixels([square(to_rgb(image), keep_top=True)], self.image_spec.pixel_size)[0]
 
     def prompt_pixels(self, image: PIL.Image.Image) -> Tensor:
         """(3, S, S): squashed into the square, or padded to one, as `image_aspect_ratio` in the config says."""
