@@ -78,8 +78,7 @@ def test_any_mode_becomes_rgb_as_a_person_sees_it():
     palette = PIL.Image.new("P", (2, 2), 0)
     palette.info["transparency"] = 0
     deep = PIL.Image.fromarray(np.full((2, 2), 0x8000, dtype=np.uint16))
-    expected = {clear: (255, 255, 255), half: (127, 127, 127), palette: (255, 255, 255), deep: (128, 128, 128)}
-    for image, colour in expected.items():
+    for image, colour in ((clear, (255,) * 3), (half, (127,) * 3), (palette, (255,) * 3), (deep, (128,) * 3)):
         assert open_image(image).mode == "RGB"
         assert open_image(image).getpixel((0, 0)) == pytest.approx(colour, abs=1)
     assert open_image(PIL.Image.new("L", (2, 2), 9)).getpixel((1, 1)) == (9, 9, 9)
