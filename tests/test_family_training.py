@@ -232,6 +232,7 @@ def test_the_command_line_trains_and_generates(family, folders, records, tmp_pat
         Path(name).write_text(json.dumps(settings))  # JSON is YAML
     picture(3).save("a.png")
     size = ["--image-size", "32"] if family == "emu3" else []
+    small = ["--num_prompts", "3", "--num_retention", "2", "--max_images", "1", "--max_text_tokens", "8", "--batch_size", "3"]
     commands = [
         ["warmup", "warm.yaml", "--optim.lr", "1e-3"],
         ["grpo", "grpo.yaml"],
@@ -250,12 +251,14 @@ def test_the_command_line_trains_and_generates(family, folders, records, tmp_pat
             *size,
         ],
     ]
+    commands.append(["evaluate", "--model", "rl/checkpoints/step_1/model", "--out", "rates.json", *small])
     for command in commands:
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, (result.output, result.exception)
     document = Document.from_blocks(json.loads(Path("out.json").read_text()))
     assert all(image.pixels.size == (32, 32) for image in document.images)
     assert "<html" in Path("out.html").read_text()
+    assert json.loads(Path("rates.json").read_text())["greedy"]["document"] == 0
 
 
 def test_sampling_settings_left_open_are_the_familys(family, folders):

@@ -128,7 +128,8 @@ def evaluate(
     config = load_config(EvaluateConfig, None, context.args)
     loaded = load_model(model, dtype=dtype, load_in_4bit=load_in_4bit or None).to(pick_device(device))
     tasks = held_out_tasks(config)
-    params = SamplingParams(image=ImageSampling(guidance_scale=guidance))
+    image = ImageSampling(guidance_scale=guidance)
+    params = SamplingParams(image=image, max_images=config.max_images, max_text_tokens=config.max_text_tokens)
     found: dict[str, Any] = {
         "greedy": rates(evaluate_documents(loaded, tasks, params.greedy(), config)),
         "sampled": rates(evaluate_documents(loaded, tasks, params, config)),

@@ -210,6 +210,8 @@ class EvaluateConfig(Config):
     batch_size: int = Field(120, ge=1)
     split: Literal["validation", "test"] = "test"
     seed: int = 1234
+    max_images: int = Field(4, ge=0, description="of one answer; lower it for models with a short context or large pictures")
+    max_text_tokens: int = Field(64, ge=1, description="per text segment")
 
 
 class DemoConfig(Config):
