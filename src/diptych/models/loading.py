@@ -128,9 +128,17 @@ def open_policy(config: RunConfig, device: torch.device, checkpoint: Path | None
     if config.lora is not None and model.adapter is None:
         attach_lora(model, config.lora, base)
     if config.gradient_checkpointing:
-        language_model: Any = model.language_model
-        language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     return model.to(device)
+
+
+def enable_checkpointing(model: UnifiedModel) -> None:
+    """Decoder layers keep their inputs only and are computed again in the backward pass."""
+    decoder: Any = model.language_model
+    if hasattr(decoder, "activation_checkpointing_enable"):  # its name in later versions of transformers 5
+        decoder.activation_checkpointing_enable()
+    else:
+        decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 class Reference:

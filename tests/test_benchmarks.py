@@ -1,0 +1,35 @@
+"""The benchmarks run at toy size, and sizes that need a GPU are built at least without memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_real_size_runs_on_toys():
+    command = [sys.executable, str(BENCHMARKS / "real_size.py"), "--quick", "--group", "2", "--images", "1"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stderr
+    report = json.loads(found.stdout.splitlines()[-1])
+    assert [row["model"] for row in report["rows"]] == ["toy janus", "toy emu3", "toy chameleon", "toy vila_u"]
+    for row in report["rows"]:
+        assert row["codes"] == 2 * 1 * 16 * (4 if row["model"] == "toy vila_u" else 1)  # documents, pictures, positions, depth
+        assert row["first_ratio_gap"] <= 1e-4
+
+
+@pytest.mark.parametrize(("size", "billions"), [("janus-pro-1b", 2.08), ("janus-pro-7b", 7.41), ("vila-u-7b", 7.62)])
+def test_release_sizes_have_the_releases_parameters(size, billions, tmp_path, monkeypatch):
+    """VILA-U: 7.998 B of the release, less SigLIP's text tower, last layer and head, and with codebooks as buffers."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from real_size import random_model
+
+    model = random_model(size, torch.device("meta"), tmp_path / "toy")
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+    assert model.image_spec.num_positions * model.image_spec.depth == {"janus-pro-1b": 576, "janus-pro-7b": 576, "vila-u-7b": 1024}[size]
