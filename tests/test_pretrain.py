@@ -11,7 +11,7 @@ from diptych.logprobs import score
 from diptych.models import load_model, packaged_folder
 from diptych.models.storyboard.model import StoryboardModel
 from diptych.pretrain import pretrain
-from diptych.pretrain.base_model import ALONE, AMID, WORDS, Lesson, PatchCodes, lesson, likelihood_loss, make_batch
+from diptych.pretrain.base_model import ALONE, AMID, WORDS, Lesson, PatchCodes, attention_cap, lesson, likelihood_loss, make_batch
 from diptych.pretrain.muon import AttentionCap, MuonAdamW
 
 
@@ -76,6 +76,11 @@ def test_optimizer_resumes_exactly():
     assert torch.equal(body["body"].layers[0].weight, other["body"].layers[0].weight)
 
 
+def test_attention_cap_comes_down_late():
+    caps = [attention_cap(step, 4500) for step in (0, 3000, 3375, 3750, 4499)]
+    assert caps == pytest.approx([50, 50, (50 * 15) ** 0.5, 15, 15])
+
+
 def test_attention_cap_bounds_every_logit_and_leaves_small_heads_alone():
     model = load_model("storyboard").llama
     head = model.layers[0].self_attn.head_dim
@@ -96,8 +101,8 @@ def test_attention_cap_bounds_every_logit_and_leaves_small_heads_alone():
         return float(torch.einsum("ihd,jhd->hij", query, key).abs().max()) / head**0.5
 
     assert largest_logit(0) > 20.0
-    cap = AttentionCap(model, 20.0)
+    cap = AttentionCap(model)
     model(inputs_embeds=embeds)
-    assert cap.apply() > 20.0
+    assert cap.apply(20.0) > 20.0
     assert largest_logit(0) <= 20.0
     assert torch.equal(model.layers[1].self_attn.q_proj.weight[:head], small)

@@ -88,7 +88,11 @@ WORDS = Lesson(("question", "event", "tell"), 40, 64)
 ALONE = Lesson(tuple(TURNS), 40, 64)
 AMID = Lesson(tuple(TURNS), 18, 192)
 
-ATTENTION_CAP = 50.0
+
+def attention_cap(step: int, steps: int) -> float:
+    """50 for two thirds of the steps, so that looking things up can be learned, then geometrically down to 15 within a sixth."""
+    share = min(1.0, max(0.0, (step / steps - 2 / 3) * 6))
+    return 50.0 * (15.0 / 50.0) ** share
 
 
 def lesson(step: int, steps: int, from_scratch: bool) -> Lesson:
@@ -144,7 +148,7 @@ def pretrain_base(
     """Trains `model` in place; half the learning rates where it has been trained before."""
     lr, muon_lr = (3e-3, 8e-3) if from_scratch else (1.5e-3, 4e-3)
     optimizer = MuonAdamW(model, lr, steps, muon_lr, decay=0.1)
-    cap = AttentionCap(model.llama, ATTENTION_CAP)
+    cap = AttentionCap(model.llama)
     start, saved = 0, work / "base_checkpoint"
     if (saved / "trainer.pt").is_file():
         model.load_state_dict(StoryboardModel.load(saved / "model").state_dict())
@@ -158,7 +162,7 @@ def pretrain_base(
         batches = make_batch(model, codes, seed, step, lesson(step, steps, from_scratch))
         loss, parts = likelihood_loss(model, batches)
         optimizer.step(loss)
-        bound = cap.apply()
+        bound = cap.apply(attention_cap(step, steps))
         tokens += sum(int(batch.attention_mask.sum()) for batch in batches)
         recent.append((parts["text_loss"], parts["image_loss"]))
         if step % 50 == 49:

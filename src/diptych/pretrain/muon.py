@@ -64,8 +64,7 @@ class AttentionCap:
     Departs: the bound instead of the largest logit seen, which is cheaper and never too small.
     """
 
-    def __init__(self, model: LlamaModel, cap: float) -> None:
-        self.cap = cap
+    def __init__(self, model: LlamaModel) -> None:
         self.attentions: list[Any] = [layer.self_attn for layer in model.layers]
         self.largest: dict[nn.Module, Tensor] = {}
         for attention in self.attentions:
@@ -79,13 +78,13 @@ class AttentionCap:
         self.largest[projection] = norms if earlier is None else torch.maximum(norms, earlier)
 
     @torch.no_grad()
-    def apply(self) -> float:
+    def apply(self, cap: float) -> float:
         """Scales down what is above the cap; returns the largest bound since the last call, before scaling."""
         worst = 0.0
         for attention in self.attentions:
             query, key = attention.q_proj, attention.k_proj
             bound = self.largest[query] * self.largest[key] * attention.head_dim**-0.5  # (heads,)
-            factor = (self.cap / bound).clamp(max=1).sqrt().repeat_interleave(attention.head_dim)
+            factor = (cap / bound).clamp(max=1).sqrt().repeat_interleave(attention.head_dim)
             query.weight.mul_(factor[:, None])
             key.weight.mul_(factor[:, None])
             worst = max(worst, float(bound.max()))
