@@ -161,6 +161,30 @@ def merge(
     console.print(f"saved: {out}")
 
 
+@app.command(epilog="Example: diptych doctor --model deepseek-community/Janus-Pro-7B")
+def doctor(
+    model: Annotated[str | None, typer.Option(help="packaged name, checkpoint or adapter folder; left out: this machine")] = None,
+    num_images: Annotated[int, typer.Option(min=0, help="pictures of one document")] = 3,
+    num_generations: Annotated[int, typer.Option(min=1, help="G, the documents of one prompt")] = 8,
+    text_tokens: Annotated[int, typer.Option(min=1, help="text tokens of one document")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """What a checkpoint is, the memory it needs, and what is wrong with its folder. Weights are not read. Exits with 1 on problems."""
+    import dataclasses
+
+    from diptych.doctor import DocumentSize, examine, machine, render, render_machine
+
+    sizes = {"num_images": num_images, "num_generations": num_generations, "text_tokens": text_tokens}
+    if model is None:
+        found = machine(DocumentSize(**sizes))
+        console.print_json(json.dumps(found)) if as_json else console.print(render_machine(found))
+        return
+    diagnosis = examine(model, **sizes)
+    console.print_json(json.dumps(dataclasses.asdict(diagnosis), default=str)) if as_json else console.print(render(diagnosis))
+    if any(not problem.startswith("warning: ") for problem in diagnosis.problems):
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: diptych view runs/demo/grpo")
 def view(run: Annotated[Path, typer.Argument(help="the output_dir of a warmup or grpo run")]) -> None:
     """Writes `report.html` into a run folder: curves, and every saved document with its rewards."""

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import PIL.Image
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, DynamicCache, LlamaModel, PreTrainedModel
 
@@ -42,6 +41,9 @@ class HFModel(UnifiedModel):
         self.side_files = read_side_files(folder)
         self.template = chat_template(self.side_files, tokenizer) or self.default_template
         self.folder = folder
+        for name in ("bos_token", "eos_token"):
+            if getattr(tokenizer, f"{name}_id", None) is None:
+                raise ValueError(f"the tokenizer in {folder} names no {name}; use the tokenizer files that came with the checkpoint")
         self.eos_id = int(tokenizer.eos_token_id)
         self.vocab_size = hf.get_input_embeddings().weight.shape[0]
         self.max_positions = hf.config.get_text_config().max_position_embeddings
@@ -166,6 +168,12 @@ class OneVocabularyModel(HFModel):
     code_ids: Tensor
 
     def set_code_ids(self, ids: Tensor) -> None:
+        """Raises ValueError for ids that the embedding does not have."""
+        if int(ids.max()) >= self.vocab_size:
+            raise ValueError(
+                f"the vocabulary_map in {self.folder / 'config.json'} gives codes ids up to {int(ids.max())}, but the embedding has "
+                f"{self.vocab_size} rows; take config.json and weights from one release"
+            )
         self.register_buffer("code_ids", ids.long(), persistent=False)
         self._first, self._last = int(ids.min()), int(ids.max())
 
@@ -211,7 +219,7 @@ def load_weights(cls: Any, folder: Path, **options: Any) -> Any:
     """
     try:
         model, report = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except Exception as error:  # a config.json may hold any nonsense, on which transformers fails in any way
         raise ValueError(f"{folder} cannot be loaded as {cls.__name__}: {str(error)[:400]}. Copy the whole checkpoint again") from error
     wrong = [*report["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"])]
     if wrong:

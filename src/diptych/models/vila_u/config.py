@@ -120,12 +120,12 @@ def _parse(kind: type[PartT], raw: Any, source: str) -> PartT:
         raise ValueError(f"{source} does not describe a VILA-U vision tower: {problems}. Compare it with the released file") from error
 
 
-def _known_siglip(name: str) -> dict[str, int]:
+def _known_siglip(name: str, source: str) -> dict[str, int]:
     for known, fields in _KNOWN_SIGLIP.items():
         if name.rstrip("/").rpartition("/")[2] == known.rpartition("/")[2]:  # training machines often had a local copy
             return fields
     raise ValueError(
-        f"rqvaesiglip.pretrained_model is {name!r}, whose architecture is not built in; known are {', '.join(_KNOWN_SIGLIP)}. "
+        f"{source}: rqvaesiglip.pretrained_model is {name!r}, whose architecture is not built in; known are {', '.join(_KNOWN_SIGLIP)}. "
         f"Put that SigLIP's config.json at {SIGLIP_FOLDER}/config.json beside {VISION_FOLDER}/"
     )
 
@@ -164,7 +164,7 @@ class VisionConfig:
     def from_dicts(cls, raw: dict[str, Any], siglip: dict[str, Any] | None = None, source: str = "config.json") -> VisionConfig:
         """From the contents of `vision_tower/config.json` and, optionally, of a SigLIP config (whole, or its vision half)."""
         parsed = _parse(_VisionFile, raw, source)
-        fields = _known_siglip(parsed.rqvaesiglip.pretrained_model) if siglip is None else siglip.get("vision_config", siglip)
+        fields = _known_siglip(parsed.rqvaesiglip.pretrained_model, source) if siglip is None else siglip.get("vision_config", siglip)
         return cls(parsed.rqvaesiglip, parsed.rqtransformer, _parse(SiglipConfig, fields, "the SigLIP config"), raw, siglip)
 
     @classmethod

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 from diptych.config import ImageSampling, SamplingParams, TextSampling
 from diptych.document import Document, Image, Text, to_rgb
 from diptych.models.base import ImageSpec, UnifiedModel, check_image_size
-from diptych.models.hf import decode, load_weights, nf4, read_side_files
+from diptych.models.hf import check_tokenizer, decode, load_weights, nf4, read_side_files
 from diptych.models.pixels import padded, square, to_pixels
 from diptych.models.vila_u.config import read_json
 from diptych.models.vila_u.vision import Projector, VisionTower
@@ -221,6 +221,7 @@ class VilaUModel(UnifiedModel):
             tokenizer = AutoTokenizer.from_pretrained(folder / "llm", local_files_only=True)
         except Exception as error:
             raise ValueError(f"the tokenizer in {folder / 'llm'} cannot be read: {str(error)[:300]}") from error
+        check_tokenizer(tokenizer, folder / "llm")
         model = cls(llm, vision, projector, tokenizer, folder)
         check_image_size(image_size, model.image_spec.pixel_size, cls.family)
         return model

@@ -1,0 +1,108 @@
+"""What the machine is, and which models it can run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from contextlib import suppress
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from diptych.doctor.memory import GIB, DocumentSize, Sizes, estimate
+from diptych.runtime import versions
+
+REFERENCE_MODES = ("sampling", "lora", "qlora")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    name: str
+    gib: float
+    bf16: bool
+
+
+# Sizes of the released checkpoints as their configs state them; the first two numbers of each are counted from the stock classes
+# (`tests/test_doctor.py` counts again). Sources: Janus-Pro, arXiv:2501.17811, Tab. 1 and the hub's config.json; VILA-U,
+# arXiv:2409.04429 and the release's folder; Emu3, Chameleon: the defaults of transformers' configs, which are those of the releases.
+REFERENCES: dict[str, Sizes] = {
+    "Janus-Pro-1B": Sizes(
+        weight_bytes=4_153_273_622, trained=1_701_064_704, hidden=2048, intermediate=5632, layers=24, heads=16, kv_heads=16,
+        head_dim=128, vocab=102_400, codebook=16_384, positions=576, depth=1, length=578, context=16_384, branches=1,
+    ),
+    "Janus-Pro-7B": Sizes(
+        weight_bytes=14_815_546_646, trained=7_032_201_216, hidden=4096, intermediate=11_008, layers=30, heads=32, kv_heads=32,
+        head_dim=128, vocab=102_400, codebook=16_384, positions=576, depth=1, length=578, context=16_384, branches=1,
+    ),
+    "VILA-U-7B": Sizes(
+        weight_bytes=15_307_211_014, trained=7_286_574_080, hidden=4096, intermediate=11_008, layers=32, heads=32, kv_heads=32,
+        head_dim=128, vocab=32_004, codebook=16_384, positions=256, depth=4, length=258, context=8192, branches=1,
+    ),
+    "Emu3-8B": Sizes(
+        weight_bytes=17_525_503_806, trained=8_492_011_520, hidden=4096, intermediate=14_336, layers=32, heads=32, kv_heads=8,
+        head_dim=128, vocab=184_622, codebook=32_768, positions=8100, depth=1, length=8199, context=9216, branches=1,
+    ),
+    "Chameleon-7B": Sizes(
+        weight_bytes=14_086_180_864, trained=7_013_666_816, hidden=4096, intermediate=11_008, layers=32, heads=32, kv_heads=32,
+        head_dim=128, vocab=65_536, codebook=8192, positions=1024, depth=1, length=1026, context=4096, branches=0,
+    ),
+}  # fmt: skip
+
+
+def gpus() -> list[Gpu]:
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(Gpu(properties.name, properties.total_memory / GIB, properties.major >= 8))  # bf16 units since Ampere
+    return found
+
+
+def machine(document: DocumentSize | None = None) -> dict[str, Any]:
+    """Versions, processor, memory (GiB), GPUs, and what fits.
+
+    Returns:
+        `models`: name -> `num_images` (of the document, at most as many as its context holds) and, for each of REFERENCE_MODES, `gib` and
+        `fits`, which is None without a GPU and otherwise says whether the largest one suffices.
+    """
+    document, found = document or DocumentSize(), gpus()
+    told = versions()
+    return {
+        **{name: told[name] for name in ("diptych", "python", "torch", "transformers")},
+        "peft": _version("peft"),
+        "bitsandbytes": _version("bitsandbytes"),
+        "cpu": told["cpu"],
+        "cpu_cores": _cores(),
+        "ram_gib": _ram_gib(),
+        "gpus": [dataclasses.asdict(gpu) for gpu in found],
+        "demo": True,  # 3 M parameters, on any CPU
+        "models": {name: _needs(sizes, document, found) for name, sizes in REFERENCES.items()},
+    }
+
+
+def _needs(sizes: Sizes, document: DocumentSize, found: list[Gpu]) -> dict[str, Any]:
+    images = max(0, min(document.num_images, (sizes.context - document.text_tokens) // sizes.length))
+    fitting, largest = dataclasses.replace(document, num_images=images), max((gpu.gib for gpu in found), default=None)
+    needs: dict[str, Any] = {"num_images": images}
+    for mode in REFERENCE_MODES:
+        memory = estimate(sizes, fitting, mode)
+        needs[mode] = {"gib": memory.total, "fits": None if largest is None else memory.fits(largest)}
+    return needs
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ram_gib() -> float | None:
+    with suppress(ValueError, OSError, AttributeError):  # not on Windows
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    return None

@@ -1,0 +1,246 @@
+"""A family's adapter without weights: its stock classes on the meta device, and what stands in the way of building it.
+
+Checks of keys are the loaders' own: transformers is given meta tensors of the shapes that the files hold and reports what it misses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from diptych.doctor.files import Stored, read_json_object, read_weights, say_misshapen, say_missing
+from diptych.doctor.words import StandIn, StandInMap, check_maps, check_words, read_tokenizer
+from diptych.models.base import UnifiedModel
+from diptych.models.chameleon import ChameleonModel, load_decoder
+from diptych.models.hf import HFModel, OneVocabularyModel, check_tokenizer
+from diptych.models.janus import load_image_processor
+from diptych.models.storyboard.model import StoryboardConfig, StoryboardModel
+from diptych.models.vila_u.config import VISION_FOLDER, VisionConfig
+from diptych.models.vila_u.model import VilaUModel
+from diptych.models.vila_u.vision import PROJECTOR_FOLDER, Projector, VisionTower
+
+LLM_FOLDER = "llm"
+PREPROCESSOR, GENERATION = "preprocessor_config.json", "generation_config.json"
+
+
+@dataclasses.dataclass
+class Skeleton:
+    """`model`: the adapter on the meta device; None where it could not be built. `tokenizer`: None where it could not be read."""
+
+    model: UnifiedModel | None = None
+    tokenizer: Any = None
+    stored: list[Stored] = dataclasses.field(default_factory=list)
+
+
+def build_skeleton(family: type[UnifiedModel], folder: Path, problems: list[str]) -> Skeleton:
+    """Reads what can be read of a checkpoint folder and adds everything that is wrong with it to `problems`."""
+    with _silent():
+        if issubclass(family, HFModel):
+            return _stock(family, folder, problems)
+        if issubclass(family, VilaUModel):
+            return _vila_u(folder, problems)
+        assert issubclass(family, StoryboardModel), f"the doctor does not know {family.__name__}"
+        return _storyboard(folder, problems)
+
+
+def _stock(family: type[HFModel], folder: Path, problems: list[str]) -> Skeleton:
+    skeleton = Skeleton(stored=[read_weights(folder, problems)])
+    config_class: Any = family.hf_class.config_class
+    config = _attempt(lambda: config_class.from_pretrained(folder), folder / "config.json", problems)
+    if config is None:
+        return skeleton
+    one_vocabulary = issubclass(family, OneVocabularyModel)
+    if one_vocabulary and not isinstance(config.vocabulary_map, dict):
+        config.vocabulary_map = {}  # the stock classes cannot be built without; `check_maps` tells
+    hf = _stock_model(family.hf_class, config, folder, skeleton.stored[0], problems)
+    before = len(problems)
+    skeleton.tokenizer = read_tokenizer(folder, problems, check_tokenizer)
+    if hf is not None:
+        if (folder / GENERATION).is_file():
+            hf.generation_config = _attempt(lambda: GenerationConfig.from_pretrained(folder), folder / GENERATION, problems)
+        rows = int(hf.get_input_embeddings().weight.shape[0])
+        check_words(family.family, folder, skeleton.tokenizer, rows, problems, hf.generation_config)
+        if one_vocabulary and not check_maps(family.family, folder, hf, rows, problems):
+            hf.model.vocabulary_mapping = StandInMap(hf.config.vq_config)
+    processor = _read_processor(folder, problems)
+    if hf is not None:
+        if issubclass(family, ChameleonModel):
+            _check_decoder(folder, hf, problems)
+        make = cast(Callable[..., UnifiedModel], family)
+        skeleton.model = _assemble(lambda words: make(hf, words, processor, folder), skeleton.tokenizer, problems, before)
+    return skeleton
+
+
+def _vila_u(folder: Path, problems: list[str]) -> Skeleton:
+    root = read_json_object(folder / "config.json", problems) or {}
+    skeleton, parts = Skeleton(), {name: folder / name for name in (LLM_FOLDER, VISION_FOLDER, PROJECTOR_FOLDER)}
+    for name, part in parts.items():
+        if not part.is_dir():
+            problems.append(f"{folder} has no folder {name}/; a VILA-U checkpoint has {', '.join(f'{n}/' for n in parts)}: copy all three")
+    llm, vision, projector, tokenizer = None, None, None, None
+    before = len(problems)
+    if parts[LLM_FOLDER].is_dir():
+        stored = read_weights(parts[LLM_FOLDER], problems)
+        skeleton.stored.append(stored)
+        if read_json_object(parts[LLM_FOLDER] / "config.json", problems) is not None:
+            config = _attempt(lambda: LlamaConfig.from_pretrained(parts[LLM_FOLDER]), parts[LLM_FOLDER] / "config.json", problems)
+            llm = None if config is None else _stock_model(LlamaForCausalLM, config, parts[LLM_FOLDER], stored, problems)
+        before = len(problems)
+        tokenizer = read_tokenizer(parts[LLM_FOLDER], problems)
+        if llm is not None:
+            check_words("vila_u", parts[LLM_FOLDER], tokenizer, llm.config.vocab_size, problems)
+    if parts[VISION_FOLDER].is_dir():
+        vision = _attempt(lambda: _on_meta(lambda: VisionTower(VisionConfig.load(folder))), parts[VISION_FOLDER], problems, "")
+        skeleton.stored.append(_compare(parts[VISION_FOLDER], vision, "VILA-U's vision tower", problems))
+    if vision is not None and llm is not None:
+        widths = vision.config.codec.embed_dim, llm.config.hidden_size
+        projector = _on_meta(lambda: Projector(*widths))
+        if (stated := (root.get("mm_hidden_size", widths[0]), root.get("hidden_size", widths[1]))) != widths:
+            problems.append(f"{folder / 'config.json'} states the widths {stated}, its parts have {widths}; take all from one release")
+    if parts[PROJECTOR_FOLDER].is_dir():
+        raw = read_json_object(parts[PROJECTOR_FOLDER] / "config.json", problems)
+        if raw is not None and (kind := raw.get("mm_projector_type")) != "mlp2x_gelu":
+            problems.append(f"{parts[PROJECTOR_FOLDER] / 'config.json'} has mm_projector_type {kind!r}; only 'mlp2x_gelu' can be loaded")
+        skeleton.stored.append(_compare(parts[PROJECTOR_FOLDER], projector, "the projector", problems, exact=True))
+    skeleton.tokenizer = tokenizer
+    if llm is not None and vision is not None and projector is not None:
+        skeleton.model = _assemble(lambda words: VilaUModel(llm, vision, projector, words, folder), tokenizer, problems, before)
+    return skeleton
+
+
+def _storyboard(folder: Path, problems: list[str]) -> Skeleton:
+    from tokenizers import Tokenizer
+
+    fields = read_json_object(folder / "config.json", problems)
+    tokenizer = _attempt(lambda: Tokenizer.from_file(str(folder / "tokenizer.json")), folder / "tokenizer.json", problems)
+    model = None
+    if fields is not None:
+        own: dict[str, Any] = {key: tuple(value) if key == "levels" else value for key, value in fields.items() if key != "model_type"}
+        model = _attempt(
+            lambda: StoryboardModel(StoryboardConfig(**own), cast(Any, tokenizer)).to("meta"), folder / "config.json", problems
+        )
+    stored = _compare(folder, model, "the Storyboard model", problems, exact=True)
+    if tokenizer is not None and model is not None and tokenizer.get_vocab_size() > model.vocab_size:
+        problems.append(
+            f"{folder / 'tokenizer.json'} has {tokenizer.get_vocab_size()} tokens, but config.json vocab_size={model.vocab_size}"
+        )
+    return Skeleton(model, tokenizer, [stored])
+
+
+def _stock_model(
+    cls: type[PreTrainedModel], config: Any, folder: Path, stored: Stored, problems: list[str]
+) -> Any:  # fmt: skip
+    """None, or the stock class on the meta device, its keys compared with those of the files by transformers' own loader."""
+
+    def load() -> Any:
+        return cls.from_pretrained(
+            None, config=config, state_dict=stored.on_meta(), device_map={"": "meta"}, dtype=torch.float32,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+
+    found = _attempt(load, folder / "config.json", problems)
+    if found is None:
+        return None
+    model, report = found
+    if stored.complete:
+        say_missing(folder, cls.__name__, report["missing_keys"], report["unexpected_keys"], problems)
+    shapes = {key: (given, wanted) for key, given, wanted in report["mismatched_keys"] if tuple(given) != (0,)}
+    say_misshapen(folder, cls.__name__, shapes, problems)
+    return model
+
+
+def _compare(folder: Path, module: nn.Module | None, kind: str, problems: list[str], exact: bool = False) -> Stored:
+    """Keys and shapes of a module of ours against the files. `exact`: the loader refuses what it has no place for."""
+    stored = read_weights(folder, problems)
+    if module is None:
+        return stored
+    wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    given = {key: shape for key, (_, shape) in stored.tensors.items()}
+    missing, unknown = wanted.keys() - given.keys() - stored.lost, given.keys() - wanted.keys()
+    if stored.complete:
+        say_missing(folder, kind, missing, unknown if exact else (), problems)
+    if exact and unknown and not missing:
+        problems.append(f"{folder} holds {len(unknown)} tensors that {kind} has no place for ({min(unknown)} for one); copy it again")
+    say_misshapen(folder, kind, {k: (given[k], wanted[k]) for k in wanted.keys() & given.keys() if given[k] != wanted[k]}, problems)
+    return stored
+
+
+def _read_processor(folder: Path, problems: list[str]) -> Any:
+    settings = folder / PREPROCESSOR
+    if settings.is_file() and read_json_object(settings, problems) is None:
+        return None
+    try:
+        return load_image_processor(folder)
+    except ValueError as error:
+        missing = f"{settings} is missing, which says how pictures are prepared; copy it from the release"
+        problems.append(str(error) if settings.is_file() else missing)
+        return None
+
+
+def _check_decoder(folder: Path, hf: Any, problems: list[str]) -> None:
+    """The original checkpoint's float32 is mapped into memory and not read."""
+    try:
+        found = load_decoder(folder, hf.config.vq_config, torch.float32)
+    except ValueError as error:
+        problems.append(f"{error}. Copy it again")
+        return
+    if found is None:
+        problems.append(
+            f"warning: {folder} can write codes but not turn them into pictures, because transformers' Chameleon has no decoder: none "
+            "can be shown or judged by a reward. Put the original release's vqgan.ckpt or tokenizer/vqgan.ckpt into the folder"
+        )
+
+
+def _assemble(make: Callable[[Any], UnifiedModel], tokenizer: Any, problems: list[str], before: int) -> UnifiedModel | None:
+    """The adapter, with a stand-in for a tokenizer that will not do, so that sizes can be told all the same.
+
+    `before`: how many problems there were before the tokenizer's; if a check has spoken since, the adapter's own refusal is no news.
+    """
+    refusal = None
+    for words in ([tokenizer] if tokenizer is not None else []) + [StandIn()]:
+        try:
+            return make(words)
+        except Exception as error:  # a broken folder may break anything in the adapter; what it says is all there is to tell
+            refusal = refusal or str(error)
+        finally:
+            if refusal is not None and len(problems) == before:
+                problems.append(refusal)
+    return None
+
+
+def _attempt(make: Callable[[], Any], source: Path, problems: list[str], advice: str = ". Take it from the release again") -> Any:
+    """What `make` gives, or None and a problem: configs may hold any nonsense, on which libraries fail in any way."""
+    try:
+        return make()
+    except Exception as error:
+        said = " ".join(str(error).split())[:400] or type(error).__name__
+        where = "" if str(source) in said else f"{source} cannot be used: "
+        problems.append(f"{where}{said}{advice}")
+        return None
+
+
+def _on_meta(make: Callable[[], Any]) -> Any:
+    with torch.device("meta"):
+        return make()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without transformers' warnings and progress bars: what matters is among the problems."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
