@@ -202,6 +202,8 @@ def decode(decoder: Any, embeds: Tensor, position_ids: Tensor, attention_mask: T
     """
     for layer in decoder.layers:
         layer.training = cache is None and torch.is_grad_enabled()
+    if embeds.shape[1] == 1 and attention_mask.ndim == 2 and decoder.config._attn_implementation == "sdpa":
+        attention_mask = attention_mask[:, None, None, :]  # the one query comes last: causal is what is not empty; saves building the mask
     output = decoder(
         inputs_embeds=embeds,
         position_ids=position_ids,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diptych.models.base import UnifiedModel
-from diptych.tokens import Modality, TokenBatch, TokenRow, collate
+from diptych.tokens import TokenRow, collate
 
 
 class Stream:
@@ -40,26 +40,17 @@ class Stream:
         self.hidden, self.position, self.attention = self.hidden[rows], self.position[rows], self.attention[rows]
 
     def feed_text(self, ids: Tensor, active: Tensor | None = None) -> None:
-        """One text token for each row, (B,); rows that are not `active` (B,) bool wait."""
-        codes = torch.zeros(len(ids), self.model.image_spec.depth, dtype=torch.long, device=ids.device)
-        self._feed(ids, codes, Modality.TEXT, torch.ones_like(ids, dtype=torch.bool) if active is None else active)
+        """One text token for each row, (B,) int64; rows that are not `active` (B,) bool wait."""
+        self._feed(self.model.embed_text(ids), torch.ones_like(ids, dtype=torch.bool) if active is None else active)
 
     def feed_codes(self, codes: Tensor) -> None:
-        """One image position for each row, (B, D)."""
-        ids = torch.zeros(len(codes), dtype=torch.long, device=codes.device)
-        self._feed(ids, codes, Modality.IMAGE, torch.ones_like(ids, dtype=torch.bool))
+        """One image position for each row, (B, D) int64."""
+        self._feed(self.model.embed_codes(codes), torch.ones(len(codes), dtype=torch.bool, device=codes.device))
 
-    def _feed(self, ids: Tensor, codes: Tensor, modality: Modality, active: Tensor) -> None:
-        batch = TokenBatch(
-            text_ids=ids[:, None],
-            codes=codes[:, None],
-            modality=torch.full_like(ids, int(modality))[:, None],
-            position_ids=self.position[:, None],
-            step_ids=torch.zeros_like(ids)[:, None],
-            completion_mask=torch.ones_like(ids, dtype=torch.bool)[:, None],
-        )
+    def _feed(self, embeds: Tensor, active: Tensor) -> None:
+        """(B, H) embeddings."""
         attention = torch.cat([self.attention, torch.ones_like(active)[:, None]], dim=1)  # a slot sees at least itself
-        hidden = self.model.backbone(self.model.embed(batch), batch.position_ids, attention, self.cache)[:, -1]
+        hidden = self.model.backbone(embeds[:, None], self.position[:, None], attention, self.cache)[:, -1]
         self.hidden = torch.where(active[:, None], hidden, self.hidden)
         self.position = self.position + active
         attention[:, -1] = active

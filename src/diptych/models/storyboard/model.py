@@ -17,7 +17,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from diptych.config import ImageSampling, SamplingParams
 from diptych.models.base import ImageSpec, UnifiedModel, check_image_size
-from diptych.models.hf import CACHE_ARGUMENT
+from diptych.models.hf import decode
 from diptych.models.storyboard.codec import PatchCodec
 from diptych.tokens import TokenRow
 
@@ -110,11 +110,7 @@ class StoryboardModel(UnifiedModel):
         return torch.stack([self.code_embeddings[d][codes[:, d]] for d in range(codes.shape[1])]).sum(0)
 
     def backbone(self, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> Tensor:
-        output = self.llama(
-            inputs_embeds=embeds, position_ids=position_ids, attention_mask=attention_mask,
-            use_cache=cache is not None, **{CACHE_ARGUMENT: cache},
-        )  # fmt: skip
-        return output.last_hidden_state
+        return decode(self.llama, embeds, position_ids, attention_mask, cache)
 
     def new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.llama.config)
