@@ -22,6 +22,7 @@ from diptych.document import Document, Image, Text
 from diptych.logprobs import score
 from diptych.models import UnifiedModel, load_model
 from diptych.models.loading import FAMILIES
+from diptych.models.vila_u.model import SYSTEM
 from diptych.sampling.engine import sample
 from diptych.supervised import supervised_gradient
 from diptych.tokens import Modality, TokenRow, collate
@@ -319,6 +320,23 @@ def test_vila_u_training_loss_is_text_mean_plus_image_mean(released):
     assert losses["loss/image"] == pytest.approx(float(image_loss), abs=1e-5)
 
 
+def test_vila_u_pictures_in_any_order_are_laid_out_as_in_its_training_data(released):
+    """The official preprocessing strips every text and puts a space before and a new line after each wrapped picture."""
+    codes = Image(codes=torch.zeros(16, 4, dtype=torch.long))
+
+    def ids(official: str) -> list[int]:
+        pieces = [released.piece_ids(piece) for piece in official.split("<image>")]
+        return [*pieces[0], *(i for piece in pieces[1:] for i in (-200, *piece))]
+
+    wrapped, system = "<im_start><image><im_end>\n", f"{SYSTEM} USER: "
+    look = released.encode_prompt(Document((Text("look "), codes, Text("and"), codes)))
+    assert with_placeholders(look) == [1, *ids(f"{system}look {wrapped}and {wrapped.strip()} ASSISTANT:")]
+    two = released.encode_prompt(Document((codes, codes, Text("which?"))))
+    assert with_placeholders(two) == [1, *ids(f"{system}{wrapped} {wrapped}which? ASSISTANT:")]
+    told = released.encode_segments(Document((Text("a cat.\n"), codes, codes, Text(" then "))), answer=True)
+    assert with_placeholders(told) == ids(f"a cat. {wrapped} {wrapped}then</s>")
+
+
 # --- promises, for every family ------------------------------------------------------------------------------------------
 
 
@@ -335,6 +353,50 @@ def test_what_was_sampled_is_what_is_scored(model, settings):
     assert gap.max() <= 1e-4
     if settings.image.guidance_scale != 1 and (settings.image.guidance_scale or model.default_sampling.image.guidance_scale != 1):
         assert (ignored - sampled).abs()[batch.choice_mask].max() > 0.05
+
+
+def test_a_batch_may_have_rows_without_pictures(model):
+    """Micro-batches cut a batch anywhere; families that read pictures as features then have none to read."""
+    rows = [model.encode_example(document, answer()) for document in prompts()]
+    batch = collate(rows)
+    with torch.no_grad():
+        together = score(model, batch).logprobs
+        for i in range(len(rows)):
+            alone = score(model, batch[[i]]).logprobs[0]
+            torch.testing.assert_close(together[i, : len(alone)], alone, atol=5e-5, rtol=0)
+
+
+def test_the_picture_branch_of_three_way_guidance_holds_the_pictures_and_no_words(model):
+    """Every picture of the prompt and of the answer so far, in order; Janus' at their own places in a padded prompt."""
+    from diptych.sampling.guidance import branch_prefixes
+
+    prompt = model.encode_prompt(prompts()[2])
+    context = TokenRow.concat([prompt, model.encode_segments(answer(), answer=True)[:-1]])
+    bare, seen = branch_prefixes(model, params(2.0, image_guidance_scale=1.5).image, len(prompt), lambda: context)
+    pictures = (context.modality == Modality.IMAGE) | (context.modality == Modality.FEATURE)
+    kept = (seen.modality == Modality.IMAGE) | (seen.modality == Modality.FEATURE)
+    assert torch.equal(seen.codes[kept], context.codes[pictures])
+    assert seen.pixels == context.pixels
+    assert not seen.completion_mask.any()
+    begins = int((context.text_ids[context.modality == Modality.TEXT] == model.image_spec.begin_id).sum())
+    assert int((seen.text_ids[seen.modality == Modality.TEXT] == model.image_spec.begin_id).sum()) == begins + 1
+    words = set(model.encode_text("look at this and then a bird.")) - {i for i in model.image_spec.layout if i >= 0}
+    assert not words & set(seen.text_ids[len(model.unconditional_prompt(len(prompt))) :].tolist()) - set(
+        model.encode_text("0123456789* \n")
+    )
+    if model.family == "janus":
+        assert torch.equal(kept[: len(prompt)], pictures[: len(prompt)])
+        assert len(seen) < len(context)
+    assert int(bare.text_ids[-1]) == model.image_spec.begin_id
+
+
+def test_vila_us_bare_prompt_pictures_are_in_the_picture_branch(released):
+    from diptych.sampling.guidance import branch_prefixes
+
+    released.wrap_prompt_images = False
+    prompt = released.encode_prompt(prompts()[2])
+    _, seen = branch_prefixes(released, params(2.0, image_guidance_scale=1.5).image, len(prompt), lambda: prompt)
+    assert torch.equal(seen.codes[seen.modality == Modality.IMAGE], prompt.codes[prompt.modality == Modality.IMAGE])
 
 
 def test_rows_do_not_depend_on_their_batch(model):
@@ -508,6 +570,21 @@ def test_missing_truncated_and_wrong_weights_are_named(name, folders, tmp_path):
         load_model(folder, image_size=SIZE.get(name))
 
 
+@pytest.mark.parametrize("name", ["janus", "emu3", "chameleon", "vila_u", "vila_u depth", "vila_u siglip"])
+def test_weights_that_the_config_leaves_no_place_for_are_refused(name, folders, tmp_path):
+    """They would be lost when the model is saved, and a model with fewer layers is another model."""
+    folder = broken(folders, name.split()[0], tmp_path)
+    if name == "vila_u depth":
+        edit_json(folder / "vision_tower" / "config.json", lambda config: config["rqtransformer"]["head"].update(n_layer=1))
+    elif name == "vila_u siglip":
+        edit_json(folder / "siglip_config" / "config.json", lambda config: config.get("vision_config", config).update(num_hidden_layers=2))
+    else:
+        part = folder / "llm" if name == "vila_u" else folder
+        edit_json(part / "config.json", lambda config: config.get("text_config", config).update(num_hidden_layers=1))
+    with pytest.raises(ValueError, match=r"no place for .*from one release"):
+        load_model(folder, image_size=SIZE.get(name))
+
+
 @pytest.mark.parametrize(
     ("name", "token"), [("janus", "<begin_of_image>"), ("emu3", "<|extra_201|>"), ("chameleon", "<racm3:break>"), ("vila_u", "<im_end>")]
 )
@@ -559,8 +636,9 @@ def test_vila_u_with_a_missing_part(folders, tmp_path):
 
 def test_emu3_draws_in_the_size_that_was_asked_for(folders):
     assert load_model(folders["emu3"], image_size=24).image_spec.num_positions == 9
-    with pytest.raises(ValueError, match="image_size=30 is no multiple of the 8 pixels"):
-        load_model(folders["emu3"], image_size=30)
+    for size in (30, 0, -8):
+        with pytest.raises(ValueError, match=f"image_size={size} is no multiple of the 8 pixels"):
+            load_model(folders["emu3"], image_size=size)
     with pytest.raises(ValueError, match="janus draws pictures of 32 pixels a side only"):
         load_model(folders["janus"], image_size=64)
 
@@ -574,3 +652,15 @@ def test_loading_does_not_double_the_memory(tmp_path):
     assert weights > 140
     assert peak < 1.25 * weights + 20
     assert kept < peak + 1
+
+
+def test_emu3s_options_file_is_checked(folders, tmp_path):
+    folder = broken(folders, "emu3", tmp_path)
+    for content, said in (("{", "Invalid JSON"), ('{"image_size": "big"}', "image_size"), ('{"size": 64}', "size: Extra inputs")):
+        (folder / "diptych.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"diptych.json may hold image_size, negative_prompt only: .*{said}"):
+            load_model(folder)
+    (folder / "diptych.json").write_text('{"image_size": 24, "negative_prompt": "ugly"}')
+    model = load_model(folder)
+    assert model.image_spec.pixel_size == 24
+    assert model.decode_text(model.unconditional_prompt(9)[1:]) == "ugly"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -144,13 +145,56 @@ def test_a_killed_adapter_run_resumes_to_the_same_weights(folders, records, tmp_
     settings = {"lora": {"r": 4}, "max_steps": 4, "save_steps": 2}
     whole = grpo(grpo_config(folders["janus"], tmp_path / "whole", records, "janus", **settings))
     grpo(grpo_config(folders["janus"], tmp_path / "cut", records, "janus", **settings))
-    for step in (4,):  # as if it had been killed after step 2
-        import shutil
-
-        shutil.rmtree(tmp_path / f"cut/checkpoints/step_{step}")
+    shutil.rmtree(tmp_path / "cut/checkpoints/step_4")  # as if it had been killed after step 2
     again = grpo(grpo_config(folders["janus"], tmp_path / "cut", records, "janus", **settings))
     for (name, p), (_, q) in zip(whole.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_the_reference_is_the_model_from_which_the_run_started(family, folders, records, tmp_path):
+    """GRPO from an adapter of warm-up: the KL is 0 at first and refers to that adapter, not to the base without it."""
+    lora = {"lora": {"r": 4, "alpha": 8}}
+    warmup(warmup_config(folders[family], tmp_path / "warm", records, family, **lora))
+    start = tmp_path / "warm/checkpoints/step_1/model"
+    policy = grpo(grpo_config(start, tmp_path / "rl", records, family, max_steps=2, **lora))
+    lines = read_jsonl(tmp_path / "rl" / "metrics.jsonl")
+    assert lines[0]["kl/text"] == pytest.approx(0, abs=1e-6)
+    assert lines[0]["kl/image"] == pytest.approx(0, abs=1e-6)
+    assert lines[1]["kl/text"] > 0
+    started = load_model(start)
+    with policy.adapter.as_reference():
+        assert torch.equal(logits_of(policy), logits_of(started))
+    assert not torch.equal(logits_of(policy), logits_of(started))
+    assert all(p.requires_grad == (".default." in name) for name, p in policy.named_parameters() if "lora_" in name)
+    loaded = load_model(tmp_path / "rl/checkpoints/step_2/model")  # holds the trained adapter alone
+    assert torch.equal(logits_of(loaded), logits_of(policy))
+    with pytest.raises(ValueError, match=r"has {'r': 4, 'alpha': 8}, but lora.r=16 and lora.alpha=32 were asked for"):
+        grpo(grpo_config(start, tmp_path / "other", records, family, lora={}))
+
+
+def test_a_killed_warm_up_resumes_to_the_same_weights(family, folders, records, tmp_path):
+    """Emu3's config has dropout: a policy is trained without, or a resumed run could not repeat."""
+    settings = {"max_steps": 4, "save_steps": 2, "batch_size": 2, "micro_batch_size": 1, "sample_steps": 2}
+    whole = warmup(warmup_config(folders[family], tmp_path / "whole", records, family, **settings))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/checkpoints/step_4")  # as if it had been killed before its last checkpoint
+    (tmp_path / "cut/config.yaml").unlink()
+    again = warmup(warmup_config(folders[family], tmp_path / "cut", records, family, **settings))
+    for (name, p), (_, q) in zip(whole.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_early_samples_fit_the_context_whatever_the_settings(folders, records, tmp_path):
+    settings = {"sampling": {"max_images": 60}, "sample_steps": 1}
+    warmup(warmup_config(folders["chameleon"], tmp_path / "run", records, "chameleon", **settings))
+    assert (tmp_path / "run/samples/step_1.jsonl").is_file()
+
+
+def test_an_example_that_does_not_fit_is_named(folders, tmp_path):
+    line = {"messages": [{"role": "user", "content": "a very long story"}, {"role": "assistant", "content": "word " * 800}]}
+    (tmp_path / "long.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match=r"a record of .*long.jsonl \('a very long story'\): the example has \d+ positions"):
+        warmup(warmup_config(folders["janus"], tmp_path / "run", tmp_path / "long.jsonl", "janus"))
 
 
 def test_modules_beside_the_adapter_train_in_full_and_are_saved(folders, records, tmp_path):
@@ -218,8 +262,19 @@ def test_damaged_adapters_are_named(folders, records, tmp_path):
     description = json.loads((saved / "diptych_adapter.json").read_text())
     description["base"]["source"] = str(tmp_path / "gone")
     (saved / "diptych_adapter.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError, match=r"no model at .*gone"):
+    with pytest.raises(ValueError, match=r"the base model of the adapter in .*run.* cannot be loaded: no model at .*gone"):
         load_model(saved)
+    for content in ("{", '{"base": {}}'):
+        (saved / "diptych_adapter.json").write_text(content)
+        with pytest.raises(ValueError, match=r"diptych_adapter.json is damaged .*; copy the adapter folder again"):
+            load_model(saved)
+
+
+def test_an_adapter_takes_the_picture_size_that_is_asked_for(folders, records, tmp_path):
+    warmup(warmup_config(folders["emu3"], tmp_path / "run", records, "emu3", lora={"r": 4}))
+    saved = tmp_path / "run/checkpoints/step_1/model"
+    assert load_model(saved).image_spec.pixel_size == 32
+    assert load_model(saved, image_size=48).image_spec.pixel_size == 48
 
 
 def test_the_command_line_trains_and_generates(family, folders, records, tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def generate(
     seed: int = 0,
     dtype: Dtype = "auto",
     load_in_4bit: FourBit = False,
-    image_size: Annotated[int | None, typer.Option(help="pixels a side of drawn pictures (Emu3)")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="pixels a side of drawn pictures (Emu3)")] = None,
     device: Device = "auto",
 ) -> None:
     """Writes one illustrated document."""

@@ -36,6 +36,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():
+                path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
                 with path.open("rb") as stream:
                     os.fsync(stream.fileno())
         if target.exists():
@@ -54,6 +55,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 "checkpoints are intact: free some space and run the same command again."
             ) from error
         raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -24,7 +24,10 @@ def encode(model: UnifiedModel, records: Sequence[Record], caption_dropout: floa
         if record.answer is None:
             raise ValueError(f"a record of {record.source} has no assistant message; supervised learning needs answers")
         dropped = record.is_drawing and value < caption_dropout
-        rows.append(model.encode_example(record.prompt, record.answer, unconditional=dropped))
+        try:
+            rows.append(model.encode_example(record.prompt, record.answer, unconditional=dropped))
+        except ValueError as error:
+            raise ValueError(f"a record of {record.source} ({record.prompt.text[:60]!r}): {error}") from error
     return collate(rows)
 
 
@@ -37,11 +40,10 @@ def supervised_gradient(
     """
     choices = batch.choice_mask
     counts = torch.tensor([(choices & batch.text_mask[..., None]).sum(), (choices & batch.image_mask[..., None]).sum()])
-    mine = batch[list(range(rank(), len(batch), world_size()))]
-    size = micro_batch_size or len(mine)
+    mine = torch.arange(rank(), len(batch), world_size())  # none, where there are more processes than rows
     sums = torch.zeros(2)
-    for begin in range(0, len(mine), size):
-        micro = mine[slice(begin, begin + size)].to(model.device)
+    for rows in mine.split(micro_batch_size or max(1, len(mine))) if len(mine) else ():
+        micro = batch[rows].to(model.device)
         text, image = negative_log_likelihood(model, micro)
         loss = text_weight * text / max(1, int(counts[0])) + image_weight * image / max(1, int(counts[1]))
         loss.backward()

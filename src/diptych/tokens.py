@@ -186,6 +186,7 @@ class TokenBatch:
         parts = {name: getattr(self, name)[rows] for name in _ON_DEVICE}
         longest = max(1, int((parts["modality"] != Modality.PAD).sum(1).max()))
         pixels = tuple(self.pixels[i] for i in torch.arange(len(self))[rows].tolist()) if self.pixels else ()
+        pixels = pixels if any(pixels) else ()
         return TokenBatch(**{name: value[:, :longest] for name, value in parts.items()}, pixels=pixels)
 
     def row(self, index: int) -> TokenRow:

@@ -20,7 +20,7 @@ from diptych.models import UnifiedModel, open_policy
 from diptych.optim import make_optimizer, optimizer_step
 from diptych.runs import RunFolder
 from diptych.runtime import generator, init_processes, pick_device, seed_everything, set_threads
-from diptych.sampling.engine import sample
+from diptych.sampling.engine import fit_to_context, sample
 from diptych.supervised import encode, negative_log_likelihood, supervised_gradient
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -44,7 +44,7 @@ def warmup(config: WarmupConfig, progress: Progress | None = None) -> UnifiedMod
     folder: Path | None = None
     if step:
         folder, state = run.load(step)
-    model = open_policy(config, device, folder).train()
+    model = open_policy(config, device, folder).eval()  # no dropout: resumed and split batches must give the same gradient
     optimizer, schedule = make_optimizer(model, config.optim, config.max_steps)
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -72,11 +72,12 @@ def warmup(config: WarmupConfig, progress: Progress | None = None) -> UnifiedMod
 
 @torch.no_grad()
 def validation_loss(model: UnifiedModel, records: list[Record], config: WarmupConfig) -> dict[str, float]:
-    model.eval()
-    batch = encode(model, records, 0.0, config.seed, 0).to(model.device)
-    text, image = negative_log_likelihood(model, batch)
+    batch = encode(model, records, 0.0, config.seed, 0)
+    sums = torch.zeros(2)
+    for rows in torch.arange(len(batch)).split(config.micro_batch_size or len(batch)):
+        sums += torch.stack(negative_log_likelihood(model, batch[rows].to(model.device))).cpu()
+    text, image = sums
     choices = batch.choice_mask
-    model.train()
     return {
         "eval/loss/text": float(text / (choices & batch.text_mask[..., None]).sum().clamp(min=1)),
         "eval/loss/image": float(image / (choices & batch.image_mask[..., None]).sum().clamp(min=1)),
@@ -87,7 +88,8 @@ def save_samples(run: RunFolder, model: UnifiedModel, records: list[Record], con
     """An early look: what the model answers to a few held-out prompts, greedily."""
     chosen = [r for r in records if r.answer is not None and len(r.answer) > 1][:4] or records[:4]
     prompts = [model.encode_prompt(record.prompt) for record in chosen]
-    rollouts = sample(model, prompts, config.sampling.greedy(), generator=generator(config.seed, 5, step))
+    params = fit_to_context(model, max(prompts, key=len), config.sampling.greedy())
+    rollouts = sample(model, prompts, params, generator=generator(config.seed, 5, step))
     run.save_samples(
         step,
         [{"prompt": to_json_blocks(record.prompt), "answer": to_json_blocks(rollout.document)}

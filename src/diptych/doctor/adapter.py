@@ -71,7 +71,8 @@ def check_fit(
             wanted[f"{prefix}.lora_A.weight"] = (adapter.rank, module.in_features)
             wanted[f"{prefix}.lora_B.weight"] = (module.out_features, adapter.rank)
     kind = f"an adapter of rank {adapter.rank} on {adapter.base}"
-    say_missing(folder, kind, wanted.keys() - shapes.keys(), shapes.keys() - wanted.keys(), problems)
+    if wanted:
+        say_missing(folder, kind, wanted.keys() - shapes.keys(), shapes.keys() - wanted.keys(), problems)
     if not wanted:
         problems.append(
             f"target_modules in {folder / SETTINGS} match nothing in {adapter.base}; this adapter belongs to another base model"

@@ -147,6 +147,8 @@ def say_missing(folder: Path, kind: str, missing: Collection[str], unknown: Coll
     if missing:
         have = f"; it holds {_some(unknown)}, which nothing asks for" if unknown else ""
         problems.append(f"{folder} lacks {_some(missing)} of {kind}{have}. Copy every file again, and the configs that belong to them")
+    elif unknown:
+        problems.append(f"{folder} holds {_some(unknown)}, for which {kind} has no place by its config. Take both from one release")
 
 
 def say_misshapen(folder: Path, kind: str, shapes: Mapping[str, tuple[Iterable[int], Iterable[int]]], problems: list[str]) -> None:

@@ -6,6 +6,7 @@ Checks of keys are the loaders' own: transformers is given meta tensors of the s
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +21,11 @@ from diptych.doctor.files import Stored, read_json_object, read_weights, say_mis
 from diptych.doctor.words import StandIn, StandInMap, check_maps, check_words, read_tokenizer
 from diptych.models.base import UnifiedModel
 from diptych.models.chameleon import ChameleonModel, load_decoder
-from diptych.models.hf import HFModel, OneVocabularyModel, check_tokenizer
-from diptych.models.janus import load_image_processor
+from diptych.models.hf import HARMLESS_KEYS, HFModel, OneVocabularyModel, check_tokenizer, load_image_processor
 from diptych.models.storyboard.model import StoryboardConfig, StoryboardModel
 from diptych.models.vila_u.config import VISION_FOLDER, VisionConfig
 from diptych.models.vila_u.model import VilaUModel
-from diptych.models.vila_u.vision import PROJECTOR_FOLDER, Projector, VisionTower
+from diptych.models.vila_u.vision import PROJECTOR_FOLDER, Projector, VisionTower, check_leftovers
 
 LLM_FOLDER = "llm"
 PREPROCESSOR, GENERATION = "preprocessor_config.json", "generation_config.json"
@@ -99,7 +99,11 @@ def _vila_u(folder: Path, problems: list[str]) -> Skeleton:
             check_words("vila_u", parts[LLM_FOLDER], tokenizer, llm.config.vocab_size, problems)
     if parts[VISION_FOLDER].is_dir():
         vision = _attempt(lambda: _on_meta(lambda: VisionTower(VisionConfig.load(folder))), parts[VISION_FOLDER], problems, "")
-        skeleton.stored.append(_compare(parts[VISION_FOLDER], vision, "VILA-U's vision tower", problems))
+        found = _compare(parts[VISION_FOLDER], vision, "VILA-U's vision tower", problems)
+        skeleton.stored.append(found)
+        if vision is not None:
+            unused = found.tensors.keys() - vision.state_dict().keys()
+            _attempt(lambda: check_leftovers(vision.config, unused, parts[VISION_FOLDER]), parts[VISION_FOLDER], problems, "")
     if vision is not None and llm is not None:
         widths = vision.config.codec.embed_dim, llm.config.hidden_size
         projector = _on_meta(lambda: Projector(*widths))
@@ -151,7 +155,8 @@ def _stock_model(
         return None
     model, report = found
     if stored.complete:
-        say_missing(folder, cls.__name__, report["missing_keys"], report["unexpected_keys"], problems)
+        unexpected = [key for key in report["unexpected_keys"] if not re.search(HARMLESS_KEYS, key)]
+        say_missing(folder, cls.__name__, report["missing_keys"], unexpected, problems)
     shapes = {key: (given, wanted) for key, given, wanted in report["mismatched_keys"] if tuple(given) != (0,)}
     say_misshapen(folder, cls.__name__, shapes, problems)
     return model
@@ -167,8 +172,6 @@ def _compare(folder: Path, module: nn.Module | None, kind: str, problems: list[s
     missing, unknown = wanted.keys() - given.keys() - stored.lost, given.keys() - wanted.keys()
     if stored.complete:
         say_missing(folder, kind, missing, unknown if exact else (), problems)
-    if exact and unknown and not missing:
-        problems.append(f"{folder} holds {len(unknown)} tensors that {kind} has no place for ({min(unknown)} for one); copy it again")
     say_misshapen(folder, kind, {k: (given[k], wanted[k]) for k in wanted.keys() & given.keys() if given[k] != wanted[k]}, problems)
     return stored
 

@@ -33,6 +33,10 @@ class StandIn:
     eos_token = bos_token = pad_token = ""
     chat_template = None
     all_special_ids: tuple[int, ...] = ()
+    all_special_tokens: tuple[str, ...] = ()
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return {}
 
     def get_vocab(self) -> dict[str, int]:
         return self._Everything()

@@ -82,6 +82,7 @@ class UnifiedModel(nn.Module, abc.ABC):
     vocab_size: int
     max_positions: int
     adapter: Any = None  # models.lora.LoraAdapter, where one is attached
+    _legal: Tensor | None = None
 
     # --- tensors -------------------------------------------------------------------------------------------------
     @abc.abstractmethod
@@ -212,6 +213,14 @@ class UnifiedModel(nn.Module, abc.ABC):
         """Of the embeddings; matrices may be quantised."""
         return self.embed_text(torch.zeros(1, dtype=torch.long, device=self.device)).dtype
 
+    def legal_text(self) -> Tensor:
+        """(V,) bool: what an answer's text may contain. Kept, because families with large vocabularies take long to say."""
+        if self._legal is None or self._legal.device != self.device:
+            legal = torch.ones(self.vocab_size, dtype=torch.bool)
+            legal[self.forbidden_text_ids()] = False
+            self._legal = legal.to(self.device)
+        return self._legal
+
     def save(self, folder: Path) -> None:
         """A checkpoint that `load_model` reads: the adapter alone where one is attached, the whole model otherwise."""
         if self.adapter is not None:
@@ -241,7 +250,7 @@ class UnifiedModel(nn.Module, abc.ABC):
         images = batch.image_mask.nonzero(as_tuple=True)
         if len(images[0]):
             embeds = embeds.index_put(images, self.embed_codes(batch.codes[images]).to(embeds.dtype))
-        if batch.pixels:
+        if any(batch.pixels):
             pictures = [picture for row in batch.pixels for picture in row]
             unique = {id(picture): picture for picture in pictures}  # a group's prompt is one object: encoded once
             places = {key: place for place, key in enumerate(unique)}

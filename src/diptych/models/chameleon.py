@@ -20,8 +20,7 @@ from transformers import ChameleonForConditionalGeneration
 
 from diptych.config import ImageSampling, SamplingParams, TextSampling
 from diptych.models.base import ImageSpec, check_image_size
-from diptych.models.hf import OneVocabularyModel
-from diptych.models.janus import load_image_processor
+from diptych.models.hf import OneVocabularyModel, load_image_processor
 from diptych.models.vila_u.config import DecoderConfig
 from diptych.models.vila_u.decoder import PixelDecoder
 
@@ -95,7 +94,7 @@ class ChameleonModel(OneVocabularyModel):
 
     # --- words and pictures ---
     def unconditional_prompt(self, prompt_length: int) -> list[int]:
-        return [self.token_id(self.tokenizer.bos_token)]
+        return [int(self.tokenizer.bos_token_id)]
 
     def forbidden_text_ids(self) -> list[int]:
         reserved = {i for token, i in self.tokenizer.get_vocab().items() if token.startswith("<reserved")}

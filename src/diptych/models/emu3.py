@@ -9,20 +9,19 @@ The model chooses `<|image start|>` and the codes; everything else is forced.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 from transformers import Emu3ForConditionalGeneration
 
 from diptych.config import ImageSampling, SamplingParams
 from diptych.document import Image, to_rgb
 from diptych.models.base import CODE, ImageSpec
-from diptych.models.hf import OneVocabularyModel
-from diptych.models.janus import load_image_processor
+from diptych.models.hf import OneVocabularyModel, load_image_processor
 from diptych.models.pixels import square, to_pixels
 from diptych.tokens import Modality, TokenRow
 
@@ -30,6 +29,24 @@ BEGIN, SIZE_END, ROW_END, CODES_END, END = "<|image start|>", "<|image token|>",
 PLACEHOLDER = "<image>"
 DEFAULT_IMAGE_SIZE = 720  # the release draws 90 x 90 codes of 8 pixels
 OPTIONS_FILE = "diptych.json"
+
+
+class Options(BaseModel):
+    """What `diptych.json` beside the weights may hold."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_size: int = DEFAULT_IMAGE_SIZE
+    negative_prompt: str = ""
+
+
+def read_options(content: bytes | None, source: Path) -> Options:
+    """Raises ValueError naming the file where it holds anything else."""
+    try:
+        return Options() if content is None else Options.model_validate_json(content)
+    except ValidationError as error:
+        said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"{source} may hold {', '.join(Options.model_fields)} only: {said}") from error
 
 
 class Emu3Model(OneVocabularyModel):
@@ -44,13 +61,13 @@ class Emu3Model(OneVocabularyModel):
 
     def __init__(self, hf: Any, tokenizer: Any, image_processor: Any, folder: Path, image_size: int | None = None) -> None:
         super().__init__(hf, tokenizer, image_processor, folder)
-        options = json.loads(self.side_files.get(OPTIONS_FILE, b"{}"))
+        options = read_options(self.side_files.get(OPTIONS_FILE), folder / OPTIONS_FILE)
         mapping, factor = hf.model.vocabulary_mapping, hf.model.vqmodel.vision_spatial_factor
-        size = image_size or options.get("image_size", DEFAULT_IMAGE_SIZE)
-        if size % factor:
+        size = options.image_size if image_size is None else image_size
+        if size < factor or size % factor:
             raise ValueError(f"image_size={size} is no multiple of the {factor} pixels that a code of Emu3 covers")
-        self.negative_prompt: str = options.get("negative_prompt", "")
-        self.side_files[OPTIONS_FILE] = json.dumps({"image_size": size, "negative_prompt": self.negative_prompt}).encode()
+        self.negative_prompt = options.negative_prompt
+        self.side_files[OPTIONS_FILE] = Options(image_size=size, negative_prompt=self.negative_prompt).model_dump_json().encode()
         codes = sorted(mapping.img2bpe)
         if codes != list(range(hf.config.vq_config.codebook_size)) or mapping.eol_token_id is None:
             raise ValueError(
@@ -102,7 +119,7 @@ class Emu3Model(OneVocabularyModel):
     # --- words and pictures ---
     def unconditional_prompt(self, prompt_length: int) -> list[int]:
         """The release's negative prompt, alone after the begin token; "" unless `diptych.json` in the folder says otherwise."""
-        return [self.token_id(self.tokenizer.bos_token), *self.encode_text(self.negative_prompt)]
+        return [int(self.tokenizer.bos_token_id), *self.encode_text(self.negative_prompt)]
 
     def forbidden_text_ids(self) -> list[int]:
         return sorted((self.special_ids() | set(self.code_ids.tolist()) | {self._row_end}) - {self.eos_id, self._begin})

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
 import PIL.Image
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, DynamicCache, LlamaModel, PreTrainedModel
+from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, DynamicCache, LlamaModel, PreTrainedModel
 
 from diptych.document import Document, Text, to_rgb
 from diptych.models.base import UnifiedModel
@@ -19,6 +20,7 @@ from diptych.tokens import TokenRow
 
 # transformers 5.24 renamed the argument of every decoder's forward
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+HARMLESS_KEYS = r"rotary_emb\.inv_freq$|^model\.vqmodel\.decoder\."  # of old files: computed anew; loaded elsewhere
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
 
 
@@ -38,6 +40,8 @@ class HFModel(UnifiedModel):
     def __init__(self, hf: Any, tokenizer: Any, image_processor: Any, folder: Path) -> None:
         super().__init__()
         self.hf, self.tokenizer, self.image_processor = hf, tokenizer, image_processor
+        self.vocabulary: dict[str, int] = tokenizer.get_vocab()  # slow to ask for again
+        self.special_tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         self.side_files = read_side_files(folder)
         self.template = chat_template(self.side_files, tokenizer) or self.default_template
         self.folder = folder
@@ -77,7 +81,7 @@ class HFModel(UnifiedModel):
         """The chat template, then tokens piece by piece, with each picture's positions where the template marks it."""
         for segment in document:
             if isinstance(segment, Text):
-                self._refuse_special_tokens(segment.text)
+                refuse_special_tokens(segment.text, self.special_tokens)
         content = [{"type": "text", "text": s.text} if isinstance(s, Text) else {"type": "image"} for s in document]
         rendered = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], chat_template=self.template, tokenize=False, add_generation_prompt=True
@@ -97,17 +101,12 @@ class HFModel(UnifiedModel):
 
     def begin_prompt(self, rendered: str, num_images: int) -> str:
         """The rendered template, with the begin-of-sequence token in front where it is missing."""
-        bos = self.tokenizer.bos_token or ""
+        bos = self.tokenizer.bos_token
         return rendered if rendered.startswith(bos) else bos + rendered
-
-    def _refuse_special_tokens(self, text: str) -> None:
-        for token in self.tokenizer.all_special_tokens + list(self.tokenizer.get_added_vocab()):
-            if token and token in text:
-                raise ValueError(f"the prompt's text contains the special token {token!r}; write it differently")
 
     def token_id(self, token: str) -> int:
         """Raises ValueError where the tokenizer lacks the token."""
-        found = self.tokenizer.get_vocab().get(token)
+        found = self.vocabulary.get(token)
         if found is None:
             raise ValueError(
                 f"the tokenizer in {self.folder} has no token {token!r}, which {self.family} needs around pictures; use the "
@@ -117,8 +116,7 @@ class HFModel(UnifiedModel):
 
     def special_ids(self) -> set[int]:
         """Added tokens, and ids that the tokenizer cannot decode; what may be sampled is taken out by the caller."""
-        vocabulary = self.tokenizer.get_vocab()
-        known = set(vocabulary.values())
+        known = set(self.vocabulary.values())
         return {*self.tokenizer.get_added_vocab().values(), *(i for i in range(self.vocab_size) if i not in known)}
 
     # --- pictures ---
@@ -223,6 +221,12 @@ def load_weights(cls: Any, folder: Path, **options: Any) -> Any:
         model, report = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     except Exception as error:  # a config.json may hold any nonsense, on which transformers fails in any way
         raise ValueError(f"{folder} cannot be loaded as {cls.__name__}: {str(error)[:400]}. Copy the whole checkpoint again") from error
+    leftover = sorted(key for key in report["unexpected_keys"] if not re.search(HARMLESS_KEYS, key))
+    if leftover:
+        raise ValueError(
+            f"{folder} holds {len(leftover)} weights that its config.json leaves no place for (first: {leftover[0]}), so they would be "
+            "lost when it is saved; take config.json and weights from one release"
+        )
     wrong = [*report["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"])]
     if wrong:
         raise ValueError(
@@ -265,6 +269,21 @@ def read_side_files(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.iterdir())
         if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHTS) and not path.name.startswith(".")
     }
+
+
+def refuse_special_tokens(text: str, special: set[str]) -> None:
+    """Raises ValueError for text that would turn into special tokens. Those in angle brackets are looked up, the others searched for."""
+    for token in {*re.findall(r"<[^<>]*>", text), *(token for token in special if not (token.startswith("<") and token.endswith(">")))}:
+        if token and token in special and token in text:
+            raise ValueError(f"the text contains the special token {token!r}; write it differently")
+
+
+def load_image_processor(folder: Path) -> Any:
+    """The checkpoint's own. Raises ValueError where its settings are missing or broken."""
+    try:
+        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+    except Exception as error:
+        raise ValueError(f"the image processor's settings in {folder} cannot be read: {str(error)[:300]}") from error
 
 
 def chat_template(files: dict[str, bytes], tokenizer: Any) -> str | None:

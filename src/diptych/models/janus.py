@@ -12,13 +12,13 @@ from typing import Any
 import PIL.Image
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, JanusForConditionalGeneration
+from transformers import JanusForConditionalGeneration
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from diptych.config import ImageSampling, SamplingParams
 from diptych.document import Image, to_rgb
 from diptych.models.base import ImageSpec, check_image_size
-from diptych.models.hf import HFModel
+from diptych.models.hf import HFModel, load_image_processor
 from diptych.models.pixels import square, to_images, to_pixels
 from diptych.tokens import TokenRow
 
@@ -120,11 +120,3 @@ class JanusModel(HFModel):
         model = cls(hf, tokenizer, load_image_processor(folder), folder)
         check_image_size(image_size, model.image_spec.pixel_size, cls.family)
         return model
-
-
-def load_image_processor(folder: Path) -> Any:
-    """The checkpoint's own. Raises ValueError where its settings are missing or broken."""
-    try:
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
-    except Exception as error:
-        raise ValueError(f"the image processor's settings in {folder} cannot be read: {str(error)[:300]}") from error

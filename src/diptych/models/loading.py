@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from diptych.config import RunConfig
 from diptych.models.base import UnifiedModel
-from diptych.models.lora import DESCRIPTION, attach_lora, load_lora
+from diptych.models.lora import DESCRIPTION, attach_lora, load_lora, read_description
 
 PACKAGED = ("storyboard",)
 FAMILIES: dict[str, str] = {  # model_type in config.json -> module:class; imported when it is needed
@@ -66,6 +66,10 @@ def _from_hub(name: str) -> Path:
         raise ValueError(f"no folder {name!r}, and the hub did not give a model of that name: {str(error)[:200]}") from error
 
 
+def is_adapter(folder: Path) -> bool:
+    return (folder / DESCRIPTION).is_file()
+
+
 def family_of(folder: Path) -> type[UnifiedModel]:
     """The adapter class for a checkpoint folder, by `model_type` in its config.json. Raises ValueError for an unknown family."""
     config = folder / "config.json"
@@ -73,8 +77,8 @@ def family_of(folder: Path) -> type[UnifiedModel]:
         raise ValueError(f"no model at {str(folder)!r}: {config} does not exist. Give a checkpoint folder or one of: {', '.join(PACKAGED)}")
     try:
         kind = json.loads(config.read_text()).get("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{config} is not valid JSON: {error}") from error
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{config} cannot be read as JSON, or is not valid JSON: {error}") from error
     if kind not in FAMILIES:
         hint = f" ({OTHER_LAYOUTS[kind]})" if kind in OTHER_LAYOUTS else ""
         raise ValueError(f"{config} has model_type {kind!r}{hint}; known families are {', '.join(FAMILIES)}")
@@ -96,14 +100,15 @@ def load_model(source: str | Path, *, dtype: str = "auto", load_in_4bit: bool | 
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
     folder = model_folder(source)
-    if (folder / DESCRIPTION).is_file():
-        base = json.loads((folder / DESCRIPTION).read_text())["base"]
-        if load_in_4bit is not None:
-            base = {**base, "load_in_4bit": load_in_4bit}
-        if dtype != "auto":
-            base = {**base, "dtype": dtype}
+    if is_adapter(folder):
+        asked = {"load_in_4bit": load_in_4bit, "dtype": None if dtype == "auto" else dtype, "image_size": image_size}
+        base = {**read_description(folder)["base"], **{key: value for key, value in asked.items() if value is not None}}
         options = {key: value for key, value in base.items() if key != "source"}
-        return load_lora(load_model(base["source"], **options), folder, base)
+        try:
+            model = load_model(base["source"], **options)
+        except ValueError as error:
+            raise ValueError(f"the base model of the adapter in {folder} cannot be loaded: {error}") from error
+        return load_lora(model, folder, base)
     transformers_logging.set_verbosity_error()  # what it would warn of is an error here
     transformers_logging.disable_progress_bar()
     family = family_of(folder)
@@ -115,18 +120,26 @@ def open_policy(config: RunConfig, device: torch.device, checkpoint: Path | None
 
     Raises ValueError where 4-bit weights would have to be trained themselves.
     """
+    source = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
     base: dict[str, Any] = {
-        "source": config.model, "dtype": config.dtype, "load_in_4bit": config.load_in_4bit, "image_size": config.image_size,
+        "source": source, "dtype": config.dtype, "load_in_4bit": config.load_in_4bit, "image_size": config.image_size,
     }  # fmt: skip
     if checkpoint is not None:
         options = {} if config.lora is not None else {key: value for key, value in base.items() if key not in ("source", "image_size")}
         model = load_model(checkpoint, **options)
     else:
-        model = load_model(base["source"], **{key: value for key, value in base.items() if key != "source"})
+        options = {key: value for key, value in base.items() if key != "source"}
+        options["load_in_4bit"] = config.load_in_4bit or None  # None: as an adapter was trained
+        model = load_model(source, **options)
     if config.load_in_4bit and config.lora is None and model.adapter is None:
         raise ValueError("load_in_4bit=true with full training: 4-bit weights cannot be trained. Add adapters: --lora.r 16")
     if config.lora is not None and model.adapter is None:
         attach_lora(model, config.lora, base)
+    elif config.lora is not None and model.adapter.settings() != {"r": config.lora.r, "alpha": config.lora.alpha}:
+        raise ValueError(
+            f"the adapter in {config.model} has {model.adapter.settings()}, but lora.r={config.lora.r} and lora.alpha={config.lora.alpha} "
+            "were asked for. Give the adapter's own to train it on, or `diptych merge` it first"
+        )
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     return model.to(device)
@@ -142,18 +155,25 @@ def enable_checkpointing(model: UnifiedModel) -> None:
 
 
 class Reference:
-    """The frozen model that the KL term refers to: the policy with its adapter off, or a copy of its own."""
+    """The frozen model that the KL term refers to, that from which the run started: the policy with its adapter off, with the
+    adapter that it started from, or a copy of its own."""
 
     def __init__(self, policy: UnifiedModel, config: RunConfig, device: torch.device) -> None:
         self.policy, self.copy = policy, None
+        folder = model_folder(config.model)
+        self.started_from_adapter = is_adapter(folder)
         if policy.adapter is None or policy.adapter.train_in_full:
-            copy = load_model(config.model, dtype=config.dtype, load_in_4bit=config.load_in_4bit, image_size=config.image_size)
+            four = config.load_in_4bit or None
+            copy = load_model(folder, dtype=config.dtype, load_in_4bit=four, image_size=config.image_size)
             self.copy = copy.to(device).eval().requires_grad_(False)
+        elif self.started_from_adapter:
+            policy.adapter.add_reference(folder)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[UnifiedModel]:
         if self.copy is not None:
             yield self.copy
-        else:
-            with self.policy.adapter.off():
-                yield self.policy
+            return
+        adapter = self.policy.adapter
+        with adapter.as_reference() if self.started_from_adapter else adapter.off():
+            yield self.policy

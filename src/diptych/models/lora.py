@@ -22,7 +22,7 @@ from torch import nn
 from diptych.config import LoraConfig
 from diptych.models.base import UnifiedModel
 
-DESCRIPTION, FULL = "diptych_adapter.json", "trained_in_full.safetensors"
+DESCRIPTION, FULL, REFERENCE = "diptych_adapter.json", "trained_in_full.safetensors", "reference"
 
 
 class LoraAdapter:
@@ -33,12 +33,37 @@ class LoraAdapter:
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """The model without its adapter: the frozen reference, at no cost in memory."""
+        """The model without its adapter: the frozen reference of a run that started without one, at no cost in memory."""
         with self.peft.disable_adapter():
             yield
 
+    def add_reference(self, folder: Path) -> None:
+        """Loads the adapter from which a run started beside the one that is trained, frozen."""
+        self.peft.load_adapter(folder, REFERENCE, is_trainable=False)
+        self._use("default")
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """The model with the adapter of `add_reference` in the place of its own."""
+        self._use(REFERENCE)
+        try:
+            yield
+        finally:
+            self._use("default")
+
+    def _use(self, name: str) -> None:
+        self.peft.set_adapter(name)  # which also decides what requires a gradient
+        for parameter_name, parameter in self.peft.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.requires_grad_(".default." in parameter_name)
+
+    def settings(self) -> dict[str, Any]:
+        """Rank and scale of the adapter."""
+        config = self.peft.peft_config["default"]
+        return {"r": config.r, "alpha": config.lora_alpha}
+
     def save(self, folder: Path) -> None:
-        self.peft.save_pretrained(folder)
+        self.peft.save_pretrained(folder, selected_adapters=["default"])
         description = {"base": self.base, "train_in_full": list(self.train_in_full)}
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
         full = {name: p.detach().cpu().contiguous() for name, p in full_parameters(self.model, self.train_in_full)}
@@ -74,11 +99,23 @@ def attach_lora(model: UnifiedModel, config: LoraConfig, base: dict[str, Any]) -
     return model
 
 
+def read_description(folder: Path) -> dict[str, Any]:
+    """Raises ValueError naming the file where it is damaged."""
+    path = folder / DESCRIPTION
+    try:
+        description = json.loads(path.read_text())
+        if not isinstance(description["base"]["source"], str) or not isinstance(description["train_in_full"], list):
+            raise TypeError("base.source and train_in_full are of other types")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); copy the adapter folder again") from error
+    return description
+
+
 def load_lora(model: UnifiedModel, folder: Path, base: dict[str, Any]) -> UnifiedModel:
     """Puts a saved adapter onto its base model, trainable. Raises ValueError for a damaged folder."""
     peft = _peft()
     try:
-        description = json.loads((folder / DESCRIPTION).read_text())
+        description = read_description(folder)
         model.requires_grad_(False)
         wrapped = peft.PeftModel.from_pretrained(model.lora_root, folder, is_trainable=True)
         names = tuple(description["train_in_full"])

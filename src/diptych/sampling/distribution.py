@@ -24,9 +24,7 @@ class Grammar:
 
     @classmethod
     def of(cls, model: UnifiedModel, params: SamplingParams) -> Grammar:
-        legal = torch.ones(model.vocab_size, dtype=torch.bool)
-        legal[model.forbidden_text_ids()] = False
-        return cls(legal.to(model.device), model.image_spec.begin_id, params.max_images)
+        return cls(model.legal_text(), model.image_spec.begin_id, params.max_images)
 
     def allowed(self, num_images: Tensor) -> Tensor:
         """(N,) images begun so far in each answer -> (N, V) bool."""

@@ -2,7 +2,7 @@
 
 Phase-aligned lockstep. Rows share cache slots. In a text phase every row writes text until it begins an image or ends;
 a row that waits writes a masked slot, so the attention mask has holes and positions count real tokens. In an image
-phase the rows that draw take exactly `num_positions` steps, with an unconditional twin in a second short cache that
+phase the rows that draw walk through the family's layout, with an unconditional twin in a second short cache that
 restarts at each image. Prompts are prefilled once per group; finished rows are dropped at the end of a phase.
 """
 

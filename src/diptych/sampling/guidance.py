@@ -35,36 +35,60 @@ def branch_prefixes(model: UnifiedModel, image: ImageSampling, prompt_length: in
     begin = TokenRow.text([spec.begin_id], spec.depth)
     prefixes = [TokenRow.concat([bare, begin])]
     if num_branches(image) == 2:
-        prefixes.append(TokenRow.concat([bare, *pictures_of(model, context()), begin]))
+        prefixes.append(TokenRow.concat([*pictures_alone(model, bare, prompt_length, context()), begin]))
     return prefixes[: num_branches(image)]
 
 
-def pictures_of(model: UnifiedModel, row: TokenRow) -> list[TokenRow]:
-    """The pictures of a sequence, each from `begin_id` to its end."""
+def pictures_alone(model: UnifiedModel, bare: TokenRow, prompt_length: int, context: TokenRow) -> list[TokenRow]:
+    """The unconditional prompt and every picture of the context. Where the unconditional prompt is as long as the prompt (Janus),
+    the prompt's pictures stand at their own places in it."""
+    spans = picture_spans(model, context)
+    if len(bare) != prompt_length:
+        return [bare, *_cut(context, spans)]
+    pieces, end = [], 0
+    for span in [s for s in spans if s.stop <= prompt_length]:
+        pieces += [bare[end : span.start], *_cut(context, [span])]
+        end = span.stop
+    rest = _cut(context, [s for s in spans if s.stop > prompt_length])
+    return [*pieces, bare[end:], *rest]
+
+
+def picture_spans(model: UnifiedModel, row: TokenRow) -> list[slice]:
+    """Where the pictures of a sequence stand: codes or features, with the tokens of the family around and between them."""
+    seen = (row.modality == Modality.IMAGE) | (row.modality == Modality.FEATURE)
     text = row.modality == Modality.TEXT
-    spans, end = [], -1
-    for begin in (text & (row.text_ids == model.image_spec.begin_id)).nonzero().flatten().tolist():
-        if begin <= end:
+    begins = (text & (row.text_ids == model.image_spec.begin_id)).nonzero().flatten().tolist()
+    ends = (text & (row.text_ids == model.image_spec.end_id)).nonzero().flatten().tolist()
+    spans: list[slice] = []
+    for position in seen.nonzero().flatten().tolist():
+        if spans and position < spans[-1].stop:
             continue
-        ends = (text & (row.text_ids == model.image_spec.end_id)).nonzero().flatten()
-        later = ends[ends > begin]
-        if not len(later):
-            break
-        end = int(later[0])
-        spans.append(slice(begin, end + 1))
-    return _cut(row, spans)
+        begin = max((b for b in begins if b < position), default=None)
+        end = min((e for e in ends if e > position), default=None)
+        if begin is not None and end is not None and not any(begin < e < position for e in ends):
+            spans.append(slice(begin, end + 1))
+        else:  # a bare picture (VILA-U's own inference): as far as it goes
+            gap = (~seen[position:]).nonzero().flatten().tolist()
+            spans.append(slice(position, position + gap[0] if gap else len(row)))
+    return spans
 
 
 def _cut(row: TokenRow, spans: Sequence[slice]) -> list[TokenRow]:
     """Slices of a row, nothing in them chosen; pictures given as features go with the span that they stand in."""
-    pixels = list(row.pixels)
     cut = []
     for span in spans:
         modality = row.modality[span]
-        held = (pixels.pop(0),) if bool((modality == Modality.FEATURE).any()) else ()
+        first = _num_features(row, span.start)
+        held = row.pixels[first : first + _num_features(row, span.stop) - first]
         nothing = torch.zeros_like(row.completion_mask[span])
         cut.append(TokenRow(row.text_ids[span], row.codes[span], modality, row.step_ids[span], nothing, held))
     return cut
+
+
+def _num_features(row: TokenRow, stop: int) -> int:
+    """Pictures given as features that begin before a position."""
+    feature = (row.modality[:stop] == Modality.FEATURE).long()
+    return int((feature.diff(prepend=feature.new_zeros(1)) == 1).sum())
 
 
 def mix(conditional: Tensor, others: Sequence[Tensor], image: ImageSampling) -> Tensor:

@@ -105,6 +105,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing; copy the whole checkpoint folder")
     try:
         raw = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}); check its permissions") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); copy it again") from error
     if not isinstance(raw, dict):

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 from diptych.config import ImageSampling, SamplingParams, TextSampling
 from diptych.document import Document, Image, Text, to_rgb
 from diptych.models.base import ImageSpec, UnifiedModel, check_image_size
-from diptych.models.hf import check_tokenizer, decode, load_weights, nf4, read_side_files
+from diptych.models.hf import check_tokenizer, decode, load_weights, nf4, read_side_files, refuse_special_tokens
 from diptych.models.pixels import padded, square, to_pixels
 from diptych.models.vila_u.config import read_json
 from diptych.models.vila_u.vision import Projector, VisionTower
@@ -42,6 +42,8 @@ class VilaUModel(UnifiedModel):
     def __init__(self, llm: LlamaForCausalLM, vision: VisionTower, projector: Projector, tokenizer: Any, folder: Path) -> None:
         super().__init__()
         self.llm, self.vision, self.projector, self.tokenizer = llm, vision, projector, tokenizer
+        self.vocabulary: dict[str, int] = tokenizer.get_vocab()  # slow to ask for again
+        self.special_tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab(), MARKER}
         self.folder, self.wrap_prompt_images = folder, True
         self.root_files, self.llm_files = read_side_files(folder), read_side_files(folder / "llm")
         self.pads = read_json(folder / "config.json").get("image_aspect_ratio", "resize") == "pad"
@@ -90,7 +92,7 @@ class VilaUModel(UnifiedModel):
     # --- words ---
     def token_id(self, token: str) -> int:
         """Raises ValueError where the tokenizer lacks the token."""
-        found = self.tokenizer.get_vocab().get(token)
+        found = self.vocabulary.get(token)
         if found is None:
             raise ValueError(f"the tokenizer in {self.folder / 'llm'} has no token {token!r}; use the files that came with the checkpoint")
         return int(found)
@@ -110,14 +112,13 @@ class VilaUModel(UnifiedModel):
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _plain(self, text: str) -> str:
-        for token in (BEGIN, END, MARKER, "<vi_start>", "<vi_end>", "<s>", "</s>", "<unk>"):
-            if token in text:
-                raise ValueError(f"the text contains the special token {token!r}; write it differently")
-        return text
+        refuse_special_tokens(text, self.special_tokens)
+        return text.strip()
 
     def encode_prompt_row(self, document: Document) -> TokenRow:
-        """`vicuna_v1`: SYSTEM USER: {message} ASSISTANT: with pictures on lines of their own; an empty message has no spaces."""
-        picture = f"{BEGIN}{MARKER}{END}\n" if self.wrap_prompt_images else f"{MARKER}\n"
+        """`vicuna_v1`: SYSTEM USER: {message} ASSISTANT:, where an empty message has no spaces. A wrapped picture has a space
+        before it, as in training data; a bare one has none; the text after either stands on a new line."""
+        picture = f" {BEGIN}{MARKER}{END}\n" if self.wrap_prompt_images else f"{MARKER}\n"
         message = "".join(picture if isinstance(s, Image) else self._plain(s.text) for s in document).strip()
         pieces = self._template(message).split(MARKER)
         spec, rows = self.image_spec, [TokenRow.text([self.tokenizer.bos_token_id], self.image_spec.depth)]
@@ -146,14 +147,13 @@ class VilaUModel(UnifiedModel):
     def lead_in_ids(self, document: Document, index: int) -> list[int]:
         if index == 0:
             return [self.token_id(SPACE)]
-        return self._after_image("\n") if isinstance(document.segments[index - 1], Image) else []
+        return self._after_image("\n ") if isinstance(document.segments[index - 1], Image) else []
 
     def _after_image(self, text: str) -> list[int]:
         return self.piece_ids(END + text)[1:]  # a piece that begins with a special token gets no leading space
 
     def forbidden_text_ids(self) -> list[int]:
-        vocabulary = self.tokenizer.get_vocab()
-        known = set(vocabulary.values())
+        known = set(self.vocabulary.values())
         unknown = {i for i in range(self.vocab_size) if i not in known}
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
         return sorted((special | unknown) - {self.eos_id, self.image_spec.begin_id})

@@ -7,6 +7,7 @@ last vision layer, the codebooks' EMA statistics) are kept on the CPU as they we
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 - not a dict
                     yield path, key, file.get_tensor(key)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged or truncated ({error}); copy it again") from error
 
 
@@ -214,6 +215,7 @@ class VisionTower(nn.Module):
                 yield path, key, tensor
 
         self._unused = fill_module(self, noting_dtype(), dtype, device)
+        check_leftovers(self.config, self._unused, source)
         self.rqvaesiglip.siglip_model.fill_position_ids(device)
         if self.quantizer.shared:
             for index in range(1, self.config.codes_per_position):
@@ -244,6 +246,19 @@ class VisionTower(nn.Module):
         write_tensors(self.release_tensors(), folder / VISION_FOLDER)
         if self._preprocessor is not None:
             (folder / VISION_FOLDER / "preprocessor_config.json").write_text(self._preprocessor)
+
+
+def check_leftovers(config: VisionConfig, keys: Iterable[str], source: Path) -> None:
+    """Raises ValueError for tensors that are neither used nor known to be unused: the config is another release's."""
+    last = config.siglip.num_hidden_layers - 1
+    layers = rf"rqvaesiglip\.siglip_model\.vision_model\.(vision_model\.)?encoder\.layers\.(?!{last}\.)"
+    known = r"rqvaesiglip\.(siglip_model\.|logit_|quantizer\.codebooks\.)"
+    wrong = sorted(key for key in keys if not re.match(known, key) or re.match(layers, key))
+    if wrong:
+        raise ValueError(
+            f"{source} holds {len(wrong)} tensors that {VISION_FOLDER}/config.json has no place for (first: {wrong[0]}); take both "
+            "from one release"
+        )
 
 
 class Projector(nn.Module):
