@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import platform
 import random
@@ -91,6 +93,15 @@ def init_processes() -> None:
     """Joins the process group that torchrun / accelerate launch describes in the environment, if any."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(leave_processes)
+
+
+def leave_processes() -> None:
+    """Waits for the others and leaves the group: a process that just ends may make another abort."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # another process died: nothing to wait for
+            dist.barrier()
+        dist.destroy_process_group()
 
 
 def rank() -> int:
