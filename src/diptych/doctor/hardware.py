@@ -23,9 +23,9 @@ class Gpu:
     bf16: bool
 
 
-# Sizes of the released checkpoints as their configs state them; the first two numbers of each are counted from the stock classes
-# (`tests/test_doctor.py` counts again). Sources: Janus-Pro, arXiv:2501.17811, Tab. 1 and the hub's config.json; VILA-U,
-# arXiv:2409.04429 and the release's folder; Emu3, Chameleon: the defaults of transformers' configs, which are those of the releases.
+# Sizes of the released checkpoints; the first two numbers of each are counted from the stock classes (`tests/test_doctor.py` counts again).
+# Sources: Janus-Pro, a third party's table of its config (the hub's own was out of reach); VILA-U, arXiv:2409.04429 and the files
+# that the release lists; Emu3 and Chameleon, the defaults of transformers' configs, which are those of the releases.
 REFERENCES: dict[str, Sizes] = {
     "Janus-Pro-1B": Sizes(
         weight_bytes=4_153_273_622, trained=1_701_064_704, hidden=2048, intermediate=5632, layers=24, heads=16, kv_heads=16,
