@@ -134,9 +134,9 @@ def parity_gap(model, rollouts, params) -> float:
 
 def test_fault_image_logprobs_shifted_by_one(tiny_model, guided_params, monkeypatch):
     rollouts = roll(tiny_model, guided_params)
-    right = scorer.other_image_logits
+    right = scorer.other_image_states
     assert parity_gap(tiny_model, rollouts, guided_params) < 1e-4
-    monkeypatch.setattr(scorer, "other_image_logits", lambda *a: [logits.roll(1, dims=0) for logits in right(*a)])
+    monkeypatch.setattr(scorer, "other_image_states", lambda *a: [states.roll(1, dims=0) for states in right(*a)])
     assert parity_gap(tiny_model, rollouts, guided_params) > 0.1
 
 
@@ -149,8 +149,8 @@ def test_fault_conditional_logprobs_shifted_by_one(tiny_model, guided_params, mo
 
 def test_fault_guidance_rows_mispaired(tiny_model, guided_params, monkeypatch):
     rollouts = roll(tiny_model, guided_params)
-    right, whole_image = scorer.other_image_logits, tiny_model.image_spec.num_positions
-    monkeypatch.setattr(scorer, "other_image_logits", lambda *a: [logits.roll(whole_image, dims=0) for logits in right(*a)])
+    right, whole_image = scorer.other_image_states, tiny_model.image_spec.num_positions
+    monkeypatch.setattr(scorer, "other_image_states", lambda *a: [states.roll(whole_image, dims=0) for states in right(*a)])
     assert parity_gap(tiny_model, rollouts, guided_params) > 0.1
 
 
@@ -253,6 +253,36 @@ def test_gradient_reaches_only_chosen_positions(tiny_model, guided_params):
     forced = batch.text_mask & (batch.text_ids == tiny_model.image_spec.end_id)
     assert forced.any()
     assert not batch.completion_mask[forced].any()
+
+
+def test_chunks_change_neither_values_nor_gradients(tiny_model, guided_params, monkeypatch):
+    rollouts = roll(tiny_model, guided_params)[:6]
+    batch = collate([r.row for r in rollouts])
+    found = []
+    for chunk in (2**24, 700):  # whole; 7 text tokens or 12 image positions at a time
+        monkeypatch.setattr(scorer, "CHUNK_LOGITS", chunk)
+        tiny_model.zero_grad()
+        scores = score(tiny_model, batch, guided_params, entropy_gradient=True)
+        (scores.logprobs.sum() + 0.3 * scores.entropy.sum()).backward()
+        found.append((scores, {name: p.grad.clone() for name, p in tiny_model.named_parameters() if p.grad is not None}))
+    (whole, gradients), (chunked, others) = found
+    torch.testing.assert_close(chunked.logprobs, whole.logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(chunked.entropy, whole.entropy, atol=1e-5, rtol=0)
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, atol=1e-3, rtol=1e-4)
+    tiny_model.zero_grad()
+
+
+def test_chunks_bound_how_many_logits_exist(tiny_model, guided_params, monkeypatch):
+    batch = collate([r.row for r in roll(tiny_model, guided_params)])
+    seen = []
+    right = scorer.log_distribution
+    monkeypatch.setattr(scorer, "log_distribution", lambda logits, *a: (seen.append(logits.numel()), right(logits, *a))[1])
+    monkeypatch.setattr(scorer, "CHUNK_LOGITS", 1000)
+    score(tiny_model, batch, guided_params)
+    assert len(seen) > 10
+    assert max(seen) <= 1000
 
 
 # --- distributions -------------------------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ Without, it gives the plain model's likelihood (supervised training).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from diptych.config import SamplingParams, TextSampling
 from diptych.models.base import UnifiedModel
@@ -19,6 +21,7 @@ from diptych.sampling.guidance import branch_prefixes, mix, num_branches
 from diptych.tokens import TokenBatch, TokenRow, collate
 
 _PLAIN = TextSampling()
+CHUNK_LOGITS = 2**24  # 64 MiB in float32, of which a few copies exist
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +80,18 @@ def _score_text(
     entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     row, column = at
-    logits = model.text_logits(hidden[row, column - 1])  # (N, V)
-    if params is None:
-        log_dist = log_distribution(logits, _PLAIN)
-    else:
-        grammar = Grammar.of(model, params)
+    grammar = None if params is None else Grammar.of(model, params)
+    num_images = torch.zeros_like(batch.text_ids)  # (B, T)
+    if grammar is not None:
         begins = (batch.text_ids == grammar.begin_id) & batch.text_mask & batch.completion_mask
         num_images = begins.long().cumsum(1) - begins.long()  # images begun before each position
-        log_dist = log_distribution(logits, params.text, grammar.allowed(num_images[row, column]))
-    return _gather(log_dist, batch.text_ids[row, column], entropy_gradient)
+
+    def score_some(states: Tensor, chosen: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        allowed = None if grammar is None else grammar.allowed(drawn)
+        log_dist = log_distribution(model.text_logits(states), _PLAIN if params is None else params.text, allowed)  # (n, V)
+        return _gather(log_dist, chosen, entropy_gradient)
+
+    return in_chunks(score_some, model.vocab_size, hidden[row, column - 1], batch.text_ids[row, column], num_images[row, column])
 
 
 def _score_images(
@@ -93,26 +99,32 @@ def _score_images(
     params: SamplingParams | None, guided: bool, entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     row, column = at
-    codes = batch.codes[row, column]  # (N, D)
-    logits = model.image_logits(hidden[row, column - 1], codes)  # (N, D, K)
-    if params is None:
-        return _gather(log_distribution(logits, _PLAIN), codes, entropy_gradient)
-    if guided and num_branches(params.image):
-        logits = mix(logits, other_image_logits(model, batch, row, column, params), params.image)
-    return _gather(log_distribution(logits, params.image), codes, entropy_gradient)
+    guides = guided and params is not None and num_branches(params.image) > 0
+    others = other_image_states(model, batch, row, column, params) if guides and params is not None else []
+
+    def score_some(codes: Tensor, states: Tensor, *other_states: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model.image_logits(states, codes)  # (n, D, K)
+        if params is None:
+            return _gather(log_distribution(logits, _PLAIN), codes, entropy_gradient)
+        logits = mix(logits, [model.image_logits(other, codes) for other in other_states], params.image)
+        return _gather(log_distribution(logits, params.image), codes, entropy_gradient)
+
+    spec = model.image_spec
+    width = spec.depth * spec.codebook_size * (1 + len(others))
+    return in_chunks(score_some, width, batch.codes[row, column], hidden[row, column - 1], *others)
 
 
-def other_image_logits(model: UnifiedModel, batch: TokenBatch, row: Tensor, column: Tensor, params: SamplingParams) -> list[Tensor]:
-    """Teacher-forced logits of the codes at (row, column), each (N,), in the other branches of guidance: a list of (N, D, K)."""
+def other_image_states(model: UnifiedModel, batch: TokenBatch, row: Tensor, column: Tensor, params: SamplingParams) -> list[Tensor]:
+    """The states that predict the codes at (row, column), each (N,), in the other branches of guidance: a list of (N, H)."""
     spec = model.image_spec
     assert len(row) % spec.num_positions == 0, "images are sampled whole"
-    codes = batch.codes[row, column]  # (N, D)
+    codes = batch.codes[row, column].cpu()  # (N, D)
     prompt_lengths = batch.prompt_lengths.tolist()
     prefixes, spans = [], []
     for image in range(len(row) // spec.num_positions):
         first = image * spec.num_positions
         index, begin = int(row[first]), int(column[first]) - 1 - spec.code_offsets[0]
-        drawn = codes[first : first + spec.num_positions].cpu()
+        drawn = codes[first : first + spec.num_positions]
         spans.append(model.image_row(drawn, chosen=True, step=0, begin_step=0)[1:])
         context = partial(_context, batch, index, begin)
         prefixes.append(branch_prefixes(model, params.image, prompt_lengths[index], context))
@@ -121,8 +133,26 @@ def other_image_logits(model: UnifiedModel, batch: TokenBatch, row: Tensor, colu
         other = collate([TokenRow.concat([prefix, span]) for prefix, span in zip(branch, spans, strict=True)]).to(batch.device)
         hidden = model.backbone(model.embed(other), other.position_ids, other.attention_mask)
         at, place = (other.image_mask & other.completion_mask).nonzero(as_tuple=True)
-        found.append(model.image_logits(hidden[at, place - 1], codes))
+        found.append(hidden[at, place - 1])
     return found
+
+
+def in_chunks(function: Callable[..., tuple[Tensor, Tensor]], width: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """`function` over the rows of tensors (N, ...), a few at a time, its two results (N, ...) put together again.
+
+    `width`: logits of one row. At most CHUNK_LOGITS exist at once, also in the backward pass, where those of a chunk are computed
+    again: memory does not grow with vocabulary times length.
+    """
+    rows = max(1, CHUNK_LOGITS // width)
+    if len(tensors[0]) <= rows:
+        return function(*tensors)
+    pieces = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    if torch.is_grad_enabled():
+        found = [checkpoint(function, *piece, use_reentrant=False) for piece in pieces]
+    else:
+        found = [function(*piece) for piece in pieces]
+    values, bits = zip(*found, strict=True)
+    return torch.cat(values), torch.cat(bits)
 
 
 def _context(batch: TokenBatch, index: int, begin: int) -> TokenRow:
