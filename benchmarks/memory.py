@@ -38,7 +38,7 @@ def measure(words: int, chunk: int) -> float:
     spec = model.image_spec
     text = TokenRow.text([1 + i % 200 for i in range(words)], 1, chosen=True, step=0)
     codes = torch.randint(spec.codebook_size, (spec.num_positions, 1), generator=torch.Generator().manual_seed(0))
-    batch = collate([TokenRow.concat([TokenRow.text([1, 2, 3], 1), text, model.image_row(codes, chosen=True, step=1, begin_step=0)])])
+    batch = collate([TokenRow.concat([TokenRow.text([1, 2, 3], 1), text, spec.row(codes, chosen=True, step=1, begin_step=0)])])
     logprobs.CHUNK_LOGITS = chunk
     params = SamplingParams(image=ImageSampling(guidance_scale=2.0))
     for parameter in model.parameters():

@@ -507,7 +507,7 @@ def score_and_differentiate(model: UnifiedModel, text: int, images: int) -> None
     rows = [TokenRow.text([5] * 10, spec.depth), TokenRow.text([7] * (text - 10), spec.depth, chosen=True, step=0)]
     for index in range(images):
         codes = torch.randint(0, spec.codebook_size, (spec.num_positions, spec.depth), generator=torch.Generator().manual_seed(index))
-        rows.append(model.image_row(codes, chosen=True, step=0, begin_step=0))
+        rows.append(model.image_spec.row(codes, chosen=True, step=0, begin_step=0))
     params = SamplingParams(image=ImageSampling(guidance_scale=3.0))
     score(model, collate([TokenRow.concat(rows)]), params).logprobs.sum().backward()
 

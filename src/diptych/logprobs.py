@@ -125,7 +125,7 @@ def other_image_states(model: UnifiedModel, batch: TokenBatch, row: Tensor, colu
         first = image * spec.num_positions
         index, begin = int(row[first]), int(column[first]) - 1 - spec.code_offsets[0]
         drawn = codes[first : first + spec.num_positions]
-        spans.append(model.image_row(drawn, chosen=True, step=0, begin_step=0)[1:])
+        spans.append(spec.row(drawn, chosen=True, step=0, begin_step=0)[1:])
         context = partial(_context, batch, index, begin)
         prefixes.append(branch_prefixes(model, params.image, prompt_lengths[index], context))
     found = []

@@ -47,6 +47,21 @@ class ImageSpec:
         """`num_positions` positions in a row and one end token."""
         return cls((CODE,) * num_positions + (end_id,), depth, codebook_size, pixel_size, begin_id)
 
+    def row(self, codes: Tensor, *, chosen: bool, step: int, begin_step: int) -> TokenRow:
+        """An image from `begin_id` on: (num_positions, D) codes at their places, forced tokens never chosen."""
+        layout = torch.tensor(self.layout)
+        is_code = layout == CODE
+        placed = torch.zeros(len(layout), self.depth, dtype=torch.long)
+        placed[is_code] = codes.long()
+        span = TokenRow(
+            text_ids=layout.masked_fill(is_code, 0),
+            codes=placed,
+            modality=torch.where(is_code, int(Modality.IMAGE), int(Modality.TEXT)),
+            step_ids=torch.full((len(layout),), step, dtype=torch.long),
+            completion_mask=is_code & chosen,
+        )
+        return TokenRow.concat([TokenRow.text([self.begin_id], self.depth, chosen=chosen, step=begin_step), span])
+
     @property
     def num_positions(self) -> int:
         return self.layout.count(CODE)
@@ -168,7 +183,7 @@ class UnifiedModel(nn.Module, abc.ABC):
 
     def prompt_image_row(self, image: Image) -> TokenRow:
         """A picture in a prompt, from `begin_id` to its end."""
-        return self.image_row(self.image_codes(image), chosen=False, step=-1, begin_step=-1)
+        return self.image_spec.row(self.image_codes(image), chosen=False, step=-1, begin_step=-1)
 
     # --- files and training --------------------------------------------------------------------------------------
     @property
@@ -267,23 +282,6 @@ class UnifiedModel(nn.Module, abc.ABC):
         with torch.no_grad():
             return self.encode_images(self.target_pixels(image.pixels)[None].to(self.device))[0].cpu()
 
-    def image_row(self, codes: Tensor, *, chosen: bool, step: int, begin_step: int) -> TokenRow:
-        """An image from `begin_id` on: (num_positions, D) codes at their places, forced tokens never chosen."""
-        spec = self.image_spec
-        rows = TokenRow.text([spec.begin_id], spec.depth, chosen=chosen, step=begin_step)
-        layout = torch.tensor(spec.layout)
-        is_code = layout == CODE
-        placed = torch.zeros(len(layout), spec.depth, dtype=torch.long)
-        placed[is_code] = codes.long()
-        span = TokenRow(
-            text_ids=layout.masked_fill(is_code, 0),
-            codes=placed,
-            modality=torch.where(is_code, int(Modality.IMAGE), int(Modality.TEXT)),
-            step_ids=torch.full((len(layout),), step, dtype=torch.long),
-            completion_mask=is_code & chosen,
-        )
-        return TokenRow.concat([rows, span])
-
     def encode_segments(self, document: Document, *, answer: bool) -> TokenRow:
         """Segments to tokens. In an answer each segment is a step and everything but forced tokens is a choice."""
         depth, rows = self.image_spec.depth, []
@@ -297,7 +295,7 @@ class UnifiedModel(nn.Module, abc.ABC):
                 begins_a_row = step == 0 or isinstance(document.segments[step - 1], Image)
                 begin_step = step if begins_a_row else step - 1  # the choice to draw ends the text step
                 rows.append(TokenRow.text(self.lead_in_ids(document, step), depth, chosen=True, step=begin_step))
-                rows.append(self.image_row(self.image_codes(segment), chosen=True, step=step, begin_step=begin_step))
+                rows.append(self.image_spec.row(self.image_codes(segment), chosen=True, step=step, begin_step=begin_step))
         if answer:
             rows.append(TokenRow.text([self.eos_id], depth, chosen=True, step=max(0, len(document) - 1)))
         return TokenRow.concat(rows) if rows else TokenRow.text([], depth)

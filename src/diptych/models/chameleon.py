@@ -94,11 +94,11 @@ class ChameleonModel(OneVocabularyModel):
 
     # --- words and pictures ---
     def unconditional_prompt(self, prompt_length: int) -> list[int]:
-        return [int(self.tokenizer.bos_token_id)]
+        return [self.bos_id]
 
     def forbidden_text_ids(self) -> list[int]:
-        reserved = {i for token, i in self.tokenizer.get_vocab().items() if token.startswith("<reserved")}
-        return sorted((self.special_ids() | reserved | set(self.code_ids.tolist())) - {self.eos_id, self.image_spec.begin_id})
+        reserved = {i for token, i in self.vocabulary.items() if token.startswith("<reserved")}
+        return sorted({*super().forbidden_text_ids(), *reserved})
 
     def target_pixels(self, image: PIL.Image.Image) -> Tensor:
         """As in prompts: the release has one preparation for both."""

@@ -9,6 +9,7 @@ The model chooses `<|image start|>` and the codes; everything else is forced.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from diptych.document import Image, to_rgb
 from diptych.models.base import CODE, ImageSpec
 from diptych.models.hf import OneVocabularyModel, load_image_processor
 from diptych.models.pixels import square, to_pixels
-from diptych.tokens import Modality, TokenRow
+from diptych.tokens import TokenRow
 
 BEGIN, SIZE_END, ROW_END, CODES_END, END = "<|image start|>", "<|image token|>", "<|extra_200|>", "<|extra_201|>", "<|image end|>"
 PLACEHOLDER = "<image>"
@@ -66,7 +67,7 @@ class Emu3Model(OneVocabularyModel):
         size = options.image_size if image_size is None else image_size
         if size < factor or size % factor:
             raise ValueError(f"image_size={size} is no multiple of the {factor} pixels that a code of Emu3 covers")
-        self.negative_prompt = options.negative_prompt
+        self.negative_prompt, self._negative_ids = options.negative_prompt, self.encode_text(options.negative_prompt)
         self.side_files[OPTIONS_FILE] = Options(image_size=size, negative_prompt=self.negative_prompt).model_dump_json().encode()
         codes = sorted(mapping.img2bpe)
         if codes != list(range(hf.config.vq_config.codebook_size)) or mapping.eol_token_id is None:
@@ -119,10 +120,10 @@ class Emu3Model(OneVocabularyModel):
     # --- words and pictures ---
     def unconditional_prompt(self, prompt_length: int) -> list[int]:
         """The release's negative prompt, alone after the begin token; "" unless `diptych.json` in the folder says otherwise."""
-        return [int(self.tokenizer.bos_token_id), *self.encode_text(self.negative_prompt)]
+        return [self.bos_id, *self._negative_ids]
 
     def forbidden_text_ids(self) -> list[int]:
-        return sorted((self.special_ids() | set(self.code_ids.tolist()) | {self._row_end}) - {self.eos_id, self._begin})
+        return sorted({*super().forbidden_text_ids(), self._row_end})
 
     def target_pixels(self, image: PIL.Image.Image) -> Tensor:
         mean, std = (torch.tensor(v)[:, None, None] for v in self._normalisation())
@@ -135,15 +136,9 @@ class Emu3Model(OneVocabularyModel):
             return super().prompt_image_row(image)
         assert image.pixels is not None
         with torch.no_grad():
-            codes = self._encode(self.processed(image.pixels))  # (H, W)
-        layout = torch.tensor(self._layout(*codes.shape))
-        is_code = layout == CODE
-        placed = torch.zeros(len(layout), 1, dtype=torch.long)
-        placed[is_code, 0] = codes.flatten().cpu()
-        row = TokenRow.text(layout.masked_fill(is_code, 0).tolist(), 1)
-        modality = torch.where(is_code, int(Modality.IMAGE), int(Modality.TEXT))
-        span = TokenRow(row.text_ids, placed, modality, row.step_ids, row.completion_mask)
-        return TokenRow.concat([TokenRow.text([self._begin], 1), span])
+            codes = self._encode(self.processed(image.pixels)).cpu()  # (H, W)
+        spec = dataclasses.replace(self.image_spec, layout=self._layout(*codes.shape))
+        return spec.row(codes.reshape(-1, 1), chosen=False, step=-1, begin_step=-1)
 
     # --- files and training ---
     @property

@@ -24,7 +24,42 @@ HARMLESS_KEYS = r"rotary_emb\.inv_freq$|^model\.vqmodel\.decoder\."  # of old fi
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
 
 
-class HFModel(UnifiedModel):
+class TokenizerModel(UnifiedModel):
+    """A family with a tokenizer of transformers; everything is asked of it once, because large vocabularies answer slowly."""
+
+    def set_tokenizer(self, tokenizer: Any, folder: Path) -> None:
+        """Raises ValueError where the tokenizer names no begin or end token."""
+        for name in ("bos_token", "eos_token"):
+            if getattr(tokenizer, f"{name}_id", None) is None:
+                raise ValueError(f"the tokenizer in {folder} names no {name}; use the tokenizer files that came with the checkpoint")
+        self.tokenizer, self._tokenizer_folder = tokenizer, folder
+        self.bos_id, self.eos_id = int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)
+        self.vocabulary: dict[str, int] = tokenizer.get_vocab()
+        added = tokenizer.get_added_vocab()
+        self.special_tokens = {*tokenizer.all_special_tokens, *added}
+        self._special_ids = {*tokenizer.all_special_ids, *added.values()}
+
+    def token_id(self, token: str) -> int:
+        """Raises ValueError where the tokenizer lacks the token."""
+        found = self.vocabulary.get(token)
+        if found is None:
+            raise ValueError(
+                f"the tokenizer in {self._tokenizer_folder} has no token {token!r}, which {self.family} needs around pictures; use the "
+                "tokenizer files that came with the checkpoint"
+            )
+        return int(found)
+
+    def decode_text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def forbidden_text_ids(self) -> list[int]:
+        """Special and added tokens, and ids that the tokenizer cannot decode, but for the end and the choice to draw."""
+        known = set(self.vocabulary.values())
+        unknown = {i for i in range(self.vocab_size) if i not in known}
+        return sorted((self._special_ids | unknown) - {self.eos_id, self.image_spec.begin_id})
+
+
+class HFModel(TokenizerModel):
     """A unified model around `self.hf`, the stock class of the family.
 
     A subclass names the class, its tokens and its default chat template, and maps the contract to the class's parts.
@@ -39,16 +74,11 @@ class HFModel(UnifiedModel):
 
     def __init__(self, hf: Any, tokenizer: Any, image_processor: Any, folder: Path) -> None:
         super().__init__()
-        self.hf, self.tokenizer, self.image_processor = hf, tokenizer, image_processor
-        self.vocabulary: dict[str, int] = tokenizer.get_vocab()  # slow to ask for again
-        self.special_tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        self.hf, self.image_processor = hf, image_processor
+        self.set_tokenizer(tokenizer, folder)
         self.side_files = read_side_files(folder)
         self.template = chat_template(self.side_files, tokenizer) or self.default_template
         self.folder = folder
-        for name in ("bos_token", "eos_token"):
-            if getattr(tokenizer, f"{name}_id", None) is None:
-                raise ValueError(f"the tokenizer in {folder} names no {name}; use the tokenizer files that came with the checkpoint")
-        self.eos_id = int(tokenizer.eos_token_id)
         self.vocab_size = hf.get_input_embeddings().weight.shape[0]
         self.max_positions = hf.config.get_text_config().max_position_embeddings
 
@@ -68,9 +98,6 @@ class HFModel(UnifiedModel):
     # --- words ---
     def encode_text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-    def decode_text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def answer_text_ids(self, document: Document, index: int) -> list[int]:
         segment = document.segments[index]
@@ -104,21 +131,6 @@ class HFModel(UnifiedModel):
         bos = self.tokenizer.bos_token
         return rendered if rendered.startswith(bos) else bos + rendered
 
-    def token_id(self, token: str) -> int:
-        """Raises ValueError where the tokenizer lacks the token."""
-        found = self.vocabulary.get(token)
-        if found is None:
-            raise ValueError(
-                f"the tokenizer in {self.folder} has no token {token!r}, which {self.family} needs around pictures; use the "
-                "tokenizer files that came with the checkpoint"
-            )
-        return int(found)
-
-    def special_ids(self) -> set[int]:
-        """Added tokens, and ids that the tokenizer cannot decode; what may be sampled is taken out by the caller."""
-        known = set(self.vocabulary.values())
-        return {*self.tokenizer.get_added_vocab().values(), *(i for i in range(self.vocab_size) if i not in known)}
-
     # --- pictures ---
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -148,13 +160,7 @@ class HFModel(UnifiedModel):
         options: dict[str, Any] = {"dtype": dtype or "auto"}
         if load_in_4bit:
             options["quantization_config"] = nf4(dtype, skip_4bit)
-        model = load_weights(cls.hf_class, folder, **options)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:
-            raise ValueError(f"the tokenizer in {folder} cannot be read: {str(error)[:300]}") from error
-        check_tokenizer(tokenizer, folder)
-        return model, tokenizer
+        return load_weights(cls.hf_class, folder, **options), load_tokenizer(folder)
 
 
 class OneVocabularyModel(HFModel):
@@ -174,6 +180,9 @@ class OneVocabularyModel(HFModel):
             )
         self.register_buffer("code_ids", ids.long(), persistent=False)
         self._first, self._last = int(ids.min()), int(ids.max())
+
+    def forbidden_text_ids(self) -> list[int]:
+        return sorted({*super().forbidden_text_ids(), *self.code_ids.tolist()})
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         return self.embed_text(self.code_ids[codes[:, 0]])
@@ -234,6 +243,16 @@ def load_weights(cls: Any, folder: Path, **options: Any) -> Any:
             "copy every shard of the checkpoint and the config.json that belongs to them"
         )
     return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Raises ValueError where files are missing or broken, or are misread."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {str(error)[:300]}") from error
+    check_tokenizer(tokenizer, folder)
+    return tokenizer
 
 
 def check_tokenizer(tokenizer: Any, folder: Path) -> None:

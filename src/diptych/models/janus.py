@@ -53,11 +53,9 @@ class JanusModel(HFModel):
         )
         self.num_features = int(vision.num_image_tokens)
         pad = hf.generation_config.pad_token_id if hf.generation_config.pad_token_id is not None else tokenizer.pad_token_id
-        if pad is None or tokenizer.bos_token_id is None:
-            raise ValueError(
-                f"{folder} names no pad or no bos token, of which Janus makes its unconditional prompt; use the release's files"
-            )
-        self._bos, self._pad = int(tokenizer.bos_token_id), int(pad)
+        if pad is None:
+            raise ValueError(f"{folder} names no pad token, of which Janus makes its unconditional prompt; use the release's files")
+        self._pad = int(pad)
         processor = json.loads(self.side_files.get("processor_config.json", b"{}"))
         self.system_prompt = DEFAULT_SYSTEM_PROMPT if processor.get("use_default_system_prompt") else ""
         self.token_id(PLACEHOLDER)
@@ -83,14 +81,11 @@ class JanusModel(HFModel):
     # --- words and pictures ---
     def unconditional_prompt(self, prompt_length: int) -> list[int]:
         """Every token of the prompt but its first replaced by padding, as `generate` does: positions stay what they were."""
-        return [self._bos] + [self._pad] * (prompt_length - 1)
+        return [self.bos_id] + [self._pad] * (prompt_length - 1)
 
     def begin_prompt(self, rendered: str, num_images: int) -> str:
         """As the release was trained: with its system prompt where pictures are read, without it where one is only drawn."""
         return super().begin_prompt(self.system_prompt + rendered if num_images else rendered, num_images)
-
-    def forbidden_text_ids(self) -> list[int]:
-        return sorted(self.special_ids() - {self.eos_id, self.image_spec.begin_id})
 
     def target_pixels(self, image: PIL.Image.Image) -> Tensor:
         return to_pixels([square(to_rgb(image))], self.image_spec.pixel_size)[0]

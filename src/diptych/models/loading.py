@@ -120,21 +120,15 @@ def open_policy(config: RunConfig, device: torch.device, checkpoint: Path | None
 
     Raises ValueError where 4-bit weights would have to be trained themselves.
     """
-    source = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
-    base: dict[str, Any] = {
-        "source": source, "dtype": config.dtype, "load_in_4bit": config.load_in_4bit, "image_size": config.image_size,
+    options: dict[str, Any] = {
+        "dtype": config.dtype, "load_in_4bit": config.load_in_4bit or None, "image_size": config.image_size,
     }  # fmt: skip
-    if checkpoint is not None:
-        options = {} if config.lora is not None else {key: value for key, value in base.items() if key not in ("source", "image_size")}
-        model = load_model(checkpoint, **options)
-    else:
-        options = {key: value for key, value in base.items() if key != "source"}
-        options["load_in_4bit"] = config.load_in_4bit or None  # None: as an adapter was trained
-        model = load_model(source, **options)
+    model = load_model(checkpoint or config.model, **options)  # load_in_4bit None: as an adapter was trained
     if config.load_in_4bit and config.lora is None and model.adapter is None:
         raise ValueError("load_in_4bit=true with full training: 4-bit weights cannot be trained. Add adapters: --lora.r 16")
     if config.lora is not None and model.adapter is None:
-        attach_lora(model, config.lora, base)
+        source = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+        attach_lora(model, config.lora, {"source": source, **options})
     elif config.lora is not None and model.adapter.settings() != {"r": config.lora.r, "alpha": config.lora.alpha}:
         raise ValueError(
             f"the adapter in {config.model} has {model.adapter.settings()}, but lora.r={config.lora.r} and lora.alpha={config.lora.alpha} "

@@ -67,7 +67,7 @@ def _assemble(model: UnifiedModel, draft: Draft) -> tuple[TokenRow, Tensor, list
     for kind, ids, values in draft.pieces:
         if kind == Modality.IMAGE:
             steps.append(ids)
-            span = model.image_row(ids, chosen=True, step=len(steps) - 1, begin_step=-1)[1:]  # the choice to begin is in the text piece
+            span = spec.row(ids, chosen=True, step=len(steps) - 1, begin_step=-1)[1:]  # the choice to begin is in the text piece
             placed = torch.zeros(len(span), spec.depth)
             placed[span.modality == Modality.IMAGE] = values
         else:

@@ -31,9 +31,6 @@ class Stream:
         self.cache.batch_select_indices(repeat)
         self.hidden, self.position, self.attention = last[repeat], lengths[repeat], batch.attention_mask[repeat]
 
-    def __len__(self) -> int:
-        return len(self.hidden)
-
     def keep(self, rows: Tensor) -> None:
         """Drops all but these rows, (B',) int64."""
         self.cache.batch_select_indices(rows)

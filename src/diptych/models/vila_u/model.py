@@ -12,12 +12,12 @@ from typing import Any
 import PIL.Image
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from diptych.config import ImageSampling, SamplingParams, TextSampling
 from diptych.document import Document, Image, Text, to_rgb
-from diptych.models.base import ImageSpec, UnifiedModel, check_image_size
-from diptych.models.hf import check_tokenizer, decode, load_weights, nf4, read_side_files, refuse_special_tokens
+from diptych.models.base import ImageSpec, check_image_size
+from diptych.models.hf import TokenizerModel, decode, load_tokenizer, load_weights, nf4, read_side_files, refuse_special_tokens
 from diptych.models.pixels import padded, square, to_pixels
 from diptych.models.vila_u.config import read_json
 from diptych.models.vila_u.vision import Projector, VisionTower
@@ -30,7 +30,7 @@ SYSTEM = (
 BEGIN, END, MARKER, SPACE = "<im_start>", "<im_end>", "<image>", "▁"
 
 
-class VilaUModel(UnifiedModel):
+class VilaUModel(TokenizerModel):
     """`wrap_prompt_images`: `<im_start>` and `<im_end>` around prompt pictures, as in training; the release's own inference
     code leaves them out."""
 
@@ -41,15 +41,16 @@ class VilaUModel(UnifiedModel):
 
     def __init__(self, llm: LlamaForCausalLM, vision: VisionTower, projector: Projector, tokenizer: Any, folder: Path) -> None:
         super().__init__()
-        self.llm, self.vision, self.projector, self.tokenizer = llm, vision, projector, tokenizer
-        self.vocabulary: dict[str, int] = tokenizer.get_vocab()  # slow to ask for again
-        self.special_tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab(), MARKER}
-        self.folder, self.wrap_prompt_images = folder, True
+        self.llm, self.vision, self.projector, self.wrap_prompt_images = llm, vision, projector, True
+        self.set_tokenizer(tokenizer, folder / "llm")
+        self.special_tokens.add(MARKER)
+        self._space = self.token_id(SPACE)
+        self._unconditional = [self.bos_id, *self.piece_ids(self._template("")), self._space]
         self.root_files, self.llm_files = read_side_files(folder), read_side_files(folder / "llm")
         self.pads = read_json(folder / "config.json").get("image_aspect_ratio", "resize") == "pad"
         self.root_files["config.json"] = (folder / "config.json").read_bytes()
         self.llm_files["config.json"] = (folder / "llm" / "config.json").read_bytes()  # transformers would write it in its new form
-        self.eos_id, self.vocab_size = int(tokenizer.eos_token_id), llm.config.vocab_size
+        self.vocab_size = llm.config.vocab_size
         self.max_positions = context_length(llm.config)
         self.image_spec = ImageSpec.plain(
             num_positions=vision.config.num_positions,
@@ -90,26 +91,16 @@ class VilaUModel(UnifiedModel):
         return self.vision.decode(codes)
 
     # --- words ---
-    def token_id(self, token: str) -> int:
-        """Raises ValueError where the tokenizer lacks the token."""
-        found = self.vocabulary.get(token)
-        if found is None:
-            raise ValueError(f"the tokenizer in {self.folder / 'llm'} has no token {token!r}; use the files that came with the checkpoint")
-        return int(found)
-
     def piece_ids(self, piece: str) -> list[int]:
         """Tokens of a piece of text between pictures, special tokens read as such, no begin token.
 
         The release's tokenizer keeps a literal space at the very beginning as a token of its own; transformers 5 drops it.
         """
         ids = self.tokenizer.encode(piece, add_special_tokens=False)
-        return [self.token_id(SPACE), *ids] if piece.startswith(" ") and piece.strip() else ids
+        return [self._space, *ids] if piece.startswith(" ") and piece.strip() else ids
 
     def encode_text(self, text: str) -> list[int]:
         return self.piece_ids(self._plain(text))
-
-    def decode_text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _plain(self, text: str) -> str:
         refuse_special_tokens(text, self.special_tokens)
@@ -121,7 +112,7 @@ class VilaUModel(UnifiedModel):
         picture = f" {BEGIN}{MARKER}{END}\n" if self.wrap_prompt_images else f"{MARKER}\n"
         message = "".join(picture if isinstance(s, Image) else self._plain(s.text) for s in document).strip()
         pieces = self._template(message).split(MARKER)
-        spec, rows = self.image_spec, [TokenRow.text([self.tokenizer.bos_token_id], self.image_spec.depth)]
+        spec, rows = self.image_spec, [TokenRow.text([self.bos_id], self.image_spec.depth)]
         for piece, image in zip(pieces, [*document.images, None], strict=True):
             rows.append(TokenRow.text(self.piece_ids(piece), spec.depth))
             if image is not None:
@@ -133,7 +124,7 @@ class VilaUModel(UnifiedModel):
 
     def unconditional_prompt(self, prompt_length: int) -> list[int]:
         """The template with an empty message, and the space that stands before `<im_start>`."""
-        return [self.tokenizer.bos_token_id, *self.piece_ids(self._template("")), self.token_id(SPACE)]
+        return list(self._unconditional)
 
     def answer_text_ids(self, document: Document, index: int) -> list[int]:
         """As the release formats training data: a space before a picture, a new line after one."""
@@ -146,17 +137,11 @@ class VilaUModel(UnifiedModel):
 
     def lead_in_ids(self, document: Document, index: int) -> list[int]:
         if index == 0:
-            return [self.token_id(SPACE)]
+            return [self._space]
         return self._after_image("\n ") if isinstance(document.segments[index - 1], Image) else []
 
     def _after_image(self, text: str) -> list[int]:
         return self.piece_ids(END + text)[1:]  # a piece that begins with a special token gets no leading space
-
-    def forbidden_text_ids(self) -> list[int]:
-        known = set(self.vocabulary.values())
-        unknown = {i for i in range(self.vocab_size) if i not in known}
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
-        return sorted((special | unknown) - {self.eos_id, self.image_spec.begin_id})
 
     # --- pictures ---
     def target_pixels(self, image: PIL.Image.Image) -> Tensor:
@@ -217,12 +202,7 @@ class VilaUModel(UnifiedModel):
         if (root.get("mm_hidden_size", widths[0]), root.get("hidden_size", widths[1])) != widths:
             raise ValueError(f"{folder / 'config.json'} states widths other than its parts have: {widths}; copy the whole checkpoint again")
         projector = Projector.load(folder, *widths, kind)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder / "llm", local_files_only=True)
-        except Exception as error:
-            raise ValueError(f"the tokenizer in {folder / 'llm'} cannot be read: {str(error)[:300]}") from error
-        check_tokenizer(tokenizer, folder / "llm")
-        model = cls(llm, vision, projector, tokenizer, folder)
+        model = cls(llm, vision, projector, load_tokenizer(folder / "llm"), folder)
         check_image_size(image_size, model.image_spec.pixel_size, cls.family)
         return model
 
