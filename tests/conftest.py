@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from family_data import SIZE
+from toy_checkpoints import MAKERS
 
 from diptych.config import ImageSampling, SamplingParams, TextSampling
+from diptych.models import UnifiedModel, load_model
 from diptych.models.storyboard import StoryboardConfig, StoryboardModel, build_tokenizer
 from diptych.worlds.storyboard.language import vocabulary
 
@@ -32,3 +37,20 @@ def guided_params() -> SamplingParams:
     return SamplingParams(
         text=TextSampling(temperature=0.8), image=ImageSampling(temperature=0.7, guidance_scale=3.0), max_images=3, max_text_tokens=6
     )
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A toy checkpoint of every family in its own layout."""
+    root = tmp_path_factory.mktemp("toys")
+    return {name: maker(root / name) for name, maker in MAKERS.items()}
+
+
+@pytest.fixture(scope="session")
+def models(folders) -> dict[str, UnifiedModel]:
+    return {name: load_model(folder, image_size=SIZE.get(name)) for name, folder in folders.items()}
+
+
+@pytest.fixture(params=list(MAKERS))
+def family(request) -> str:
+    return request.param

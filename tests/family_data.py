@@ -1,4 +1,4 @@
-"""Documents, pictures and JSONL records for the tests of model families."""
+"""What the tests of model families share: documents, pictures, JSONL records, settings, and pictures drawn at once."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import torch
 
+from diptych.config import ImageSampling, SamplingParams, TextSampling
 from diptych.document import Document, Image, Text
+from diptych.models import UnifiedModel
+from diptych.sampling.engine import sample
+from diptych.sampling.rollout import Rollout
+from diptych.tokens import TokenRow
+
+SIZE = {"emu3": 32}  # pixels a side; the other toys draw 32 anyway
 
 
 def picture(seed: int, width: int = 40, height: int = 52) -> PIL.Image.Image:
@@ -52,3 +60,23 @@ def write_records(folder: Path) -> Path:
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def params(scale: float | None = None, **changes) -> SamplingParams:
+    return SamplingParams(
+        text=TextSampling(temperature=1.2), image=ImageSampling(temperature=0.8, guidance_scale=scale, **changes),
+        max_images=2, max_text_tokens=10,
+    )  # fmt: skip
+
+
+def drawn_first(model: UnifiedModel, prompt: TokenRow, settings: SamplingParams, monkeypatch, lead_in: tuple[int, ...] = ()) -> Rollout:
+    """A rollout that begins its picture at once, as the families' own image generation does."""
+    spoken = [*lead_in, model.image_spec.begin_id, model.eos_id]
+
+    def forced(hidden):
+        logits = torch.full((*hidden.shape[:-1], model.vocab_size), -50.0)
+        logits[..., spoken.pop(0)] = 50.0
+        return logits
+
+    monkeypatch.setattr(model, "text_logits", forced)
+    return sample(model, [prompt], settings, generator=torch.Generator())[0]

@@ -136,3 +136,14 @@ def test_the_whole_demo_at_a_small_size(tmp_path):
     # a second run finds everything done and leaves the same numbers
     again = run_demo(config, console)
     assert again["checkpoints"] == results["checkpoints"]
+
+
+def test_doctor_exits_with_1_on_problems_and_prints_json(tmp_path):
+    healthy = diptych("doctor", "--model", "storyboard", "--json")
+    assert healthy.returncode == 0
+    assert json.loads(healthy.stdout)["problems"] == []
+    (tmp_path / "config.json").write_text("{}")
+    broken = diptych("doctor", "--model", str(tmp_path))
+    assert broken.returncode == 1
+    assert "known families are" in re.sub(r"\s+", " ", broken.stdout)
+    assert "packaged demo" in diptych("doctor").stdout

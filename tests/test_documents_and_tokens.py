@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from diptych.document import Document, Image, Text, image_data_address, join, open_image, to_json_blocks, to_message
+from diptych.models.base import CODE, ImageSpec
 from diptych.tokens import Modality, TokenBatch, TokenRow, collate
 
 PAD, TEXT, IMAGE = Modality.PAD, Modality.TEXT, Modality.IMAGE
@@ -204,6 +205,42 @@ def test_selected_rows_lose_the_padding_that_none_needs():
         real = expected.attention_mask
         assert part.position_ids[real].tolist() == expected.position_ids[real].tolist()
     assert batch[[0]].text_ids.shape == (1, 2)
+
+
+def test_pictures_travel_with_their_rows_and_are_not_cut():
+    """A prompt picture as three features between words; a batch keeps it with its row, and drops the list where no row has one."""
+    pixels = torch.rand(3, 2, 2)
+    row = TokenRow.concat([TokenRow.text([8], 2), TokenRow.feature(pixels, 3, 2), TokenRow.text([9], 2)])
+    assert row.modality.tolist() == [TEXT, 3, 3, 3, TEXT]
+    assert row[1:].pixels == row.pixels == (pixels,)
+    assert row[4:].pixels == ()
+    with pytest.raises(ValueError, match="must hold all of its picture features or none"):
+        row[2:]
+    batch = collate([TokenRow.text([5], 2), row])
+    assert batch.pixels == ((), (pixels,))
+    assert batch.feature_mask.tolist() == [[NO] * 5, [NO, YES, YES, YES, NO]]
+    assert batch[[1]].pixels == ((pixels,),)
+    assert batch[[0]].pixels == ()
+    assert_rows_equal(batch.row(1), row)
+    with pytest.raises(ValueError, match="pixels has 1 rows; the batch has 2"):
+        dataclasses.replace(batch, pixels=((pixels,),))
+
+
+def test_an_images_layout_ends_with_a_forced_token():
+    with pytest.raises(ValueError, match="must end with a forced token"):
+        ImageSpec((5, CODE), 1, 4, 8, 1)
+
+
+def test_an_image_with_forced_tokens_by_hand():
+    """Two rows of two codes, a size in front, a separator after each row, an end: only codes are chosen."""
+    spec = ImageSpec((7, CODE, CODE, 8, CODE, CODE, 8, 9), depth=1, codebook_size=4, pixel_size=8, begin_id=6)
+    row = spec.row(torch.tensor([[3], [1], [0], [2]]), chosen=True, step=1, begin_step=0)
+    assert row.text_ids.tolist() == [6, 7, 0, 0, 8, 0, 0, 8, 9]
+    assert row.codes[:, 0].tolist() == [0, 0, 3, 1, 0, 0, 2, 0, 0]
+    assert row.modality.tolist() == [TEXT, TEXT, IMAGE, IMAGE, TEXT, IMAGE, IMAGE, TEXT, TEXT]
+    assert row.completion_mask.tolist() == [YES, NO, YES, YES, NO, YES, YES, NO, NO]
+    assert row.step_ids.tolist() == [0, *[1] * 8]
+    assert (spec.num_positions, spec.length, spec.end_id, spec.code_offsets) == (4, 9, 9, [1, 2, 4, 5])
 
 
 # --- a model's words and pictures as tokens ----------------------------------------------------------------------------

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_data import answer, picture, prompts, write_records
-from toy_checkpoints import MAKERS
+from family_data import SIZE, answer, picture, prompts, write_records
 from typer.testing import CliRunner
 
 from diptych.cli import app
@@ -24,7 +23,6 @@ from diptych.tokens import collate
 from diptych.warmup import warmup
 
 TESTS = Path(__file__).parent
-SIZE = {"emu3": 32}
 
 
 @pytest.fixture(autouse=True)
@@ -33,19 +31,8 @@ def _own_rewards(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("toys")
-    return {name: maker(root / name) for name, maker in MAKERS.items()}
-
-
-@pytest.fixture(scope="session")
 def records(tmp_path_factory) -> Path:
     return write_records(tmp_path_factory.mktemp("records"))
-
-
-@pytest.fixture(params=list(MAKERS))
-def family(request) -> str:
-    return request.param
 
 
 def common(folder: Path, out: Path, family: str, **changes) -> dict:
@@ -243,6 +230,20 @@ def test_4_bit_weights_take_adapters_only(family, folders, records, tmp_path):
     with pytest.raises(ValueError, match="load the adapter with load_in_4bit=False to merge it"):
         loaded.adapter.merge()
     assert load_model(tmp_path / "run/checkpoints/step_1/model", load_in_4bit=False).adapter.merge().adapter is None
+
+
+def test_a_run_that_starts_from_a_4_bit_adapter_resumes_in_4_bits(folders, records, tmp_path):
+    """Without settings of its own for adapters: what it started from says how the base is loaded, also after a kill."""
+    pytest.importorskip("bitsandbytes")
+    quantised = {"load_in_4bit": True, "dtype": "float32", "lora": {"r": 4}}
+    warmup(warmup_config(folders["janus"], tmp_path / "start", records, "janus", **quantised))
+    start = tmp_path / "start/checkpoints/step_1/model"
+    settings = {"max_steps": 2}
+    whole = warmup(warmup_config(start, tmp_path / "run", records, "janus", **settings))
+    assert any(type(module).__name__ == "Linear4bit" for module in whole.modules())
+    shutil.rmtree(tmp_path / "run/checkpoints/step_2")
+    again = warmup(warmup_config(start, tmp_path / "run", records, "janus", **settings))
+    assert torch.equal(logits_of(again), logits_of(whole))
 
 
 def test_half_precision_trains_through_adapters(folders, records, tmp_path):

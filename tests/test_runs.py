@@ -241,3 +241,15 @@ def test_truncated_logs_forget_what_came_after_the_step(run):
 def test_a_run_without_logs_can_be_truncated(run):
     run.truncate_logs(0)
     assert run.metrics() == []
+
+
+def test_checkpoints_are_readable_by_whom_the_umask_lets(tmp_path):
+    """safetensors writes files that only their owner can read."""
+    before = os.umask(0o027)
+    try:
+        with atomic_folder(tmp_path / "saved") as folder:
+            (folder / "weights").write_text("x")
+            (folder / "weights").chmod(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "saved/weights").stat().st_mode & 0o777 == 0o640

@@ -147,6 +147,18 @@ def test_warmup_micro_batches_cannot_change_the_gradient(tiny_folder, tmp_path):
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-3)
 
 
+def test_a_process_without_rows_adds_nothing(tiny_folder, monkeypatch):
+    """Three processes, two rows: the third one's share is empty, and the losses are those of the whole batch."""
+    model = load_model(tiny_folder)
+    config = warmup_config(tiny_folder, Path("unused"))
+    batch = encode(model, grpo_module.Mixture(config.sources, 0).batch(0, 2), 0.0, 0, 0)
+    monkeypatch.setattr("diptych.supervised.rank", lambda: 2)
+    monkeypatch.setattr("diptych.supervised.world_size", lambda: 3)
+    found = supervised_gradient(model, batch, text_weight=1.0, image_weight=1.0)
+    assert (found["loss/text"], found["loss/image"]) == (0.0, 0.0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_two_processes_give_the_gradient_of_one(tiny_folder, tmp_path):
     """Warm-up and GRPO with KL, entropy and ptx: sums over processes with global denominators."""
     found = []

@@ -31,11 +31,10 @@ class JanusModel(HFModel):
     family = "janus"
     hf_class = JanusForConditionalGeneration
     image_marker = PLACEHOLDER
+    # Jinja drops a newline right after a block, so those of the template are written as expressions
     default_template = (
-        "{% for m in messages %}<|User|>: {% for c in m['content'] %}"
-        "{% if c['type'] == 'image' %}"
-        + PLACEHOLDER
-        + "\n{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}\n\n{% endfor %}<|Assistant|>:"
+        "{% for m in messages %}<|User|>: {% for c in m['content'] %}{% if c['type'] == 'image' %}"
+        "{{ '" + PLACEHOLDER + "\\n' }}{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}{{ '\\n\\n' }}{% endfor %}<|Assistant|>:"
     )
     default_sampling = SamplingParams(image=ImageSampling(guidance_scale=5.0))
 
