@@ -15,7 +15,7 @@ from diptych.models import load_model
 from diptych.sampling import engine
 from diptych.sampling.distribution import draw, log_distribution
 from diptych.sampling.engine import sample
-from diptych.sampling.guidance import mix
+from diptych.sampling.guidance import mix, num_branches
 from diptych.sampling.rollout import Rollout
 from diptych.tokens import Modality, TokenBatch, TokenRow, collate
 
@@ -203,6 +203,38 @@ def test_fault_truncation_judged_per_sequence(tiny_model, guided_params):
         assert rollout.truncated == (not ends)
         assert not rollout.truncated or longest == guided_params.max_text_tokens
     assert any(len(r.row) - r.prompt_length > 2 * guided_params.max_text_tokens and not r.truncated for r in rollouts)
+
+
+def test_every_token_of_a_rollout_belongs_to_its_segments_step(tiny_model, guided_params):
+    """Credit goes by `step_ids`: an image's positions to the image's step, words to the step whose text they spell."""
+    spec, seen = tiny_model.image_spec, 0
+    for rollout in roll(tiny_model, guided_params):
+        row = rollout.row[rollout.prompt_length :]
+        assert (row.step_ids.diff() >= 0).all()
+        assert set(row.step_ids.tolist()) <= set(range(rollout.num_steps))
+        for step, (kind, segment) in enumerate(zip(rollout.step_modality, rollout.document, strict=True)):
+            here = row.step_ids == step
+            images = here & (row.modality == Modality.IMAGE)
+            if kind == Modality.IMAGE:
+                assert torch.equal(row.codes[images], segment.codes)
+                assert int((here & (row.text_ids == spec.end_id)).sum()) >= 1
+                seen += 1
+            else:
+                words = [i for i in row.text_ids[here].tolist() if i not in (spec.begin_id, tiny_model.eos_id)]
+                assert not images.any()
+                assert tiny_model.decode_text(words) == segment.text
+    assert seen > 10
+
+
+def test_guidance_by_hand():
+    """One branch: 1 + 3 * (2 - 1) = 4. Two: 1 + 0.5 * (5 - 1) + 3 * (2 - 5) = -6. None: the conditional logits."""
+    conditional, unconditional, pictures = torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor([5.0])
+    assert mix(conditional, [unconditional], ImageSampling(guidance_scale=3.0)).item() == pytest.approx(4.0)
+    both = ImageSampling(guidance_scale=3.0, image_guidance_scale=0.5)
+    assert mix(conditional, [unconditional, pictures], both).item() == pytest.approx(-6.0)
+    assert mix(conditional, [], ImageSampling(guidance_scale=1.0)) is conditional
+    counts = [num_branches(ImageSampling(guidance_scale=s, image_guidance_scale=i)) for s, i in ((1, None), (3, None), (1, 1), (1, 2))]
+    assert counts == [0, 1, 0, 2]
 
 
 # --- invariances ---------------------------------------------------------------------------------------------------------

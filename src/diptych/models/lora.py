@@ -38,24 +38,18 @@ class LoraAdapter:
             yield
 
     def add_reference(self, folder: Path) -> None:
-        """Loads the adapter from which a run started beside the one that is trained, frozen."""
+        """Loads the adapter from which a run started beside the one that is trained; only the adapter in use requires gradients."""
         self.peft.load_adapter(folder, REFERENCE, is_trainable=False)
-        self._use("default")
+        self.peft.set_adapter("default")
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
         """The model with the adapter of `add_reference` in the place of its own."""
-        self._use(REFERENCE)
+        self.peft.set_adapter(REFERENCE)
         try:
             yield
         finally:
-            self._use("default")
-
-    def _use(self, name: str) -> None:
-        self.peft.set_adapter(name)  # which also decides what requires a gradient
-        for parameter_name, parameter in self.peft.named_parameters():
-            if "lora_" in parameter_name:
-                parameter.requires_grad_(".default." in parameter_name)
+            self.peft.set_adapter("default")
 
     def settings(self) -> dict[str, Any]:
         """Rank and scale of the adapter."""
