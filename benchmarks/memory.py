@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from shapes import JANUS, JanusShape, random_model
+from _shapes import JANUS, JanusShape, random_model
 
 from diptych import logprobs
 from diptych.config import ImageSampling, SamplingParams

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import SIZES, documents_of, random_model
+from _shapes import SIZES, documents_of, random_model
 from toy_checkpoints import MAKERS
 
 from diptych.config import GRPOConfig, LoraConfig, build

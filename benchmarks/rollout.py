@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import SIZES, documents_of, random_model
+from _shapes import SIZES, documents_of, random_model
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -31,7 +31,7 @@ from diptych.models import UnifiedModel, load_model
 from diptych.models.hf import decode
 from diptych.runtime import pick_device, versions
 from diptych.sampling.engine import sample
-from diptych.tokens import TokenRow, collate
+from diptych.tokens import TokenRow
 
 
 def prompts(model: UnifiedModel, count: int, length: int) -> list[TokenRow]:
@@ -65,10 +65,8 @@ class Peers:
             context, mask = torch.cat([context, begin], 1), self._longer(mask, 1)
             blank = torch.cat([blank, blank[:, -1:].expand(-1, context.shape[1] - blank.shape[1] - 1, -1), begin], 1)
             drawn = self._image(context, blank, mask)
-            for name, value in (("context", torch.cat([context, drawn], 1)), ("blank", torch.cat([blank, drawn], 1))):
-                context, blank = (value, blank) if name == "context" else (context, value)
             end = self._token(spec.end_id, len(context))
-            context, blank = torch.cat([context, end], 1), torch.cat([blank, end], 1)
+            context, blank = torch.cat([context, drawn, end], 1), torch.cat([blank, drawn, end], 1)
             mask = self._longer(mask, drawn.shape[1] + 1)
             written += len(context) * (words + drawn.shape[1] + 2)
         return written
@@ -154,7 +152,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.prompts, arguments.group = 4, 4
+        small = (4, 4, 3, 24) if arguments.model == "storyboard" else (2, 2, 1, 4)
+        arguments.prompts, arguments.group, arguments.images, arguments.words = small
     device = pick_device(arguments.device)
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.model == "storyboard":
@@ -177,7 +176,6 @@ def main() -> None:
             found = sample(model, rows, params, num_generations=arguments.group, generator=torch.Generator().manual_seed(seed))
         assert all(len(rollout.document.images) == arguments.images for rollout in found)
 
-    collate(rows)
     for repeat in range(-1, arguments.repeats):  # the first one warms up
         times = seconds(lambda r=repeat: sample_ours(r + 1)), seconds(lambda: peers.rollout(rows, arguments.group, *shape))
         if repeat >= 0:

@@ -28,7 +28,7 @@ def test_real_size_runs_on_toys():
 def test_release_sizes_have_the_releases_parameters(size, billions, tmp_path, monkeypatch):
     """VILA-U: 7.998 B of the release, less SigLIP's text tower, last layer and head, and with codebooks as buffers."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from shapes import random_model
+    from _shapes import random_model
 
     model = random_model(size, torch.device("meta"), tmp_path / "toy")
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
