@@ -250,7 +250,10 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise ValueError(f"the tokenizer in {folder} cannot be read: {str(error)[:300]}") from error
+        said = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read ({said}); copy the tokenizer files that came with the checkpoint"
+        ) from error
     check_tokenizer(tokenizer, folder)
     return tokenizer
 
