@@ -38,6 +38,7 @@ from diptych.doctor.hardware import REFERENCES, Gpu
 from diptych.doctor.words import StandIn
 from diptych.logprobs import score
 from diptych.models import UnifiedModel, load_model
+from diptych.models.attention import SlotAttention, Slots
 from diptych.models.chameleon import ChameleonModel
 from diptych.models.emu3 import Emu3Model
 from diptych.models.janus import JanusModel
@@ -412,11 +413,12 @@ def test_weights_are_counted_exactly(toy):
 @torch.no_grad()
 def test_the_cache_is_counted_exactly(toy):
     model, rows, positions = load_model(toy), 3, 7
-    cache = model.new_cache()
+    slots = Slots(rows, model.device)
     embeds = model.embed_text(torch.zeros(rows, positions, dtype=torch.long))
-    model.backbone(embeds, torch.arange(positions).expand(rows, -1), torch.ones(rows, positions, dtype=torch.bool), cache)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert Sizes.of(model).kv_bytes(rows * positions, itemsize=4) == held
+    forward = SlotAttention([slots], positions, [None])
+    model.backbone(embeds, torch.arange(positions).expand(rows, -1), forward)
+    forward.finish()
+    assert Sizes.of(model).kv_bytes(rows * positions, itemsize=4) == slots.num_bytes
 
 
 def test_adapters_are_counted_exactly(toy):

@@ -322,7 +322,8 @@ def test_chunks_bound_how_many_logits_exist(tiny_model, guided_params, monkeypat
 
 def test_draw_follows_the_distribution():
     log_probs = torch.tensor([0.1, 0.2, 0.7]).log().expand(20_000, 3)
-    tokens = draw(log_probs, TextSampling(), torch.rand(20_000, 3, generator=torch.Generator().manual_seed(0)))
+    chance = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens = draw(log_probs, TextSampling(), chance)
     frequency = torch.bincount(tokens, minlength=3) / 20_000
     torch.testing.assert_close(frequency, torch.tensor([0.1, 0.2, 0.7]), atol=0.012, rtol=0)  # about 4 standard errors
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diptych.config import SamplingParams
 from diptych.document import Document, Image, Text
+from diptych.models.attention import Layout
 from diptych.models.pixels import to_pixels
 from diptych.tokens import Modality, TokenBatch, TokenRow
 
@@ -113,13 +114,12 @@ class UnifiedModel(nn.Module, abc.ABC):
         raise NotImplementedError(f"{self.family} reads prompt pictures as codes")
 
     @abc.abstractmethod
-    def backbone(self, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> Tensor:
-        """Hidden states (B, T, H) after the final norm. `attention_mask` is (B, cached + T) bool and may have holes;
-        attention is causal by slot. `cache`, from `new_cache`, is extended in place."""
+    def backbone(self, embeds: Tensor, position_ids: Tensor, attention: Tensor | Layout) -> Tensor:
+        """Hidden states (B, T, H) after the final norm.
 
-    @abc.abstractmethod
-    def new_cache(self) -> Any:
-        """An empty key-value cache with `batch_select_indices(indices)`."""
+        `attention`: (B, T) bool, True at real tokens, for causal attention within each row; or a layout, which says what each
+        position attends to and keeps keys and values (`models/attention.py`).
+        """
 
     @abc.abstractmethod
     def text_logits(self, hidden: Tensor) -> Tensor:

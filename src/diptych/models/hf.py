@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import re
@@ -12,14 +11,13 @@ from typing import Any, ClassVar
 import PIL.Image
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, DynamicCache, LlamaModel, PreTrainedModel
+from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from diptych.document import Document, Text, to_rgb
+from diptych.models.attention import Layout, own_attention
 from diptych.models.base import UnifiedModel
 from diptych.tokens import TokenRow
 
-# transformers 5.24 renamed the argument of every decoder's forward
-CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 HARMLESS_KEYS = r"rotary_emb\.inv_freq$|^model\.vqmodel\.decoder\."  # of old files: computed anew; loaded elsewhere
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
 
@@ -86,11 +84,8 @@ class HFModel(TokenizerModel):
     def embed_text(self, ids: Tensor) -> Tensor:
         return self.hf.get_input_embeddings()(ids)
 
-    def backbone(self, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> Tensor:
-        return decode(self.language_model, embeds, position_ids, attention_mask, cache)
-
-    def new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self.hf.config.get_text_config())
+    def backbone(self, embeds: Tensor, position_ids: Tensor, attention: Tensor | Layout) -> Tensor:
+        return decode(self.language_model, embeds, position_ids, attention)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         return self.hf.lm_head(hidden)
@@ -201,23 +196,20 @@ class OneVocabularyModel(HFModel):
         return self._code_logits(hidden)
 
 
-def decode(decoder: Any, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> Tensor:
-    """Hidden states (B, T, H) of a transformers decoder, after its final norm.
+def decode(decoder: Any, embeds: Tensor, position_ids: Tensor, attention: Tensor | Layout) -> Tensor:
+    """Hidden states (B, T, H) of a transformers decoder, after its final norm; arguments as `UnifiedModel.backbone`.
 
     Gradient checkpointing works on layers in training mode only; the layers' own flag is set, and not that of what is in
     them, so that dropout stays off: the policy that is trained is the policy that sampled.
     """
     for layer in decoder.layers:
-        layer.training = cache is None and torch.is_grad_enabled()
-    if embeds.shape[1] == 1 and attention_mask.ndim == 2 and decoder.config._attn_implementation == "sdpa":
-        attention_mask = attention_mask[:, None, None, :]  # the one query comes last: causal is what is not empty; saves building the mask
-    output = decoder(
-        inputs_embeds=embeds,
-        position_ids=position_ids,
-        attention_mask=attention_mask,
-        use_cache=cache is not None,
-        **{CACHE_ARGUMENT: cache},
-    )
+        layer.training = torch.is_grad_enabled()
+    if isinstance(attention, Tensor):
+        output = decoder(inputs_embeds=embeds, position_ids=position_ids, attention_mask=attention, use_cache=False)
+    else:
+        unused = embeds.new_ones(1, 1, 1, 1)  # a mask of four dimensions is left alone; none at all would be built
+        with own_attention(decoder.config):
+            output = decoder(inputs_embeds=embeds, position_ids=position_ids, attention_mask=unused, use_cache=False, layout=attention)
     return output.last_hidden_state
 
 

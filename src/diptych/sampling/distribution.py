@@ -63,12 +63,14 @@ def log_distribution(logits: Tensor, params: TextSampling, allowed: Tensor | Non
     return logits.log_softmax(-1)
 
 
-def draw(log_probs: Tensor, params: TextSampling, noise: Tensor) -> Tensor:
-    """One token per row: (N, V) log-probabilities and (N, V) uniform noise -> (N,).
+def draw(log_probs: Tensor, params: TextSampling, chance: Tensor) -> Tensor:
+    """One token per row: (N, V) log-probabilities and a uniform number in [0, 1) for each, (N,) float64 -> (N,).
 
-    The Gumbel-max trick, so that the draw of a row depends only on its own noise. Temperature 0: the most likely token.
+    The token in whose share of the cumulative distribution the number falls. Temperature 0: the most likely token.
     """
     if params.temperature == 0:
         return log_probs.argmax(-1)
-    gumbel = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
-    return (log_probs + gumbel).argmax(-1)
+    upto = log_probs.exp().cumsum(-1, dtype=torch.float64)  # (N, V)
+    total = upto[:, -1:]
+    mark = torch.minimum(chance[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(upto, mark, right=True).squeeze(-1)  # the first that exceeds the mark; never one of probability 0

@@ -1,9 +1,9 @@
-"""The rollout engine: whole documents as one decoding trajectory with one carried cache.
+"""The rollout engine: whole documents as one decoding trajectory with carried keys and values.
 
-Phase-aligned lockstep. Rows share cache slots. In a text phase every row writes text until it begins an image or ends;
-a row that waits writes a masked slot, so the attention mask has holes and positions count real tokens. In an image
-phase the rows that draw walk through the family's layout, with an unconditional twin in a second short cache that
-restarts at each image. Prompts are prefilled once per group; finished rows are dropped at the end of a phase.
+Phase-aligned lockstep. Rows share slots. In a text phase every row writes text until it begins an image or ends; a row that waits
+leaves a slot empty, and positions count real tokens. In an image phase the rows that draw walk through the family's layout; each has
+an unconditional twin in the same forward pass, with slots of its own that restart at each image. Prompts are prefilled once per group;
+finished rows are dropped at the end of a phase.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from diptych.models.base import CODE, UnifiedModel
 from diptych.sampling.distribution import Grammar, draw, log_distribution, resolve
 from diptych.sampling.guidance import branch_prefixes, mix, num_branches
 from diptych.sampling.rollout import Draft, Rollout, draft_row, finish
-from diptych.sampling.stream import Stream
+from diptych.sampling.stream import Stream, advance
 from diptych.tokens import Modality, TokenRow
 
 
@@ -67,13 +67,16 @@ class _Lockstep:
     def __init__(
         self, model: UnifiedModel, prompts: list[TokenRow], params: SamplingParams, group: int, generator: torch.Generator
     ) -> None:
-        self.model, self.params, self.generator = model, params, generator
+        self.model, self.params = model, params
         self.spec, self.device = model.image_spec, model.device
         self.grammar = Grammar.of(model, params)
         self.drafts = [Draft(prompt) for prompt in prompts for _ in range(group)]
         self.index = torch.arange(len(self.drafts), device=self.device)  # (B,) which draft a row writes
         self.num_images = torch.zeros_like(self.index)  # (B,) images begun
-        self.stream = Stream(model, prompts, torch.arange(len(prompts)).repeat_interleave(group))
+        self.chance = Chance(model, params, len(self.drafts), generator)
+        self.sync_every = 1 if self.device.type == "cpu" else 8  # text tokens between two questions whether all rows are done
+        self.room = params.max_text_tokens + len(self.spec.layout)  # positions of a text phase and an image phase
+        self.stream = Stream(model, prompts, torch.arange(len(prompts)).repeat_interleave(group), self.room)
 
     def run(self) -> list[Rollout]:
         while len(self.index):
@@ -87,11 +90,7 @@ class _Lockstep:
         if not bool(keep.all()):
             rows = keep.nonzero().squeeze(1)
             self.index, self.num_images = self.index[rows], self.num_images[rows]
-            self.stream.keep(rows)
-
-    def _noise(self, width: int) -> Tensor:
-        """(B, width) uniform noise from the generator, which lives on the CPU."""
-        return torch.rand(len(self.index), width, generator=self.generator).to(self.device)
+            self.stream.select(rows, self.room)
 
     def _text_phase(self) -> Tensor:
         """All rows write text until each has begun an image or ended. Returns (B,) bool, True where a row draws."""
@@ -99,10 +98,11 @@ class _Lockstep:
         draws = torch.zeros_like(writing)
         truncated = torch.zeros_like(writing)
         tokens, values, wrote = [], [], []
+        chance = self.chance.of_text(self.index)  # (B, max_text_tokens)
         for count in range(1, self.params.max_text_tokens + 1):
             allowed = self.grammar.allowed(self.num_images)
             log_dist = log_distribution(self.model.text_logits(self.stream.hidden), self.params.text, allowed)
-            token = draw(log_dist, self.params.text, self._noise(log_dist.shape[-1]))  # (B,)
+            token = draw(log_dist, self.params.text, chance[:, count - 1])  # (B,)
             tokens.append(token)
             values.append(log_dist.gather(-1, token[:, None]).squeeze(-1))
             wrote.append(writing)
@@ -112,50 +112,60 @@ class _Lockstep:
             if count == self.params.max_text_tokens:
                 truncated, going_on = going_on, torch.zeros_like(going_on)
             self.num_images = self.num_images + begins
-            if not bool((going_on | begins).any()):
+            fed = going_on | begins
+            asks = count % self.sync_every == 0 or count == self.params.max_text_tokens  # asking waits for the device
+            if asks and not bool(fed.any()):
                 break
-            self.stream.feed_text(token, going_on | begins)
+            advance(self.model, [self.stream], [self.model.embed_text(token)[:, None]], fed)
             writing = going_on
-            if not bool(writing.any()):
+            if asks and not bool(writing.any()):
                 break
         self._record_text(torch.stack(tokens, 1).cpu(), torch.stack(values, 1).cpu(), torch.stack(wrote, 1).cpu(), truncated)
         return draws
 
     def _record_text(self, tokens: Tensor, values: Tensor, wrote: Tensor, truncated: Tensor) -> None:
-        for i, draft_index in enumerate(self.index.tolist()):
+        for i, (draft_index, cut) in enumerate(zip(self.index.tolist(), truncated.tolist(), strict=True)):
             draft, kept = self.drafts[draft_index], wrote[i]
             draft.pieces.append((Modality.TEXT, tokens[i][kept], values[i][kept]))
-            draft.truncated |= bool(truncated[i])
+            draft.truncated |= cut
 
     def _image_phase(self) -> None:
-        """Every remaining row draws one image: codes where the layout has them, forced tokens where it says so."""
+        """Every remaining row draws one image: codes where the layout has them, forced tokens where it says so.
+
+        Its twins share every forward pass, until the last code is drawn. What is known is fed at once: a code and the forced
+        tokens behind it make one pass.
+        """
         twins = self._twins()
-        last_code = self.spec.code_offsets[-1]
+        chance = self.chance.of_image(self.index)  # (B, num_positions, D)
         all_codes, all_values = [], []
-        for offset, kind in enumerate(self.spec.layout):
-            streams = [self.stream, *(twins if offset < last_code else [])]
+        waiting: list[Tensor] = []  # (B, H) each: embeddings not fed yet
+        for kind in self.spec.layout:
             if kind == CODE:
-                codes, values = self._draw_position([twin.hidden for twin in twins])
+                self._feed(twins, waiting)
+                codes, values = self._draw_position(twins, chance[:, len(all_codes)])
                 all_codes.append(codes)
                 all_values.append(values)
-                for stream in streams:
-                    stream.feed_codes(codes)
+                waiting = [self.model.embed_codes(codes)]
             else:
-                for stream in streams:
-                    stream.feed_text(torch.full_like(self.index, kind))
+                waiting.append(self.model.embed_text(torch.full_like(self.index, kind)))
+        self._feed([], waiting)
         images, numbers = torch.stack(all_codes, 1).cpu(), torch.stack(all_values, 1).cpu()  # (B, positions, D)
         for i, draft_index in enumerate(self.index.tolist()):
             self.drafts[draft_index].pieces.append((Modality.IMAGE, images[i], numbers[i]))
 
-    def _draw_position(self, twin_hidden: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _feed(self, twins: list[Stream], waiting: list[Tensor]) -> None:
+        if waiting:
+            advance(self.model, [self.stream, *twins], [torch.stack(waiting, 1)] * (1 + len(twins)))
+
+    def _draw_position(self, twins: list[Stream], chance: Tensor) -> tuple[Tensor, Tensor]:
         """The D codes of one position, depth by depth: (B, D) codes and their log-probabilities."""
+        hidden = torch.cat([self.stream.hidden, *(twin.hidden for twin in twins)])
         codes = torch.empty(len(self.index), 0, dtype=torch.long, device=self.device)
         values = []
-        for _ in range(self.spec.depth):
-            others = [self.model.image_step(hidden, codes) for hidden in twin_hidden]
-            logits = mix(self.model.image_step(self.stream.hidden, codes), others, self.params.image)
-            log_dist = log_distribution(logits, self.params.image)
-            code = draw(log_dist, self.params.image, self._noise(log_dist.shape[-1]))
+        for depth in range(self.spec.depth):
+            conditional, *others = self.model.image_step(hidden, codes.repeat(1 + len(twins), 1)).split(len(self.index))
+            log_dist = log_distribution(mix(conditional, others, self.params.image), self.params.image)
+            code = draw(log_dist, self.params.image, chance[:, depth])
             values.append(log_dist.gather(-1, code[:, None]).squeeze(-1))
             codes = torch.cat([codes, code[:, None]], dim=1)
         return codes, torch.stack(values, 1)
@@ -178,5 +188,29 @@ class _Lockstep:
                     places[key] = len(rows)
                     rows.append(prefix)
                 which.append(places[key])
-            twins.append(Stream(self.model, rows, torch.tensor(which)))
+            twins.append(Stream(self.model, rows, torch.tensor(which), len(self.spec.layout)))
         return twins
+
+
+class Chance:
+    """One uniform number for every choice that a document may make, drawn at the start.
+
+    So a choice depends on its document and its place alone: not on who else is in the batch, on how long others write, or on the device.
+    """
+
+    def __init__(self, model: UnifiedModel, params: SamplingParams, num_documents: int, generator: torch.Generator) -> None:
+        spec = model.image_spec
+        rounds, texts, codes = params.max_images + 1, params.max_text_tokens, spec.num_positions * spec.depth
+        drawn = torch.rand(num_documents, rounds, texts + codes, dtype=torch.float64, generator=generator).to(model.device)
+        self._text = drawn[..., :texts]
+        self._image = drawn[..., texts:].unflatten(-1, (spec.num_positions, spec.depth))
+        self._round = -1
+
+    def of_text(self, index: Tensor) -> Tensor:
+        """(B, max_text_tokens) float64 for the next text of these documents, (B,) int64."""
+        self._round += 1
+        return self._text[index, self._round]
+
+    def of_image(self, index: Tensor) -> Tensor:
+        """(B, num_positions, D) float64 for the image behind that text."""
+        return self._image[index, self._round]

@@ -1,54 +1,59 @@
-"""Sequences that share cache slots and grow one position at a time: the documents being written, and their guidance twins."""
+"""Sequences that grow together: the documents being written, and beside them their guidance twins."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from diptych.models.attention import SlotAttention, Slots
 from diptych.models.base import UnifiedModel
 from diptych.tokens import TokenRow, collate
 
 
 class Stream:
-    """B sequences in S cache slots. A row that waits gets an empty slot: the mask has holes, and positions count real tokens.
+    """B sequences that share slots. A row that waits gets an empty slot, and positions count real tokens.
 
     hidden: (B, H), the state that predicts each row's next position.
     position: (B,) int64, real positions so far.
-    attention: (B, S) bool, False where a slot is empty.
     """
 
-    def __init__(self, model: UnifiedModel, rows: list[TokenRow], repeat: Tensor) -> None:
-        """Prefills `rows` together, once each; `repeat` (B,) int64 says which of them each sequence starts from."""
-        self.model, device = model, model.device
-        self.cache: Any = model.new_cache()
+    def __init__(self, model: UnifiedModel, rows: list[TokenRow], repeat: Tensor, room: int) -> None:
+        """Prefills `rows` together, once each; `repeat` (B,) int64 says which of them each sequence starts from.
+        `room`: how many positions will probably follow."""
+        device = model.device
         batch = collate(rows).to(device)
-        lengths = batch.attention_mask.sum(1)  # (P,)
-        states = model.backbone(model.embed(batch), batch.position_ids, batch.attention_mask, self.cache)
-        last = states[torch.arange(len(rows), device=device), lengths - 1]  # (P, H)
-        repeat = repeat.to(device)
-        self.cache.batch_select_indices(repeat)
-        self.hidden, self.position, self.attention = last[repeat], lengths[repeat], batch.attention_mask[repeat]
+        real = None if len({len(row) for row in rows}) == 1 else batch.attention_mask
+        self.slots = Slots(len(rows), device)
+        pass_ = SlotAttention([self.slots], batch.text_ids.shape[1], [real])
+        states = model.backbone(model.embed(batch), batch.position_ids, pass_)
+        pass_.finish()
+        self.position = batch.attention_mask.sum(1)
+        self.hidden = states[torch.arange(len(rows), device=device), self.position - 1]
+        self.select(repeat.to(device), room)
 
-    def keep(self, rows: Tensor) -> None:
-        """Drops all but these rows, (B',) int64."""
-        self.cache.batch_select_indices(rows)
-        self.hidden, self.position, self.attention = self.hidden[rows], self.position[rows], self.attention[rows]
+    def select(self, rows: Tensor, room: int) -> None:
+        """These rows, (B',) int64, with room for so many more positions."""
+        self.slots.select(rows, room)
+        self.hidden, self.position = self.hidden[rows], self.position[rows]
 
-    def feed_text(self, ids: Tensor, active: Tensor | None = None) -> None:
-        """One text token for each row, (B,) int64; rows that are not `active` (B,) bool wait."""
-        self._feed(self.model.embed_text(ids), torch.ones_like(ids, dtype=torch.bool) if active is None else active)
 
-    def feed_codes(self, codes: Tensor) -> None:
-        """One image position for each row, (B, D) int64."""
-        self._feed(self.model.embed_codes(codes), torch.ones(len(codes), dtype=torch.bool, device=codes.device))
+def advance(model: UnifiedModel, streams: Sequence[Stream], embeds: Sequence[Tensor], active: Tensor | None = None) -> None:
+    """One forward pass for all streams together, which feeds each of their rows the same number of positions.
 
-    def _feed(self, embeds: Tensor, active: Tensor) -> None:
-        """(B, H) embeddings."""
-        attention = torch.cat([self.attention, torch.ones_like(active)[:, None]], dim=1)  # a slot sees at least itself
-        hidden = self.model.backbone(embeds[:, None], self.position[:, None], attention, self.cache)[:, -1]
-        self.hidden = torch.where(active[:, None], hidden, self.hidden)
-        self.position = self.position + active
-        attention[:, -1] = active
-        self.attention = attention
+    Args:
+        embeds: for each stream (B, T, H).
+        active: (B,) bool for a single stream and T = 1: rows that are not active wait.
+    """
+    num_positions = embeds[0].shape[1]
+    pass_ = SlotAttention([stream.slots for stream in streams], num_positions, [None if active is None else active[:, None]] * len(streams))
+    positions = torch.cat([stream.position for stream in streams])[:, None] + torch.arange(num_positions, device=embeds[0].device)
+    hidden = model.backbone(torch.cat(list(embeds)), positions, pass_)[:, -1]
+    pass_.finish()
+    for stream, states in zip(streams, hidden.split([len(e) for e in embeds]), strict=True):
+        if active is None:
+            stream.hidden, stream.position = states, stream.position + num_positions
+        else:
+            stream.hidden = torch.where(active[:, None], states, stream.hidden)
+            stream.position = stream.position + active

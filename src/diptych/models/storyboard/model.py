@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel
 
 from diptych.config import ImageSampling, SamplingParams
+from diptych.models.attention import Layout
 from diptych.models.base import ImageSpec, UnifiedModel, check_image_size
 from diptych.models.hf import decode
 from diptych.models.storyboard.codec import PatchCodec
@@ -109,11 +110,8 @@ class StoryboardModel(UnifiedModel):
     def embed_codes(self, codes: Tensor) -> Tensor:
         return torch.stack([self.code_embeddings[d][codes[:, d]] for d in range(codes.shape[1])]).sum(0)
 
-    def backbone(self, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> Tensor:
-        return decode(self.llama, embeds, position_ids, attention_mask, cache)
-
-    def new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self.llama.config)
+    def backbone(self, embeds: Tensor, position_ids: Tensor, attention: Tensor | Layout) -> Tensor:
+        return decode(self.llama, embeds, position_ids, attention)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)

@@ -12,10 +12,11 @@ from typing import Any
 import PIL.Image
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from diptych.config import ImageSampling, SamplingParams, TextSampling
 from diptych.document import Document, Image, Text, to_rgb
+from diptych.models.attention import Layout
 from diptych.models.base import ImageSpec, check_image_size
 from diptych.models.hf import TokenizerModel, decode, load_tokenizer, load_weights, nf4, read_side_files, refuse_special_tokens
 from diptych.models.pixels import padded, square, to_pixels
@@ -69,11 +70,8 @@ class VilaUModel(TokenizerModel):
     def embed_codes(self, codes: Tensor) -> Tensor:
         return self.projector(self.vision.code_sums(codes))
 
-    def backbone(self, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: Any = None) -> Tensor:
-        return decode(self.llm.model, embeds, position_ids, attention_mask, cache)
-
-    def new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self.llm.config)
+    def backbone(self, embeds: Tensor, position_ids: Tensor, attention: Tensor | Layout) -> Tensor:
+        return decode(self.llm.model, embeds, position_ids, attention)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         return self.llm.lm_head(hidden)
