@@ -499,7 +499,7 @@ def test_peak_of_scoring_and_its_gradient(family, lora, wide, text, tmp_path, mo
     model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     peak = allocated_at_peak(lambda: score_and_differentiate(model, text, 3))
     memory = estimate(sizes, DocumentSize(3, 1, text, 1), "lora" if lora else "full")
-    layer = max(text + 3 * sizes.length, 3 * sizes.length) * sizes.layer_bytes(lora) / 2**30
+    layer = (text + 6 * sizes.length) * sizes.layer_bytes(lora) / 2**30
     together = memory.gradients + memory.activations - layer + max(layer, memory.logits)
     assert together * 2**30 == pytest.approx(peak, rel=0.15)
 
@@ -538,25 +538,25 @@ LITTLE = DocumentSize(num_images=2, num_generations=3, text_tokens=10, num_promp
 def test_estimates_by_hand():
     """6 rows of 10 + 2 * 6 = 22 positions, and 6 of one image for the unconditional branch: 168 positions.
 
-    A position's keys and values: 2 * 2 layers * 2 heads * 2 * 2 bytes = 32. Sampled logits: 6 * max(50, 2 * 30) * 16 = 5760.
+    A position's keys and values: 2 * 2 layers * 2 heads * 2 * 2 bytes = 32. Sampled logits: 6 * max(50, 2 * 30) * 20 = 7200.
     q, o: 8 * 8; k, v: 8 * 4; gate, up, down: 8 * 16: 576 a layer. Adapters: 16 * (2 * 16 + 2 * 12 + 3 * 24) = 2048 a layer, 4096.
-    Inputs of the layers: (22 + 12) * 2 * 2 * 8 = 1088. One layer, 22 positions: 36 * 8 + 4 * 4 + 10 * 16 + 28 * 16 = 912 kept, 80 and 192
+    Inputs of the layers: (22 + 12) * 2 * 2 * 8 = 1088. One layer, 22 + 12 positions: 36 * 8 + 4 * 4 + 10 * 16 + 28 * 16 = 912 kept, 80 and 192
     for gradients: 1184 with adapters; 20 * 8 + 4 * 4 + 8 * 16 = 304 and 80: 384 without.
     Scored logits: (10 * 50 + 2 * 4 * 3 * 30 * 2) * 20 = 38800.
     """
     memory = {mode: {k: round(v * 2**30) for k, v in dataclasses.asdict(estimate(SMALL, LITTLE, mode)).items()} for mode in
               ("sampling", "lora", "qlora", "full")}  # fmt: skip
     assert memory["sampling"]["kv_cache"] == 168 * 32
-    assert memory["sampling"]["total"] == 10_000 + 5376 + 5760
+    assert memory["sampling"]["total"] == 10_000 + 5376 + 7200
     lora = memory["lora"]
     assert (lora["weights"], lora["gradients"], lora["optimizer"]) == (10_000 + 4 * 4096, 4 * 4096, 8 * 4096)
-    assert (lora["activations"], lora["logits"]) == (1088 + 22 * 1184, 38_800)
-    assert lora["total"] == 26_384 + 32_768 + 16_384 + 1088 + 38_800
+    assert (lora["activations"], lora["logits"]) == (1088 + 34 * 1184, 38_800)
+    assert lora["total"] == 26_384 + 32_768 + 16_384 + 1088 + 34 * 1184
     # 576 numbers a layer in 4 bits: 288 bytes; a scale for up to 64: q, k, v, o 1 each, the others 2 each; 4 more bytes for each matrix
     assert memory["qlora"]["weights"] == 26_384 - 2 * 1152 + 2 * (288 + 10 + 7 * 4)
     full = memory["full"]
     assert (full["weights"], full["gradients"], full["optimizer"]) == (10_000, 6000, 12_000)
-    assert full["activations"] == 1088 + 22 * 384
+    assert full["activations"] == 1088 + 34 * 384
     assert full["total"] == 10_000 + 12_000 + 6000 + 1088 + 38_800
     assert estimate(SMALL, LITTLE, "full", kl=True).total * 2**30 == pytest.approx(full["total"] + 10_000)
     with pytest.raises(ValueError, match="mode is 'fp8'; allowed are sampling, lora"):

@@ -132,11 +132,20 @@ def parity_gap(model, rollouts, params) -> float:
     return float(gap[batch.choice_mask].max())
 
 
+def shift_other_branches(monkeypatch, by: int) -> None:
+    right = scorer._states
+
+    def shifted(*arguments):
+        hidden, place, others = right(*arguments)
+        return hidden, place, [at.roll(by) for at in others]
+
+    monkeypatch.setattr(scorer, "_states", shifted)
+
+
 def test_fault_image_logprobs_shifted_by_one(tiny_model, guided_params, monkeypatch):
     rollouts = roll(tiny_model, guided_params)
-    right = scorer.other_image_states
     assert parity_gap(tiny_model, rollouts, guided_params) < 1e-4
-    monkeypatch.setattr(scorer, "other_image_states", lambda *a: [states.roll(1, dims=0) for states in right(*a)])
+    shift_other_branches(monkeypatch, 1)
     assert parity_gap(tiny_model, rollouts, guided_params) > 0.1
 
 
@@ -149,8 +158,7 @@ def test_fault_conditional_logprobs_shifted_by_one(tiny_model, guided_params, mo
 
 def test_fault_guidance_rows_mispaired(tiny_model, guided_params, monkeypatch):
     rollouts = roll(tiny_model, guided_params)
-    right, whole_image = scorer.other_image_states, tiny_model.image_spec.num_positions
-    monkeypatch.setattr(scorer, "other_image_states", lambda *a: [states.roll(whole_image, dims=0) for states in right(*a)])
+    shift_other_branches(monkeypatch, tiny_model.image_spec.num_positions)
     assert parity_gap(tiny_model, rollouts, guided_params) > 0.1
 
 
@@ -182,13 +190,13 @@ def test_fault_sampled_tokens_overwritten(tiny_model, guided_params):
     assert parity_gap(tiny_model, rollouts, guided_params) > 1e-3
 
 
-def test_fault_left_padding_changes_positions(tiny_model, guided_params):
-    """Positions count real tokens; counting slots instead (as with left padding and no position ids) is seen."""
+def test_fault_left_padding_changes_positions(tiny_model, guided_params, monkeypatch):
+    """Positions count a sequence's own real tokens; counting slots instead (as with left padding and no position ids) is seen."""
     rollouts = roll(tiny_model, guided_params)
-    batch = collate([r.row for r in rollouts])
-    shifted = dataclasses.replace(batch, position_ids=batch.position_ids + torch.arange(len(batch))[:, None] * (batch.position_ids > 2))
-    gap = (score(tiny_model, shifted, guided_params).logprobs - sampled_logprobs(rollouts)).abs()
-    assert gap[batch.choice_mask].max() > 1e-2
+    right = type(tiny_model).backbone
+    shifted = lambda self, embeds, positions, layout: right(self, embeds, torch.arange(positions.shape[1])[None], layout)  # noqa: E731
+    monkeypatch.setattr(type(tiny_model), "backbone", shifted)
+    assert parity_gap(tiny_model, rollouts, guided_params) > 1e-2
 
 
 def test_fault_truncation_judged_per_sequence(tiny_model, guided_params):

@@ -84,7 +84,7 @@ def test_warmup_lowers_both_losses(tiny_folder, tmp_path):
 def test_grpo_raises_a_reward_that_any_model_can_learn(tiny_folder, tmp_path):
     config = grpo_config(
         tiny_folder, tmp_path / "run", max_steps=20, prompts_per_step=4, num_generations=8, num_minibatches=1,
-        rewards=[{"name": "toy_rewards:likes_ball"}], optim={"lr": 1e-2}, text={}, image={},
+        rewards=[{"name": "toy_rewards:likes_ball"}], optim={"lr": 3e-3}, text={}, image={},
         sampling={"max_images": 0, "max_text_tokens": 8},
     )  # fmt: skip
     grpo(config)

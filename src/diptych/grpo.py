@@ -217,7 +217,7 @@ def replay(model: UnifiedModel, batch: TokenBatch, config: GRPOConfig, guided: b
     """Log-probabilities and entropy of every choice without gradient, micro-batch by micro-batch."""
     logprobs = torch.zeros(batch.codes.shape, device=batch.device)
     entropy = torch.zeros_like(logprobs)
-    for index in micro_batches(batch, torch.arange(len(batch)), config.micro_batch_size):
+    for index in micro_batches(torch.arange(len(batch)), config.micro_batch_size):
         scores = score(model, batch[index], config.sampling, guided=guided)
         logprobs[index, : scores.logprobs.shape[1]] = scores.logprobs
         entropy[index, : scores.logprobs.shape[1]] = scores.entropy
@@ -262,10 +262,9 @@ def minibatches(config: GRPOConfig, size: int, step: int) -> list[Tensor]:
     return parts
 
 
-def micro_batches(batch: TokenBatch, rows: Tensor, size: int) -> list[Tensor]:
-    """`rows` from short to long, in parts of `size`: rows of like length share a forward pass, so little padding is computed."""
-    lengths = batch.attention_mask[rows.to(batch.device)].sum(1).cpu()
-    return list(rows[lengths.argsort(stable=True)].split(size))
+def micro_batches(rows: Tensor, size: int) -> list[Tensor]:
+    """`rows` in parts of `size`, those of one group together, so that their prompt is computed once."""
+    return list(rows.sort().values.split(size))
 
 
 def accumulate_gradient(
@@ -276,7 +275,7 @@ def accumulate_gradient(
     counts = global_counts(batch, rows, config.sampling, model)
     total: dict[str, float] = {"loss": 0.0}
     needs_entropy = bool(config.text.entropy_coef or config.image.entropy_coef)
-    for index in micro_batches(batch, rows, config.micro_batch_size):
+    for index in micro_batches(rows, config.micro_batch_size):
         part = batch[index]
         width = part.text_ids.shape[1]
         scores = score(model, part, config.sampling, guided=config.score_guidance == "exact", entropy_gradient=needs_entropy)

@@ -7,7 +7,7 @@ Without, it gives the plain model's likelihood (supervised training).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from diptych.config import SamplingParams, TextSampling
 from diptych.models.base import UnifiedModel
+from diptych.models.packing import pack
 from diptych.sampling.distribution import Grammar, log_distribution, resolve
 from diptych.sampling.guidance import branch_prefixes, mix, num_branches
-from diptych.tokens import TokenBatch, TokenRow, collate
+from diptych.tokens import Modality, TokenBatch, TokenRow
 
 _PLAIN = TextSampling()
 CHUNK_LOGITS = 2**24  # 64 MiB in float32, of which a few copies exist
@@ -52,32 +53,67 @@ def score(
     if bool(batch.completion_mask[:, 0].any()):
         raise ValueError("a chosen token stands at position 0; nothing predicts it, so put a prompt before it")
     params = None if params is None else resolve(params, model)
-    hidden = model.backbone(model.embed(batch), batch.position_ids, batch.attention_mask)  # (B, T, H)
     # The state at t - 1 predicts the token at t.
     row, column = batch.completion_mask.nonzero(as_tuple=True)  # (N,), row-major
     is_text = batch.text_mask[row, column]
     text_at, image_at = (row[is_text], column[is_text]), (row[~is_text], column[~is_text])
+    guides = guided and params is not None and num_branches(params.image) > 0 and len(image_at[0]) > 0
+    hidden, place, others = _states(model, batch, params if guides else None)
 
     logprobs = torch.zeros(batch.codes.shape, device=batch.device)  # (B, T, D)
     entropy = torch.zeros_like(logprobs)
     if len(text_at[0]):
-        values, bits = _score_text(model, batch, hidden, text_at, params, entropy_gradient)
+        states = hidden[place[text_at[0], text_at[1] - 1]]
+        values, bits = _score_text(model, batch, states, text_at, params, entropy_gradient)
         logprobs = logprobs.index_put((*text_at, torch.zeros_like(text_at[0])), values)
         entropy = entropy.index_put((*text_at, torch.zeros_like(text_at[0])), bits)
     if len(image_at[0]):
-        values, bits = _score_images(model, batch, hidden, image_at, params, guided, entropy_gradient)
+        states = hidden[place[image_at[0], image_at[1] - 1]]
+        values, bits = _score_images(model, states, [hidden[at] for at in others], batch.codes[image_at], params, entropy_gradient)
         logprobs = logprobs.index_put(image_at, values)
         entropy = entropy.index_put(image_at, bits)
     return Scores(logprobs, entropy)
 
 
+def _states(model: UnifiedModel, batch: TokenBatch, guidance: SamplingParams | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """One forward pass over the batch's sequences and, with `guidance`, over the other branches of their images.
+
+    Returns:
+        hidden (N, H); place (B, T): where each position's state is in it; and for each other branch (M,) int64, where the states are
+        that predict the codes of all images, in row-major order.
+    """
+    rows = batch.to("cpu").rows()
+    sequences, beginnings = list(rows), [row.prompt_length for row in rows]
+    branches = [branch for row in rows for branch in image_branches(model, row, guidance)] if guidance is not None else []
+    sequences += [TokenRow.concat([prefix, drawn]) for branch in branches for prefix, drawn in branch]
+    beginnings += [len(prefix) for branch in branches for prefix, _ in branch]
+    packed = pack(sequences, beginnings, batch.device)
+    hidden = model.backbone(model.embed(packed.batch), packed.batch.position_ids, packed.layout)[0]
+    place = torch.nn.utils.rnn.pad_sequence(packed.place[: len(rows)], batch_first=True).to(batch.device)
+    places = iter(packed.place[len(rows) :])
+    before_codes = torch.tensor(model.image_spec.code_offsets) - 1
+    found: list[list[Tensor]] = [[] for _ in (branches[0] if branches else ())]
+    for branch in branches:
+        for states, (prefix, _) in zip(found, branch, strict=True):
+            states.append(next(places)[len(prefix) + before_codes])
+    return hidden, place, [torch.cat(states).to(batch.device) for states in found]
+
+
+def image_branches(model: UnifiedModel, row: TokenRow, params: SamplingParams) -> Iterator[list[tuple[TokenRow, TokenRow]]]:
+    """For each image of an answer, and each other branch of its guidance: the sequence up to `begin_id`, and the positions behind it
+    whose states predict codes."""
+    spec = model.image_spec
+    chosen = ((row.modality == Modality.IMAGE) & row.completion_mask).nonzero().squeeze(1)
+    assert len(chosen) % spec.num_positions == 0, "images are sampled whole"
+    for positions in chosen.view(-1, spec.num_positions):
+        begin = int(positions[0]) - 1 - spec.code_offsets[0]
+        drawn = spec.row(row.codes[positions], chosen=True, step=0, begin_step=0)[1 : 1 + spec.code_offsets[-1]]
+        context = partial(row.__getitem__, slice(0, begin))
+        yield [(prefix, drawn) for prefix in branch_prefixes(model, params.image, row.prompt_length, context)]
+
+
 def _score_text(
-    model: UnifiedModel,
-    batch: TokenBatch,
-    hidden: Tensor,
-    at: tuple[Tensor, Tensor],
-    params: SamplingParams | None,
-    entropy_gradient: bool,
+    model: UnifiedModel, batch: TokenBatch, states: Tensor, at: tuple[Tensor, Tensor], params: SamplingParams | None, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     row, column = at
     grammar = None if params is None else Grammar.of(model, params)
@@ -91,17 +127,12 @@ def _score_text(
         log_dist = log_distribution(model.text_logits(states), _PLAIN if params is None else params.text, allowed)  # (n, V)
         return _gather(log_dist, chosen, entropy_gradient)
 
-    return in_chunks(score_some, model.vocab_size, hidden[row, column - 1], batch.text_ids[row, column], num_images[row, column])
+    return in_chunks(score_some, model.vocab_size, states, batch.text_ids[row, column], num_images[row, column])
 
 
 def _score_images(
-    model: UnifiedModel, batch: TokenBatch, hidden: Tensor, at: tuple[Tensor, Tensor],
-    params: SamplingParams | None, guided: bool, entropy_gradient: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    row, column = at
-    guides = guided and params is not None and num_branches(params.image) > 0
-    others = other_image_states(model, batch, row, column, params) if guides and params is not None else []
-
+    model: UnifiedModel, states: Tensor, others: list[Tensor], codes: Tensor, params: SamplingParams | None, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
     def score_some(codes: Tensor, states: Tensor, *other_states: Tensor) -> tuple[Tensor, Tensor]:
         logits = model.image_logits(states, codes)  # (n, D, K)
         if params is None:
@@ -110,31 +141,7 @@ def _score_images(
         return _gather(log_distribution(logits, params.image), codes, entropy_gradient)
 
     spec = model.image_spec
-    width = spec.depth * spec.codebook_size * (1 + len(others))
-    return in_chunks(score_some, width, batch.codes[row, column], hidden[row, column - 1], *others)
-
-
-def other_image_states(model: UnifiedModel, batch: TokenBatch, row: Tensor, column: Tensor, params: SamplingParams) -> list[Tensor]:
-    """The states that predict the codes at (row, column), each (N,), in the other branches of guidance: a list of (N, H)."""
-    spec = model.image_spec
-    assert len(row) % spec.num_positions == 0, "images are sampled whole"
-    codes = batch.codes[row, column].cpu()  # (N, D)
-    prompt_lengths = batch.prompt_lengths.tolist()
-    prefixes, spans = [], []
-    for image in range(len(row) // spec.num_positions):
-        first = image * spec.num_positions
-        index, begin = int(row[first]), int(column[first]) - 1 - spec.code_offsets[0]
-        drawn = codes[first : first + spec.num_positions]
-        spans.append(spec.row(drawn, chosen=True, step=0, begin_step=0)[1:])
-        context = partial(_context, batch, index, begin)
-        prefixes.append(branch_prefixes(model, params.image, prompt_lengths[index], context))
-    found = []
-    for branch in zip(*prefixes, strict=True):
-        other = collate([TokenRow.concat([prefix, span]) for prefix, span in zip(branch, spans, strict=True)]).to(batch.device)
-        hidden = model.backbone(model.embed(other), other.position_ids, other.attention_mask)
-        at, place = (other.image_mask & other.completion_mask).nonzero(as_tuple=True)
-        found.append(hidden[at, place - 1])
-    return found
+    return in_chunks(score_some, spec.depth * spec.codebook_size * (1 + len(others)), codes, states, *others)
 
 
 def in_chunks(function: Callable[..., tuple[Tensor, Tensor]], width: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,10 +160,6 @@ def in_chunks(function: Callable[..., tuple[Tensor, Tensor]], width: int, *tenso
         found = [function(*piece) for piece in pieces]
     values, bits = zip(*found, strict=True)
     return torch.cat(values), torch.cat(bits)
-
-
-def _context(batch: TokenBatch, index: int, begin: int) -> TokenRow:
-    return batch.row(index).to("cpu")[:begin]
 
 
 def _gather(log_dist: Tensor, chosen: Tensor, entropy_gradient: bool) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,12 @@ class TokenRow:
     def __len__(self) -> int:
         return len(self.text_ids)
 
+    @property
+    def prompt_length(self) -> int:
+        """Positions before the first that belongs to a document step."""
+        answer = (self.step_ids >= 0).nonzero()
+        return int(answer[0]) if len(answer) else len(self)
+
     @classmethod
     def text(cls, ids: Sequence[int], depth: int, *, chosen: bool = False, step: int = -1) -> TokenRow:
         n = len(ids)
@@ -165,11 +171,6 @@ class TokenBatch:
         return self.modality == Modality.FEATURE
 
     @property
-    def prompt_lengths(self) -> Tensor:
-        """(B,) int64: positions before the answer."""
-        return ((self.step_ids < 0) & self.attention_mask).sum(1)
-
-    @property
     def choice_mask(self) -> Tensor:
         """(B, T, D) bool: every single choice of the policy. A text token is one choice (at depth 0), an image position D."""
         depth_zero = torch.arange(self.depth, device=self.device) == 0  # (D,)
@@ -194,6 +195,9 @@ class TokenBatch:
         length = int(self.attention_mask[index].sum())
         parts = {name: getattr(self, name)[index, :length] for name in _PER_POSITION}
         return TokenRow(**parts, pixels=self.pixels[index] if self.pixels else ())
+
+    def rows(self) -> list[TokenRow]:
+        return [self.row(index) for index in range(len(self))]
 
 
 _ON_DEVICE = (*_PER_POSITION, "position_ids")

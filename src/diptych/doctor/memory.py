@@ -17,7 +17,7 @@ MODES = ("sampling", "lora", "qlora", "full")
 USABLE = 0.9  # of a GPU's memory: the rest is the CUDA context, the allocator's gaps, and what the estimates leave out
 _RANK = LoraConfig().r
 _KEPT_IN_FLOAT32 = "rqvaesiglip.quantizer.codebooks."  # VILA-U's codebooks
-_SAMPLING_BYTES = 16  # a logit while sampling, float32: logits, log-probabilities, noise, Gumbel noise
+_SAMPLING_BYTES = 20  # a logit while sampling: logits, log-probabilities and probabilities in float32, their sum so far in float64
 _SCORING_BYTES = 20  # a logit while training: bf16, float32, log-probability, its gradient and the gathered one, bf16 gradient
 
 
@@ -149,10 +149,10 @@ def estimate(sizes: Sizes, document: DocumentSize, mode: str, *, kl: bool = Fals
 
     sampling  weights in bf16
               + KV cache of R * T positions, and of R * (one image) for each other branch of guidance
-              + logits: R * max(V, K * branches) * 16 bytes
+              + logits: R * max(V, K * branches) * 20 bytes
     lora      bf16 weights, float32 adapters of rank 16 on all decoder matrices (4 bytes), their gradients (4), Adam's moments (8)
               + activations of a micro-batch of one row with gradient checkpointing, exact guidance included:
-                (T + L * other branches) * layers * 2 H bytes, and one layer anew: max(T, L) * `Sizes.layer_bytes`
+                (T + L * other branches) * (layers * 2 H bytes, and one layer anew: `Sizes.layer_bytes`)
               + logits: (text * V + images * positions * D * K * branches) * 20 bytes
     qlora     the same with the decoder matrices in NF4 (`Sizes.nf4_bytes`)
     full      bf16 weights and gradients; moments in bf16 too, since torch's AdamW works on the weights themselves, without a float32
@@ -181,7 +181,7 @@ def estimate(sizes: Sizes, document: DocumentSize, mode: str, *, kl: bool = Fals
     gradients, optimizer = (4 * sizes.lora(), 8 * sizes.lora()) if adapted else (2 * sizes.trained, 4 * sizes.trained)
     reference = sizes.weight_bytes if kl and not adapted else 0
     inputs = (sizes.answer(document) + images * sizes.branches) * sizes.layers * 2 * sizes.hidden
-    layer = max(sizes.answer(document), images) * sizes.layer_bytes(adapted)
+    layer = (sizes.answer(document) + images * sizes.branches) * sizes.layer_bytes(adapted)
     codes = document.num_images * sizes.positions * sizes.depth
     logits = (document.text_tokens * sizes.vocab + codes * sizes.codebook * branches) * _SCORING_BYTES
     phases = [kv_cache + drawing, gradients + inputs + max(layer, logits), gradients * (1 if adapted else 2)]

@@ -6,14 +6,14 @@ function (transformers' `AttentionInterface`). Two layouts exist: `SlotAttention
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 _NAME = "diptych_layout"
 
@@ -25,23 +25,22 @@ class Layout(Protocol):
 
 
 def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, scaling: float, layout: Layout, **_: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, scaling: float, layout: Layout | None = None, **_: Any
 ) -> tuple[Tensor, None]:
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     return layout.attend(module, query, key, value, scaling), None
 
 
 AttentionInterface.register(_NAME, _attend)
+AttentionMaskInterface.register(_NAME, sdpa_mask)
 
 
-@contextlib.contextmanager
-def own_attention(config: Any) -> Iterator[None]:
-    """Inside, the decoder with this config attends through the `layout` that it is called with."""
-    before = config._attn_implementation
-    config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+def accept_layouts(config: Any) -> None:
+    """From now on the decoder with this config attends through the `layout` that it is called with, and as `sdpa` where there is none.
+    (For good, because gradient checkpointing calls layers again during the backward pass.)"""
+    if config._attn_implementation != _NAME:
+        config._attn_implementation = _NAME
 
 
 class Slots:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from diptych.document import Document, Text, to_rgb
-from diptych.models.attention import Layout, own_attention
+from diptych.models.attention import Layout, accept_layouts
 from diptych.models.base import UnifiedModel
 from diptych.tokens import TokenRow
 
@@ -204,12 +204,12 @@ def decode(decoder: Any, embeds: Tensor, position_ids: Tensor, attention: Tensor
     """
     for layer in decoder.layers:
         layer.training = torch.is_grad_enabled()
+    accept_layouts(decoder.config)
     if isinstance(attention, Tensor):
-        output = decoder(inputs_embeds=embeds, position_ids=position_ids, attention_mask=attention, use_cache=False)
-    else:
-        unused = embeds.new_ones(1, 1, 1, 1)  # a mask of four dimensions is left alone; none at all would be built
-        with own_attention(decoder.config):
-            output = decoder(inputs_embeds=embeds, position_ids=position_ids, attention_mask=unused, use_cache=False, layout=attention)
+        arguments: dict[str, Any] = {"attention_mask": attention}
+    else:  # a mask of four dimensions is left alone; none at all would be built
+        arguments = {"attention_mask": embeds.new_ones(1, 1, 1, 1), "layout": attention}
+    output = decoder(inputs_embeds=embeds, position_ids=position_ids, use_cache=False, **arguments)
     return output.last_hidden_state
 
 

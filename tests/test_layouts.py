@@ -1,0 +1,115 @@
+"""Slots and packed rows against each sequence alone, in plain causal attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from family_data import prompts
+
+from diptych.models import UnifiedModel, load_model
+from diptych.models.attention import SlotAttention, Slots
+from diptych.models.packing import pack
+from diptych.tokens import TokenRow, collate
+
+
+def alone(model: UnifiedModel, row: TokenRow) -> torch.Tensor:
+    """(T, H)"""
+    batch = collate([row])
+    return model.backbone(model.embed(batch), batch.position_ids, batch.attention_mask)[0]
+
+
+def row_of(model: UnifiedModel, words: list[int]) -> TokenRow:
+    return TokenRow.text([1 + word % (model.vocab_size - 1) for word in words], model.image_spec.depth)
+
+
+def some_rows(model: UnifiedModel) -> tuple[list[TokenRow], list[int]]:
+    """Two groups that share a prompt of 4 and of 7, one sequence of its own, two that are equal, one without a prompt."""
+    heads = [row_of(model, [5, 6, 7, 8]), row_of(model, [9, 3, 5, 6, 7, 8, 2])]
+    tails = [[11], [12, 13, 14], [15, 16], [11, 12, 13, 14, 15, 16], [17, 18], [12, 13, 14]]
+    rows = [TokenRow.concat([heads[i % 2], row_of(model, tail)]) for i, tail in enumerate(tails)]
+    rows += [rows[1], row_of(model, [20, 21, 22]), row_of(model, [30, 31])]
+    return rows, [4, 7, 4, 7, 4, 7, 7, 1, 0]
+
+
+@pytest.fixture
+def model(models, family, tiny_model) -> UnifiedModel:
+    return tiny_model if family == "storyboard" else models[family]
+
+
+def test_packed_states_and_gradients_equal_those_of_each_sequence_alone(model):
+    rows, beginnings = some_rows(model)
+    weights = [torch.randn(len(row), 1, generator=torch.Generator().manual_seed(i)) for i, row in enumerate(rows)]
+    found = []
+    for packed in (False, True):
+        model.zero_grad()
+        if packed:
+            whole = pack(rows, beginnings, model.device)
+            flat = model.backbone(model.embed(whole.batch), whole.batch.position_ids, whole.layout)[0]
+            states = [flat[place] for place in whole.place]
+            assert len(flat) == 4 + 7 + sum(len(row) - b for row, b in zip(rows[:7], beginnings, strict=False)) + 3 + 2
+        else:
+            states = [alone(model, row) for row in rows]
+        sum((s * w).sin().sum() for s, w in zip(states, weights, strict=True)).backward()
+        found.append((states, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+    (plain, gradients), (together, others) = found
+    for a, b in zip(plain, together, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, atol=1e-5 + 1e-4 * float(gradient.abs().max()), rtol=1e-4)
+    model.zero_grad()
+
+
+def test_a_common_prompt_with_pictures_is_one_object_and_stands_once(models):
+    """Janus reads pictures as features: rows that hold the same objects share them, equal pictures elsewhere do not."""
+    janus = models["janus"]
+    first, second = janus.encode_prompt(prompts()[1]), janus.encode_prompt(prompts()[1])
+    rows = [TokenRow.concat([prompt, row_of(janus, [5, 6, i])]) for i, prompt in enumerate((first, first, second))]
+    whole = pack(rows, [len(first)] * 3, janus.device)
+    assert whole.batch.text_ids.shape[1] == 2 * len(first) + 9
+    with torch.no_grad():
+        flat = janus.backbone(janus.embed(whole.batch), whole.batch.position_ids, whole.layout)[0]
+        for row, place in zip(rows, whole.place, strict=True):
+            torch.testing.assert_close(flat[place], alone(janus, row), atol=2e-5, rtol=0)
+
+
+def test_packing_pads_no_position():
+    model = load_model("storyboard")
+    rows = [row_of(model, list(range(n))) for n in range(1, 48)]
+    whole = pack(rows, [0] * len(rows), model.device)
+    assert whole.batch.text_ids.shape[1] == sum(map(len, rows))
+    assert whole.batch.attention_mask.all()
+    assert torch.equal(torch.cat(whole.place).sort().values, torch.arange(sum(map(len, rows))))
+
+
+@torch.no_grad()
+def test_slots_with_holes_selected_rows_and_several_blocks_equal_each_sequence_alone(model):
+    """Two blocks in one pass, one of them with rows that wait; rows dropped and repeated in between; buffers that grow."""
+    prompt_rows = [row_of(model, [5, 6, 7]), row_of(model, [8, 9])]
+    other_rows = [row_of(model, [40, 41, 42, 43, 44])]
+    blocks = [Slots(2, model.device), Slots(1, model.device)]
+    said: list[list[TokenRow]] = [list(prompt_rows), list(other_rows)]
+    for block, rows in zip(blocks, (prompt_rows, other_rows), strict=True):
+        batch = collate(rows)
+        layout = SlotAttention([block], batch.text_ids.shape[1], [None if len(rows) == 1 else batch.attention_mask])
+        model.backbone(model.embed(batch), batch.position_ids, layout)
+        layout.finish()
+    for block, order, rows in zip(blocks, ([0, 0, 1], [0, 0]), range(2), strict=True):
+        block.select(torch.tensor(order), room=1)
+        said[rows] = [said[rows][i] for i in order]
+    pattern = [[True, False, True], [False, True, True], [True, True, True], [True, True, False]]
+    for step, active in enumerate(pattern):
+        layout = SlotAttention(blocks, 2, [torch.tensor(active)[:, None].expand(-1, 2), None])
+        new = [[row_of(model, [50 + 9 * step + i, 51 + 9 * step + i]) for i in range(len(rows))] for rows in said]
+        positions = torch.tensor([len(row) for rows in said for row in rows])[:, None] + torch.arange(2)
+        states = model.backbone(model.embed_text(torch.stack([r.text_ids for rows in new for r in rows])), positions, layout)
+        layout.finish()
+        grown = [[TokenRow.concat([a, b]) for a, b in zip(rows, more, strict=True)] for rows, more in zip(said, new, strict=True)]
+        for row, state, goes_on in zip([*grown[0], *grown[1]], states, [*active, True, True], strict=True):
+            if goes_on:
+                torch.testing.assert_close(state, alone(model, row)[-2:], atol=3e-5, rtol=0)
+        said[0] = [new_row if goes_on else row for row, new_row, goes_on in zip(said[0], grown[0], active, strict=True)]
+        said[1] = grown[1]
+    assert not blocks[0].full
+    assert blocks[1].full
+    assert blocks[1].visible(None, 1) is None
