@@ -1,10 +1,12 @@
-"""Models with random weights in given sizes, and documents of a given shape: what the benchmarks run on. Nothing is downloaded."""
+"""Models with random weights in given sizes, prompts and documents of a given shape, and this machine's matrix rate: what the
+benchmarks stand on. Nothing is downloaded."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from diptych.models import UnifiedModel, load_model
 from diptych.models.vila_u.config import VisionConfig
 from diptych.models.vila_u.model import VilaUModel
 from diptych.models.vila_u.vision import Projector, VisionTower
+from diptych.tokens import TokenRow
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from toy_checkpoints import MAKERS, VILA_U  # tokenizers and layouts of the families
@@ -128,3 +131,25 @@ def documents_of(model: UnifiedModel, images: int, words: int) -> Iterator[None]
         yield
     finally:
         del model.text_logits
+
+
+def prompts(model: UnifiedModel, count: int, length: int) -> list[TokenRow]:
+    """`count` prompts of `length` to 1.5 * `length` tokens."""
+    generator = torch.Generator().manual_seed(0)
+    legal = torch.tensor(sorted(set(range(model.vocab_size)) - set(model.forbidden_text_ids()) - {model.image_spec.begin_id, model.eos_id}))
+    lengths = [length + (i * length) // (2 * count) for i in range(count)]
+    return [TokenRow.text(legal[torch.randint(len(legal), (n,), generator=generator)].tolist(), model.image_spec.depth) for n in lengths]
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> float:
+    """Floating-point operations a second of a linear layer from `width` to 4 * `width` on so many rows; the best of ten runs."""
+    states, weight = torch.randn(rows, width, device=device, dtype=dtype), torch.randn(4 * width, width, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        for _ in range(10):
+            torch.nn.functional.linear(states, weight)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - began) / 10)
+    return 2 * states.numel() * 4 * width / best

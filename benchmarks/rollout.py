@@ -14,6 +14,7 @@ multiplications of our side alone take at the matrix rate measured here.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import statistics
 import tempfile
@@ -22,24 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _shapes import SIZES, documents_of, random_model
+from _shapes import SIZES, documents_of, matrix_rate, prompts, random_model
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaModel
 
 from diptych.config import ImageSampling, SamplingParams
 from diptych.models import UnifiedModel, load_model
-from diptych.models.hf import decode
+from diptych.models.pixels import to_images
 from diptych.runtime import pick_device, versions
 from diptych.sampling.engine import sample
+from diptych.sampling.rollout import PICTURES_AT_ONCE
 from diptych.tokens import TokenRow
 
-
-def prompts(model: UnifiedModel, count: int, length: int) -> list[TokenRow]:
-    """`count` prompts of `length` to 1.5 * `length` tokens."""
-    generator = torch.Generator().manual_seed(0)
-    legal = torch.tensor(sorted(set(range(model.vocab_size)) - set(model.forbidden_text_ids()) - {model.image_spec.begin_id, model.eos_id}))
-    lengths = [length + (i * length) // (2 * count) for i in range(count)]
-    return [TokenRow.text(legal[torch.randint(len(legal), (n,), generator=generator)].tolist(), model.image_spec.depth) for n in lengths]
+# transformers 5.24 renamed the argument of every decoder's forward
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 class Peers:
@@ -51,7 +48,7 @@ class Peers:
 
     @torch.no_grad()
     def rollout(self, rows: list[TokenRow], group: int, images: int, words: int) -> int:
-        """Writes all documents; returns the positions written."""
+        """Writes all documents and decodes their pictures; returns the positions written."""
         model, spec = self.model, self.model.image_spec
         longest = max(map(len, rows))
         ids = torch.stack([torch.nn.functional.pad(row.text_ids, (longest - len(row), 0)) for row in rows]).to(model.device)
@@ -64,7 +61,9 @@ class Peers:
             begin = self._token(spec.begin_id, len(context))
             context, mask = torch.cat([context, begin], 1), self._longer(mask, 1)
             blank = torch.cat([blank, blank[:, -1:].expand(-1, context.shape[1] - blank.shape[1] - 1, -1), begin], 1)
-            drawn = self._image(context, blank, mask)
+            drawn, codes = self._image(context, blank, mask)
+            for some in codes.split(PICTURES_AT_ONCE):
+                to_images(model.decode_codes(some))
             end = self._token(spec.end_id, len(context))
             context, blank = torch.cat([context, drawn, end], 1), torch.cat([blank, drawn, end], 1)
             mask = self._longer(mask, drawn.shape[1] + 1)
@@ -86,7 +85,11 @@ class Peers:
     def _step(self, embeds: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         """State of the newest position, (B, H)."""
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
-        return decode(self.model.language_model, embeds, positions, mask, cache)[:, -1]
+        language_model: Any = self.model.language_model
+        if embeds.shape[1] == 1:
+            mask = mask[:, None, None]  # ready for the attention: saves them building it
+        arguments = {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask, "use_cache": True, CACHE_ARGUMENT: cache}
+        return language_model(**arguments).last_hidden_state[:, -1]
 
     def _text(self, context: Tensor, mask: Tensor, words: int) -> tuple[Tensor, Tensor]:
         hidden, cache = self._prefill(context, mask)
@@ -97,35 +100,23 @@ class Peers:
             hidden = self._step(embeds, mask, cache)
         return context, mask
 
-    def _image(self, context: Tensor, blank: Tensor, mask: Tensor) -> Tensor:
+    def _image(self, context: Tensor, blank: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, positions, H) and codes (B, positions, D) of a picture for each row."""
         spec, rows = self.model.image_spec, len(context)
         hidden, cache = self._prefill(torch.cat([context, blank]), mask.repeat(2, 1))  # conditional and unconditional rows
-        mask, drawn = mask.repeat(2, 1), []
+        mask, drawn, chosen = mask.repeat(2, 1), [], []
         for _ in range(spec.num_positions):
             codes = torch.empty(rows, 0, dtype=torch.long, device=hidden.device)
             for _ in range(spec.depth):
                 conditional, unconditional = self.model.image_step(hidden, codes.repeat(2, 1)).chunk(2)
                 logits = unconditional + self.scale * (conditional - unconditional)
                 codes = torch.cat([codes, torch.multinomial(logits.float().softmax(-1), 1)], 1)
+            chosen.append(codes)
             embeds = self.model.embed_codes(codes)[:, None]
             drawn.append(embeds)
             mask = self._longer(mask, 1)
             hidden = self._step(embeds.repeat(2, 1, 1), mask, cache)
-        return torch.cat(drawn, 1)
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> float:
-    """Floating-point operations a second of (rows, width) @ (width, 4 * width)."""
-    a, b = torch.randn(rows, width, device=device, dtype=dtype), torch.randn(width, 4 * width, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        for _ in range(10):
-            a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, (time.perf_counter() - began) / 10)
-    return 2 * a.numel() * 4 * width / best
+        return torch.cat(drawn, 1), torch.stack(chosen, 1)
 
 
 def operations(model: UnifiedModel, rows: list[TokenRow], group: int, images: int, words: int) -> float:

@@ -221,6 +221,47 @@ def pretrain(
     )
 
 
+@app.command(
+    context_settings=PASS_ON,
+    epilog="Example: diptych ablate credit --seeds 3 --grpo.max_steps 60   (any setting of the demo can be changed for all variants)",
+)
+def ablate(
+    context: typer.Context,
+    suite: Annotated[str | None, typer.Argument(help="a packaged suite (see --list), or a YAML file")] = None,
+    output_dir: Path = Path("runs/ablations"),
+    seeds: Annotated[int | None, typer.Option(min=1, help="seeds 0 to N - 1; left out: as many as the suite says")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="cells at the same time, one thread each; left out: one a CPU")] = None,
+    list_suites: Annotated[bool, typer.Option("--list", help="what suites there are")] = False,
+    report: Annotated[bool, typer.Option("--report", help="run nothing; report what is finished")] = False,
+    docs: Annotated[Path | None, typer.Option(help="a folder of records: add the suite's, and write the document FOLDER.md of all")] = None,
+) -> None:
+    """A table of the paper's ablations, or one of your own, over several seeds. Resumes where it stopped. Exits with 1 if a cell failed."""
+    from diptych.ablation import documents, pages, runner, summary
+    from diptych.ablation.suite import load_suite, packaged_suites
+
+    failures: dict[str, str] = {}
+    if list_suites:
+        console.print(pages.list_table({name: load_suite(name)[1] for name in packaged_suites()}))
+    elif suite is not None:
+        name, loaded = load_suite(suite, context.args)
+        entries = runner.grid(loaded, range(seeds or loaded.seeds))
+        if not report:
+            failures = runner.run_grid(name, loaded, entries, output_dir, jobs or runner.default_jobs(), console)
+            for title, lines in failures.items():
+                console.print(f"failed: {title}\n{lines}", style="red", highlight=False, markup=False, soft_wrap=True)
+        record = summary.collect(name, loaded, entries, output_dir, context.args)
+        pages.show(record, console)
+        console.print(f"open {pages.write(record, output_dir / name)}")
+        if docs is not None:
+            documents.publish(record, docs)
+    elif docs is None:
+        raise ValueError("name a suite, or ask for --list")
+    if docs is not None:
+        console.print(f"written: {documents.write_docs(docs)}")
+    if failures:
+        raise typer.Exit(1)
+
+
 def _sampling(release: SamplingParams, temperature: float | None, guidance: float | None) -> SamplingParams:
     """The release's settings with what the user asked for."""
     changes: dict[str, Any] = {} if temperature is None else {"temperature": temperature}

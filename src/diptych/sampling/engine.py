@@ -137,7 +137,8 @@ class _Lockstep:
         """
         twins = self._twins()
         chance = self.chance.of_image(self.index)  # (B, num_positions, D)
-        all_codes, all_values = [], []
+        all_codes: list[Tensor] = []
+        all_values: list[Tensor] = []
         waiting: list[Tensor] = []  # (B, H) each: embeddings not fed yet
         for kind in self.spec.layout:
             if kind == CODE:

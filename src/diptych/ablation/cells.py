@@ -1,0 +1,286 @@
+"""Cells: what is trained and evaluated once, however many suites and variants ask for it.
+
+A cell is named by a hash of everything that its numbers depend on, so other settings are another cell and are never mixed
+up. Beside the cells stand the warm-ups, each trained once for all cells that start from it:
+
+warmups/HASH/run/                    a warm-up's run folder; of a finished one only the model is kept
+cells/STAGE-HASH/settings.json       what the hash is of
+                 run/                GRPO's run folder; of a finished one only the last model is kept
+                 evaluation/step_N.json   written once
+                 summary.json        written last: the cell is finished
+                 log.txt             what the worker said
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diptych.ablation.measures import RATES, TRAINING
+from diptych.config import DemoConfig, EvaluateConfig, GRPOConfig, RewardConfig, SamplingParams, WarmupConfig, build
+from diptych.credit import document_rewards
+from diptych.evaluation.storyboard import Judged, evaluate_documents, evaluate_retention, held_out_tasks, rates
+from diptych.grpo import grpo
+from diptych.models import load_model, packaged_folder
+from diptych.rewards import BUILT_IN, call_rewards, load_reward
+from diptych.runs import RunFolder, atomic_text, read_jsonl
+from diptych.runtime import pick_device, versions
+from diptych.warmup import checkpoint_of, warmup
+
+Say = Callable[[int, int, str], None]
+"""(steps done, steps in all, a few words)"""
+WINDOW = 5  # logged steps before a checkpoint whose mean is its training metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """`settings` is JSON: the stage and all that its numbers depend on, without folders."""
+
+    settings: dict[str, Any]
+
+    @property
+    def stage(self) -> str:
+        return self.settings["stage"]
+
+    @property
+    def key(self) -> str:
+        return f"{self.stage}-{digest(self.settings)}"
+
+    def folder(self, root: Path) -> Path:
+        return root / "cells" / self.key
+
+    def summary(self, root: Path) -> dict[str, Any] | None:
+        """What a finished cell found; None where it is not finished. Raises ValueError where the folder is of other settings."""
+        self.check(root)
+        path = self.folder(root) / "summary.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def check(self, root: Path) -> None:
+        path = self.folder(root) / "settings.json"
+        if path.is_file():
+            stored = json.loads(path.read_text())
+            if stored != self.settings:
+                changed = ", ".join(sorted(differences(stored, self.settings)))
+                raise ValueError(
+                    f"{path} was changed ({changed}): its cell would be mixed with another. Delete {path.parent} to run it again"
+                )
+        elif path.parent.is_dir() and (path.parent / "summary.json").is_file():
+            raise ValueError(f"{path} is missing, so nothing says what {path.parent} is of. Delete that folder to run it again")
+
+    def prepare(self, root: Path) -> None:
+        """Makes the folder with its settings."""
+        self.check(root)
+        path = self.folder(root) / "settings.json"
+        if not path.is_file():
+            atomic_text(path, json.dumps(self.settings, indent=1) + "\n")
+
+
+def cell_of(stage: str, config: DemoConfig, steps: tuple[int, ...]) -> Cell:
+    """The cell of a variant's settings at one seed. `steps`: GRPO steps to evaluate, the last included."""
+    settings: dict[str, Any] = {
+        "stage": stage,
+        "evaluate": config.evaluate.model_dump(mode="json"),
+        "sampling": config.grpo.sampling.model_dump(mode="json"),
+        "device": config.grpo.device,
+        "weights": packaged_weights(),
+    }
+    if stage == "base":
+        return Cell({**settings, "model": config.warmup.model})
+    settings["warmup"] = config.warmup.model_dump(mode="json", exclude={"output_dir"})
+    if stage == "warmup":
+        return Cell(settings)
+    save_steps = math.gcd(config.grpo.save_steps, *steps[:-1])  # the last step is always saved
+    settings["grpo"] = config.grpo.model_copy(update={"save_steps": save_steps}).model_dump(mode="json", exclude={"output_dir", "model"})
+    return Cell({**settings, "steps": list(steps)})
+
+
+def warmup_cell(cell: Cell) -> Cell:
+    """The cell that evaluates the warm-up from which a GRPO cell starts."""
+    return Cell({**{k: v for k, v in cell.settings.items() if k not in ("grpo", "steps")}, "stage": "warmup"})
+
+
+@functools.cache
+def packaged_weights() -> str:
+    """A hash of the weights that ship with the package: another base model or reward makes other cells."""
+    files = sorted(packaged_folder("").rglob("*.safetensors"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted leaf -> (old, new) of what differs between two JSON values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in [*old, *(k for k in new if k not in old)]:
+            found |= differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return {} if old == new else {path: (old, new)}
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Waits until no other process or thread holds the file. The lock goes with its holder, however that dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+# --- running -------------------------------------------------------------------------------------------------------------
+
+
+def run_cell(root: Path, cell: Cell, say: Say) -> dict[str, Any]:
+    """Runs what is not done yet of a cell and returns its summary.
+
+    Raises whatever the trainings raise; what was done until then is kept.
+    """
+    with locked(cell.folder(root) / "lock"):
+        cell.prepare(root)
+        summary = cell.summary(root)
+        if summary is None:
+            found = {"base": _base, "warmup": _warmup, "grpo": _grpo}[cell.stage](root, cell, say)
+            summary = {"cell": cell.key, **found, "versions": versions()}
+            atomic_text(cell.folder(root) / "summary.json", json.dumps(summary, indent=1) + "\n")
+        if cell.stage == "grpo":
+            _keep_last_model(cell.folder(root) / "run" / "checkpoints")
+        return summary
+
+
+def _base(root: Path, cell: Cell, say: Say) -> dict[str, Any]:
+    say(0, 1, "evaluation")
+    return _summary(cell, root, {0: _evaluated(root, cell, 0, cell.settings["model"])}, {})
+
+
+def _warmup(root: Path, cell: Cell, say: Say) -> dict[str, Any]:
+    model, seconds = trained_warmup(root, cell, say)
+    return _summary(cell, root, {0: _evaluated(root, cell, 0, model)}, {"warmup": seconds})
+
+
+def trained_warmup(root: Path, cell: Cell, say: Say) -> tuple[str, float]:
+    """The model folder of the warm-up that a cell needs, and the seconds its training took; trained here if nobody did."""
+    settings = cell.settings["warmup"]
+    folder = root / "warmups" / digest(settings)
+    config = build(WarmupConfig, {**settings, "output_dir": str(folder / "run")})
+    clock, model = folder / "seconds.json", checkpoint_of(config)
+    with locked(folder / "lock"):
+        if not Path(model).is_dir():
+            began = time.perf_counter()
+            before = json.loads(clock.read_text()) if clock.is_file() else 0.0
+
+            def progress(step: int, total: int, metrics: dict[str, float]) -> None:
+                atomic_text(clock, json.dumps(round(before + time.perf_counter() - began, 1)))
+                say(step, total, f"warm-up, text loss {metrics['loss/text']:.2f}")
+
+            warmup(config, progress)
+        _keep_last_model(folder / "run" / "checkpoints")
+    return model, json.loads(clock.read_text())
+
+
+def _grpo(root: Path, cell: Cell, say: Say) -> dict[str, Any]:
+    model, _ = trained_warmup(root, cell, say)
+    config = build(GRPOConfig, {**cell.settings["grpo"], "model": model, "output_dir": str(cell.folder(root) / "run")})
+    run = RunFolder(config.output_dir, config)
+
+    def evaluate(step: int) -> None:
+        if step in cell.settings["steps"]:
+            _evaluated(root, cell, step, run.checkpoints / f"step_{step}" / "model")
+
+    def progress(step: int, total: int, metrics: dict[str, float]) -> None:
+        say(step, total, f"GRPO, reward {metrics.get('reward', math.nan):.2f}")
+        evaluate(step)  # grpo() has just saved this step, and later keeps only the newest two
+
+    for step in run.steps():  # saved by a process that was killed before or while it evaluated
+        evaluate(step)
+    grpo(config, progress)
+    found = {step: _evaluated(root, cell, step, run.checkpoints / f"step_{step}" / "model") for step in cell.settings["steps"]}
+    return _summary(cell, root, found, {"grpo": sum(line["step_time"] for line in run.metrics())})
+
+
+def _keep_last_model(checkpoints: Path) -> None:
+    """What a finished training needs no more: all but the newest model, and the optimizer's state."""
+    newest = max(checkpoints.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+    for path in checkpoints.iterdir():
+        if path != newest:
+            shutil.rmtree(path, ignore_errors=True)
+    (newest / "trainer.pt").unlink(missing_ok=True)
+
+
+# --- evaluating ----------------------------------------------------------------------------------------------------------
+
+
+def _evaluated(root: Path, cell: Cell, step: int, model: str | Path) -> dict[str, Any]:
+    """The evaluation of a checkpoint: read back where it was done before."""
+    path = cell.folder(root) / "evaluation" / f"step_{step}.json"
+    if not path.is_file():
+        evaluate = build(EvaluateConfig, cell.settings["evaluate"])
+        sampling = build(SamplingParams, cell.settings["sampling"])
+        atomic_text(path, json.dumps(evaluate_model(model, evaluate, sampling, cell.settings["device"])) + "\n")
+    return json.loads(path.read_text())
+
+
+def evaluate_model(source: str | Path, config: EvaluateConfig, sampling: SamplingParams, device: str = "cpu") -> dict[str, float]:
+    """Measures of a checkpoint on held-out prompts, by name (see `measures`), and the `seconds` they took.
+
+    A reward that says nothing of any answer (a model that draws no picture has no image agreement) has no entry.
+    """
+    began = time.perf_counter()
+    model, tasks = load_model(source).to(pick_device(device)).eval(), held_out_tasks(config)
+    found: dict[str, float] = {}
+    for mode, params in (("greedy", sampling.greedy()), ("sampled", sampling)):
+        judged = evaluate_documents(model, tasks, params, config)
+        oracle = rates(judged)
+        found |= {f"{mode}/{name}": oracle[name] for name in RATES}
+        found |= {f"{mode}_reward/{name}": value for name, value in mean_rewards(judged).items()}
+    kept = evaluate_retention(model, sampling, config)
+    found |= {f"retention/{name}": value["accuracy"] for name, value in kept.items()}
+    return {**found, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def mean_rewards(judged: list[Judged]) -> dict[str, float]:
+    """What each packaged reward says of the answers, on average over those that it speaks of. None of them is trained on here:
+    beside the oracle's rates this shows a policy that pleases its rewards and nothing else."""
+    functions = [(RewardConfig(name=name), load_reward(name)) for name in BUILT_IN]
+    columns = {"num_images": [j.task.truth.num_steps for j in judged]}
+    batch = call_rewards(functions, [j.task.prompt for j in judged], [j.answer for j in judged], columns)
+    values, speaks, missing = document_rewards(batch.steps, batch.applies, batch.documents, batch.documents_apply)  # (R, B)
+    used = speaks & ~missing
+    return {name: round(float(values[r][used[r]].mean()), 4) for r, name in enumerate(BUILT_IN) if bool(used[r].any())}
+
+
+def _summary(cell: Cell, root: Path, evaluations: dict[int, dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
+    lines = read_jsonl(cell.folder(root) / "run" / "metrics.jsonl")
+    points = {}
+    for step, evaluation in evaluations.items():
+        measured = {name: value for name, value in evaluation.items() if name != "seconds"}
+        points[str(step)] = {**measured, **_training(lines, step)}
+    seconds = {**seconds, "evaluation": sum(e["seconds"] for e in evaluations.values())}
+    return {
+        "seed": cell.settings["warmup"]["seed"] if "warmup" in cell.settings else None,
+        "points": points,
+        "parity": {f"{kind}_max": max(line[f"parity/{kind}_max"] for line in lines) for kind in ("text", "image")} if lines else {},
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+
+
+def _training(lines: list[dict[str, Any]], step: int) -> dict[str, float]:
+    """Means of the last steps up to a checkpoint, of the known metrics and of every reward that was trained on."""
+    recent = [line for line in lines if line["step"] <= step][-WINDOW:]
+    found = {}
+    for name in recent[-1] if recent else ():
+        if name in TRAINING or (name.startswith("rewards/") and name.endswith("/mean")):
+            values = [line[name] for line in recent if name in line]
+            found[f"train/{name}"] = float(f"{sum(values) / len(values):.5g}")
+    return found

@@ -1,0 +1,87 @@
+"""docs/results.md, from committed records alone."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from diptych.ablation.measures import MEASURES
+from diptych.ablation.summary import Record, dump, table
+from diptych.ablation.words import caveats, cost, findings, interval_text, p_text
+from diptych.runs import atomic_text
+
+HEAD = """# Results of the ablations
+
+Written by `diptych ablate --docs docs/results` from the records in [results/](results); do not edit by hand. Each is a suite of
+`diptych ablate`: variants of the demo's settings on the packaged Storyboard model, several seeds, held-out prompts, judged by an
+oracle that no training has seen. Means over seeds with 95 % t intervals (cut at 0 and 100 %), in per cent but for training and
+parity. Differences are from the reference on the same seeds. Only the first measure of a suite is tested (paired t test, p corrected
+by Holm for the number of variants). The paper's numbers are of a 7B model on other benchmarks (MMIE average / InterleavedBench
+average): compare directions, not sizes.
+"""
+
+
+def publish(record: Record, folder: Path) -> Path:
+    """Puts a suite's record where it is committed."""
+    path = folder / f"{record['suite']}.json"
+    atomic_text(path, dump(record))
+    return path
+
+
+def write_docs(folder: Path) -> Path:
+    """Writes the document beside the folder of records, e.g. docs/results.md for docs/results."""
+    path = folder.with_suffix(".md")
+    atomic_text(path, results_document(folder))
+    return path
+
+
+def results_document(folder: Path) -> str:
+    """Raises ValueError where there are no records, or one whose table is not what its numbers give."""
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise ValueError(f"{folder} holds no records (*.json); write one with diptych ablate SUITE --docs {folder}")
+    sections = []
+    for path in paths:
+        record = json.loads(path.read_text())
+        if json.loads(json.dumps(table(record))) != record["table"]:
+            raise ValueError(
+                f"the table in {path} is not what its numbers give; write it again: diptych ablate {record['suite']} --docs {folder}"
+            )
+        sections.append(suite_section(record))
+    return "\n".join([HEAD, *sections])
+
+
+def suite_section(record: Record) -> str:
+    labels = [MEASURES[m].label for m in record["measures"]]
+    lines = [
+        f"## {record['title']}", "", record["question"], "", f"**Paper.** {record['paper']}", "",
+        "**Here.**", *(f"- {sentence}" for sentence in findings(record)), *(f"- Note: {sentence}" for sentence in caveats(record)), "",
+        f"| variant | seeds | {' | '.join(labels)} | p | reaches the reference's end at step |", "|---" * (len(labels) + 4) + "|",
+        *(_row(record, variant, row) for variant, row in zip(record["variants"], record["table"], strict=True)), "",
+        f"`{command(record)}`. {cost(record)} Made with {_made_with(record)}.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _row(record: Record, variant: dict[str, Any], row: dict[str, Any]) -> str:
+    cells = [interval_text(m, row["final"][m]) if m in row["final"] else "–" for m in record["measures"]]
+    p = "–" if row["p_holm"] is None else p_text(row["p_holm"])
+    found = row["reaches"]
+    reached = "–" if found is None else "never" if found["step"] is None else str(found["step"])
+    label = variant["label"] + (" (reference)" if variant["name"] == record["reference"] else "")
+    return f"| {label} | {len(variant['seeds'])} | {' | '.join(cells)} | {p} | {reached} |"
+
+
+def command(record: Record) -> str:
+    """The command that makes this record again."""
+    return shlex.join(["diptych", "ablate", record["suite"], "--seeds", str(len(record["seeds"])), *record["overrides"]])
+
+
+def _made_with(record: Record) -> str:
+    kinds = {
+        f"{made.get('cpu')}, torch {made.get('torch')}, Diptych {made.get('diptych')} at {made.get('commit')}"
+        for made in record["made_with"]
+    }
+    return "; ".join(sorted(kinds))
