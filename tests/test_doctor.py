@@ -540,8 +540,8 @@ def test_estimates_by_hand():
 
     A position's keys and values: 2 * 2 layers * 2 heads * 2 * 2 bytes = 32. Sampled logits: 6 * max(50, 2 * 30) * 20 = 7200.
     q, o: 8 * 8; k, v: 8 * 4; gate, up, down: 8 * 16: 576 a layer. Adapters: 16 * (2 * 16 + 2 * 12 + 3 * 24) = 2048 a layer, 4096.
-    Inputs of the layers: (22 + 12) * 2 * 2 * 8 = 1088. One layer, 22 + 12 positions: 36 * 8 + 4 * 4 + 10 * 16 + 28 * 16 = 912 kept, 80 and 192
-    for gradients: 1184 with adapters; 20 * 8 + 4 * 4 + 8 * 16 = 304 and 80: 384 without.
+    Inputs of the layers: (22 + 12) * 2 * 2 * 8 = 1088. One layer, 22 + 12 positions: 36 * 8 + 4 * 4 + 10 * 16 + 28 * 16 = 912 kept,
+    80 and 192 for gradients: 1184 with adapters; 20 * 8 + 4 * 4 + 8 * 16 = 304 and 80: 384 without.
     Scored logits: (10 * 50 + 2 * 4 * 3 * 30 * 2) * 20 = 38800.
     """
     memory = {mode: {k: round(v * 2**30) for k, v in dataclasses.asdict(estimate(SMALL, LITTLE, mode)).items()} for mode in

@@ -277,6 +277,39 @@ def test_prompts_prefilled_together_sample_as_if_alone(tiny_model, guided_params
         assert torch.equal(alone.row.codes, rollout.row.codes)
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_steps_of_unchanging_shape_sample_the_same_documents(models, family, tiny_model, guided_params, monkeypatch, scale):
+    """What a CUDA graph replays, run here without recording: the same tokens under the same seed; asking the device rarely whether
+    all rows are done changes nothing either."""
+    model = tiny_model if family == "storyboard" else models[family]
+    begin, eos, plain = model.image_spec.begin_id, model.eos_id, type(model).text_logits
+
+    def favouring(self, hidden):
+        """Documents that switch and end often, with random weights too."""
+        logits = plain(self, hidden).clone()
+        highest = logits.max(-1).values
+        logits[..., begin], logits[..., eos] = highest + 2, highest + 1
+        return logits
+
+    monkeypatch.setattr(type(model), "text_logits", favouring)
+    params = guided_params.model_copy(update={"image": guided_params.image.model_copy(update={"guidance_scale": scale}), "max_images": 2})
+    rows = [model.encode_prompt(Document((Text(words),))) for words in ("the ball", "draw this . a big tree")]
+
+    def run(**options) -> list[Rollout]:
+        return sample(model, rows, params, num_generations=4, generator=torch.Generator().manual_seed(3), **options)
+
+    plainly = run()
+    stepwise = run(graphs=True)
+    monkeypatch.setattr(engine, "ASK_EVERY", {"cpu": 5})
+    rarely = run(graphs=True)
+    assert len({len(r.document.images) for r in plainly}) >= 2
+    for one, two, three in zip(plainly, stepwise, rarely, strict=True):
+        for other in (two, three):
+            assert torch.equal(one.row.text_ids, other.row.text_ids)
+            assert torch.equal(one.row.codes, other.row.codes)
+            torch.testing.assert_close(one.rollout_logprobs, other.rollout_logprobs, atol=1e-4, rtol=0)
+
+
 def test_same_seed_same_documents(tiny_model, guided_params):
     first, second, third = (roll(tiny_model, guided_params, seed=s) for s in (5, 5, 6))
     assert all(
@@ -351,6 +384,20 @@ def test_illegal_tokens_are_never_sampled(tiny_model):
     for rollout in rollouts:
         chosen = rollout.row.text_ids[rollout.row.completion_mask & (rollout.row.modality == Modality.TEXT)]
         assert not set(chosen.tolist()) & set(tiny_model.forbidden_text_ids())
+
+
+def test_logits_that_are_not_finite_are_refused(tiny_model, guided_params, monkeypatch):
+    right = type(tiny_model).image_step
+    monkeypatch.setattr(type(tiny_model), "image_step", lambda self, *a: right(self, *a) * torch.nan)
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        roll(tiny_model, guided_params)
+
+
+def test_a_draw_at_the_edges():
+    """0 and the largest number below 1 fall on the first and the last token that has a share, never on one of probability 0."""
+    log_probs = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0]).log()
+    edges = torch.tensor([0.0, 0.25 - 1e-9, 0.25, 1 - 2.0**-53], dtype=torch.float64)
+    assert draw(log_probs.expand(4, -1), TextSampling(), edges).tolist() == [1, 1, 3, 3]
 
 
 # --- errors --------------------------------------------------------------------------------------------------------------

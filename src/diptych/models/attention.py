@@ -1,12 +1,12 @@
 """Attention over keys and values that Diptych lays out itself, inside transformers' own decoders.
 
 A decoder of any family is called as it is; only where its layers attend to is ours: `Layout.attend` stands in for the attention
-function (transformers' `AttentionInterface`). Two layouts exist: `SlotAttention` here, for sampling, and `Packed` for scoring.
+function (transformers' `AttentionInterface`). Sampling has `SlotAttention` and `StepAttention`, scoring `PackedAttention` (`packing.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -46,27 +46,23 @@ def accept_layouts(config: Any) -> None:
 class Slots:
     """Keys and values of B rows that share slots: row b has something in slot s where `taken[b, s]`.
 
-    Every layer has a buffer (B, capacity, heads, head_dim), of which the first S slots are in use: attention reads them where they
-    lie, and a new position is written in place. With the slots before the heads that costs no more than reading a buffer of just
-    S slots (docs/performance.md).
+    Every layer has a buffer (B, capacity, heads, head_dim), of which the first `length` slots are in use: attention reads them where
+    they lie, and a new position is written in place. With the slots before the heads that costs no more than reading a buffer of
+    just these slots (docs/performance.md).
 
-    taken: (B, S) bool.
     full: every row has something in every slot (known without asking the device), so that no mask is needed.
     """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
-        self.taken = torch.zeros(num_rows, 0, dtype=torch.bool, device=device)
-        self.full = True
+        self.num_rows, self.length, self.full = num_rows, 0, True
+        self._taken = torch.zeros(num_rows, 0, dtype=torch.bool, device=device)  # (B, capacity)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
 
     @property
-    def num_rows(self) -> int:
-        return len(self.taken)
-
-    @property
-    def length(self) -> int:
-        return self.taken.shape[1]
+    def taken(self) -> Tensor:
+        """(B, length) bool."""
+        return self._taken[:, : self.length]
 
     @property
     def num_bytes(self) -> int:
@@ -75,45 +71,67 @@ class Slots:
 
     def select(self, rows: Tensor, room: int) -> None:
         """These rows, (B',) int64, in this order, with room for so many more slots."""
-        self.taken = self.taken[rows]
+        self.num_rows = len(rows)
+        self._change(lambda buffer: buffer[:, : self.length].index_select(0, rows), self.length + room)
+
+    def reserve(self, capacity: int) -> None:
+        """Room for so many slots; buffers move where they have less."""
+        if capacity > self._taken.shape[1]:
+            self._change(lambda buffer: buffer[:, : self.length], capacity)
+
+    def _change(self, kept: Callable[[Tensor], Tensor], capacity: int) -> None:
+        self._taken = _copy(kept(self._taken), capacity)
         for buffers in (self._keys, self._values):
             for layer, buffer in enumerate(buffers):
-                buffers[layer] = _copy(buffer[:, : self.length].index_select(0, rows), self.length + room)
+                buffers[layer] = _copy(kept(buffer), capacity)
 
     def visible(self, new: Tensor | None, num_positions: int) -> Tensor | None:
-        """Which slots each of `num_positions` new positions sees: (B, 1, T, S + T) bool; None for all before it.
+        """Which slots each of `num_positions` new positions sees: (B, 1, T, length + T) bool; None for all before it.
 
         `new` (B, T) bool: which of the new slots hold something; None for all. A position sees at least itself.
         """
         if self.full and new is None and num_positions == 1:
             return None
-        size = (self.num_rows, num_positions)
-        fresh = torch.ones(size, dtype=torch.bool, device=self.taken.device) if new is None else new
+        fresh = self._ones(num_positions) if new is None else new
         if num_positions == 1:
             return torch.cat([self.taken, torch.ones_like(fresh)], 1)[:, None, None]
-        itself = torch.eye(num_positions, dtype=torch.bool, device=self.taken.device)
+        itself = torch.eye(num_positions, dtype=torch.bool, device=fresh.device)
         among_new = itself | (itself.cumsum(0).bool() & fresh[:, None])  # (B, T, T)
         return torch.cat([self.taken[:, None].expand(-1, num_positions, -1), among_new], 2)[:, None]
 
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts (B, heads, T, head_dim) behind the slots in use; returns all of them, (B, heads, length + T, head_dim)."""
+        end = self.length + key.shape[2]
+        if layer == len(self._keys):  # the first pass
+            size = (key.shape[0], max(end, self._taken.shape[1]), key.shape[1], key.shape[3])
+            self._keys.append(key.new_empty(size))
+            self._values.append(value.new_empty(size))
+        for buffers, states in ((self._keys, key), (self._values, value)):
+            buffers[layer][:, self.length : end] = states.transpose(1, 2)
+        return self.read(layer, end)
+
+    def write_at(self, cursor: Tensor, layer: int, key: Tensor, value: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Puts (B, heads, 1, head_dim) into the slot `cursor` (1,) int64; returns the first `end` slots."""
+        self._keys[layer].index_copy_(1, cursor, key.transpose(1, 2))
+        self._values[layer].index_copy_(1, cursor, value.transpose(1, 2))
+        return self.read(layer, end)
+
+    def read(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
+        return self._keys[layer][:, :end].transpose(1, 2), self._values[layer][:, :end].transpose(1, 2)
+
     def extend(self, new: Tensor | None, num_positions: int) -> None:
         """After a pass: its positions' slots are in use."""
-        size = (self.num_rows, num_positions)
-        fresh = torch.ones(size, dtype=torch.bool, device=self.taken.device) if new is None else new
+        self._taken[:, self.length : self.length + num_positions] = self._ones(num_positions) if new is None else new
         self.full &= new is None
-        self.taken = torch.cat([self.taken, fresh], 1)
+        self.length += num_positions
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts (B, heads, T, head_dim) behind the slots in use; returns all of them, (B, heads, S + T, head_dim)."""
-        begin, end = self.length, self.length + key.shape[2]
-        found = []
-        for buffers, states in ((self._keys, key), (self._values, value)):
-            if layer == len(buffers):
-                buffers.append(states.new_empty(states.shape[0], end, states.shape[1], states.shape[3]))
-            if end > buffers[layer].shape[1]:
-                buffers[layer] = _copy(buffers[layer][:, :begin], end + max(64, end // 2))
-            buffers[layer][:, begin:end] = states.transpose(1, 2)
-            found.append(buffers[layer][:, :end].transpose(1, 2))
-        return found[0], found[1]
+    def clear(self) -> None:
+        """Nothing behind the slots in use: what memory held there before might be NaN, which no mask takes away."""
+        for buffer in (self._taken, *self._keys, *self._values):
+            buffer[:, self.length :] = 0
+
+    def _ones(self, num_positions: int) -> Tensor:
+        return torch.ones(self.num_rows, num_positions, dtype=torch.bool, device=self._taken.device)
 
 
 class SlotAttention:
@@ -125,13 +143,14 @@ class SlotAttention:
     def __init__(self, blocks: Sequence[Slots], num_positions: int, new: Sequence[Tensor | None]) -> None:
         """`new`: for each of the blocks (B, T) bool, which of the new slots hold something; None for all."""
         self.blocks, self.num_positions, self.new = blocks, num_positions, new
+        for block in blocks:
+            if block.length + num_positions > block._taken.shape[1]:
+                block.reserve(block.length + num_positions + max(64, block.length // 2))
         self.masks = [block.visible(fresh, num_positions) for block, fresh in zip(blocks, new, strict=True)]
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        sizes = [block.num_rows for block in self.blocks]
-        states = zip(self.blocks, self.masks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
         found = []
-        for block, mask, queries, keys, values in states:
+        for block, mask, queries, keys, values in _split(self.blocks, self.masks, query, key, value):
             seen = block.write(module.layer_idx, keys, values)
             found.append(sdpa_attention_forward(module, queries, *seen, mask, scaling=scaling)[0])
         return found[0] if len(found) == 1 else torch.cat(found)
@@ -140,6 +159,58 @@ class SlotAttention:
         """After the last layer."""
         for block, fresh in zip(self.blocks, self.new, strict=True):
             block.extend(fresh, self.num_positions)
+
+
+class StepAttention:
+    """One position at a time for the rows of several `Slots`, at most `steps` times, with shapes and addresses that stay the same:
+    what a CUDA graph can record once and replay. Where to write is a number on the device, and slots not reached yet are masked.
+
+    `begin`, the layers' `attend` and `finish` are recorded; `count` is the host's part of a step.
+    """
+
+    def __init__(self, blocks: Sequence[Slots], steps: int) -> None:
+        self.blocks = blocks
+        for block in blocks:
+            block.reserve(block.length + steps)
+            block.clear()
+        self.ends = [block.length + steps for block in blocks]
+        self.cursors = [torch.tensor([block.length], device=block._taken.device) for block in blocks]
+        self.masks: list[Tensor] = []
+
+    def begin(self) -> None:
+        states = zip(self.blocks, self.ends, self.cursors, strict=True)
+        self.masks = [block._taken[:, :end].index_fill(1, cursor, True)[:, None, None] for block, end, cursor in states]
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        found = []
+        for i, (block, mask, queries, keys, values) in enumerate(_split(self.blocks, self.masks, query, key, value)):
+            seen = block.write_at(self.cursors[i], module.layer_idx, keys, values, self.ends[i])
+            found.append(sdpa_attention_forward(module, queries, *seen, mask, scaling=scaling)[0])
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def finish(self, active: Tensor) -> None:
+        """`active`: (rows of all blocks,) bool, which of them were given something."""
+        for block, cursor, fresh in zip(self.blocks, self.cursors, active.split([b.num_rows for b in self.blocks]), strict=True):
+            block._taken.index_copy_(1, cursor, fresh[:, None])
+            cursor += 1
+
+    def count(self, all_active: bool) -> None:
+        for block in self.blocks:
+            block.length += 1
+            block.full &= all_active
+
+    def rewind(self) -> None:
+        """Undoes what steps did that were not counted."""
+        for block, cursor in zip(self.blocks, self.cursors, strict=True):
+            block.clear()
+            cursor.fill_(block.length)
+
+
+def _split(
+    blocks: Sequence[Slots], masks: Sequence[Tensor | None], query: Tensor, key: Tensor, value: Tensor
+) -> Iterator[tuple[Slots, Tensor | None, Tensor, Tensor, Tensor]]:
+    sizes = [block.num_rows for block in blocks]
+    return zip(blocks, masks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
 
 
 def _copy(states: Tensor, capacity: int) -> Tensor:

@@ -66,11 +66,13 @@ def log_distribution(logits: Tensor, params: TextSampling, allowed: Tensor | Non
 def draw(log_probs: Tensor, params: TextSampling, chance: Tensor) -> Tensor:
     """One token per row: (N, V) log-probabilities and a uniform number in [0, 1) for each, (N,) float64 -> (N,).
 
-    The token in whose share of the cumulative distribution the number falls. Temperature 0: the most likely token.
+    The token in whose share of the cumulative distribution the number falls. Temperature 0: the most likely token. Where
+    log-probabilities are NaN, any token; the sampler refuses such documents.
     """
     if params.temperature == 0:
         return log_probs.argmax(-1)
     upto = log_probs.exp().cumsum(-1, dtype=torch.float64)  # (N, V)
     total = upto[:, -1:]
     mark = torch.minimum(chance[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(upto, mark, right=True).squeeze(-1)  # the first that exceeds the mark; never one of probability 0
+    first = torch.searchsorted(upto, mark, right=True).squeeze(-1)  # that exceeds the mark; never one of probability 0
+    return first.clamp(max=log_probs.shape[-1] - 1)

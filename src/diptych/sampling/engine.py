@@ -8,6 +8,7 @@ finished rows are dropped at the end of a phase.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,10 @@ from diptych.models.base import CODE, UnifiedModel
 from diptych.sampling.distribution import Grammar, draw, log_distribution, resolve
 from diptych.sampling.guidance import branch_prefixes, mix, num_branches
 from diptych.sampling.rollout import Draft, Rollout, draft_row, finish
-from diptych.sampling.stream import Stream, advance
+from diptych.sampling.stream import Steps, Stream, advance
 from diptych.tokens import Modality, TokenRow
+
+ASK_EVERY = {"cpu": 1}  # text tokens between two questions whether all rows are done, by device: to ask is to wait for it
 
 
 def context_needed(model: UnifiedModel, params: SamplingParams) -> int:
@@ -40,11 +43,15 @@ def fit_to_context(model: UnifiedModel, prompt: TokenRow, params: SamplingParams
 
 @torch.no_grad()
 def sample(
-    model: UnifiedModel, prompts: list[TokenRow], params: SamplingParams, *, num_generations: int = 1, generator: torch.Generator
-) -> list[Rollout]:
+    model: UnifiedModel, prompts: list[TokenRow], params: SamplingParams, *, num_generations: int = 1, generator: torch.Generator,
+    graphs: bool | None = None,
+) -> list[Rollout]:  # fmt: skip
     """Samples `num_generations` documents for each prompt; those of one prompt are adjacent.
 
-    Raises ValueError where a prompt and the longest possible answer do not fit the context.
+    `graphs`: steps of unchanging shape, replayed as CUDA graphs; None: on a GPU. On a CPU they are only of use to tests.
+
+    Raises ValueError where a prompt and the longest possible answer do not fit the context, and FloatingPointError where a model's
+    logits are NaN.
     """
     if not prompts:
         raise ValueError("no prompts to sample from")
@@ -58,15 +65,16 @@ def sample(
     was_training = model.training
     model.eval()
     try:
-        return _Lockstep(model, prompts, params, num_generations, generator).run()
+        return _Lockstep(model, prompts, params, num_generations, generator, graphs).run()
     finally:
         model.train(was_training)
 
 
 class _Lockstep:
     def __init__(
-        self, model: UnifiedModel, prompts: list[TokenRow], params: SamplingParams, group: int, generator: torch.Generator
-    ) -> None:
+        self, model: UnifiedModel, prompts: list[TokenRow], params: SamplingParams, group: int, generator: torch.Generator,
+        graphs: bool | None,
+    ) -> None:  # fmt: skip
         self.model, self.params = model, params
         self.spec, self.device = model.image_spec, model.device
         self.grammar = Grammar.of(model, params)
@@ -74,7 +82,7 @@ class _Lockstep:
         self.index = torch.arange(len(self.drafts), device=self.device)  # (B,) which draft a row writes
         self.num_images = torch.zeros_like(self.index)  # (B,) images begun
         self.chance = Chance(model, params, len(self.drafts), generator)
-        self.sync_every = 1 if self.device.type == "cpu" else 8  # text tokens between two questions whether all rows are done
+        self.graphs = self.device.type == "cuda" if graphs is None else graphs
         self.room = params.max_text_tokens + len(self.spec.layout)  # positions of a text phase and an image phase
         self.stream = Stream(model, prompts, torch.arange(len(prompts)).repeat_interleave(group), self.room)
 
@@ -84,6 +92,11 @@ class _Lockstep:
             self._keep(draws)
             if len(self.index):
                 self._image_phase()
+        if any(bool(values.isnan().any()) for draft in self.drafts for _, _, values in draft.pieces):
+            raise FloatingPointError(
+                "the model's logits are not finite, so nothing can be sampled from them; look at its weights (a training that diverged?) "
+                "or use another dtype"
+            )
         return finish(self.model, self.drafts, self.params)
 
     def _keep(self, keep: Tensor) -> None:
@@ -99,6 +112,7 @@ class _Lockstep:
         truncated = torch.zeros_like(writing)
         tokens, values, wrote = [], [], []
         chance = self.chance.of_text(self.index)  # (B, max_text_tokens)
+        step = self._steps([self.stream], self.params.max_text_tokens)
         for count in range(1, self.params.max_text_tokens + 1):
             allowed = self.grammar.allowed(self.num_images)
             log_dist = log_distribution(self.model.text_logits(self.stream.hidden), self.params.text, allowed)
@@ -113,10 +127,10 @@ class _Lockstep:
                 truncated, going_on = going_on, torch.zeros_like(going_on)
             self.num_images = self.num_images + begins
             fed = going_on | begins
-            asks = count % self.sync_every == 0 or count == self.params.max_text_tokens  # asking waits for the device
+            asks = count % ASK_EVERY.get(self.device.type, 8) == 0 or count == self.params.max_text_tokens
             if asks and not bool(fed.any()):
                 break
-            advance(self.model, [self.stream], [self.model.embed_text(token)[:, None]], fed)
+            step([self.model.embed_text(token)[:, None]], fed)
             writing = going_on
             if asks and not bool(writing.any()):
                 break
@@ -136,27 +150,29 @@ class _Lockstep:
         tokens behind it make one pass.
         """
         twins = self._twins()
+        step = self._steps([self.stream, *twins], self.spec.code_offsets[-1])
         chance = self.chance.of_image(self.index)  # (B, num_positions, D)
         all_codes: list[Tensor] = []
         all_values: list[Tensor] = []
         waiting: list[Tensor] = []  # (B, H) each: embeddings not fed yet
         for kind in self.spec.layout:
             if kind == CODE:
-                self._feed(twins, waiting)
+                if waiting:
+                    step([torch.stack(waiting, 1)] * (1 + len(twins)))
                 codes, values = self._draw_position(twins, chance[:, len(all_codes)])
                 all_codes.append(codes)
                 all_values.append(values)
                 waiting = [self.model.embed_codes(codes)]
             else:
                 waiting.append(self.model.embed_text(torch.full_like(self.index, kind)))
-        self._feed([], waiting)
+        advance(self.model, [self.stream], [torch.stack(waiting, 1)])
         images, numbers = torch.stack(all_codes, 1).cpu(), torch.stack(all_values, 1).cpu()  # (B, positions, D)
         for i, draft_index in enumerate(self.index.tolist()):
             self.drafts[draft_index].pieces.append((Modality.IMAGE, images[i], numbers[i]))
 
-    def _feed(self, twins: list[Stream], waiting: list[Tensor]) -> None:
-        if waiting:
-            advance(self.model, [self.stream, *twins], [torch.stack(waiting, 1)] * (1 + len(twins)))
+    def _steps(self, streams: list[Stream], steps: int) -> Callable[..., None]:
+        """What feeds these streams for up to so many positions."""
+        return Steps(self.model, streams, steps) if self.graphs and steps else partial(advance, self.model, streams)
 
     def _draw_position(self, twins: list[Stream], chance: Tensor) -> tuple[Tensor, Tensor]:
         """The D codes of one position, depth by depth: (B, D) codes and their log-probabilities."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diptych.models.attention import SlotAttention, Slots
+from diptych.models.attention import SlotAttention, Slots, StepAttention
 from diptych.models.base import UnifiedModel
 from diptych.tokens import TokenRow, collate
 
@@ -26,9 +26,9 @@ class Stream:
         batch = collate(rows).to(device)
         real = None if len({len(row) for row in rows}) == 1 else batch.attention_mask
         self.slots = Slots(len(rows), device)
-        pass_ = SlotAttention([self.slots], batch.text_ids.shape[1], [real])
-        states = model.backbone(model.embed(batch), batch.position_ids, pass_)
-        pass_.finish()
+        layout = SlotAttention([self.slots], batch.text_ids.shape[1], [real])
+        states = model.backbone(model.embed(batch), batch.position_ids, layout)
+        layout.finish()
         self.position = batch.attention_mask.sum(1)
         self.hidden = states[torch.arange(len(rows), device=device), self.position - 1]
         self.select(repeat.to(device), room)
@@ -47,11 +47,72 @@ def advance(model: UnifiedModel, streams: Sequence[Stream], embeds: Sequence[Ten
         active: (B,) bool for a single stream and T = 1: rows that are not active wait.
     """
     num_positions = embeds[0].shape[1]
-    pass_ = SlotAttention([stream.slots for stream in streams], num_positions, [None if active is None else active[:, None]] * len(streams))
+    layout = SlotAttention(
+        [stream.slots for stream in streams], num_positions, [None if active is None else active[:, None]] * len(streams)
+    )
     positions = torch.cat([stream.position for stream in streams])[:, None] + torch.arange(num_positions, device=embeds[0].device)
-    hidden = model.backbone(torch.cat(list(embeds)), positions, pass_)[:, -1]
-    pass_.finish()
-    for stream, states in zip(streams, hidden.split([len(e) for e in embeds]), strict=True):
+    hidden = model.backbone(torch.cat(list(embeds)), positions, layout)[:, -1]
+    layout.finish()
+    _hand_out(streams, hidden, active, num_positions)
+
+
+class Steps:
+    """`advance` for up to `steps` positions, one at a time, as a CUDA graph: recorded at the start, replayed for each position, so that
+    the host does not have to issue a thousand small kernels. On a CPU the same step is run without recording.
+    """
+
+    def __init__(self, model: UnifiedModel, streams: Sequence[Stream], steps: int) -> None:
+        self.model, self.streams = model, streams
+        self.layout = StepAttention([stream.slots for stream in streams], steps)
+        positions = torch.cat([stream.position for stream in streams])
+        self.embeds = torch.zeros(len(positions), 1, streams[0].hidden.shape[1], dtype=model.dtype, device=positions.device)
+        self.active = torch.ones_like(positions, dtype=torch.bool)
+        self.positions = positions[:, None]
+        self.hidden = torch.empty(0)
+        self.graph = self._record() if positions.is_cuda else None
+
+    def __call__(self, embeds: Sequence[Tensor], active: Tensor | None = None) -> None:
+        """As `advance`."""
+        for position in torch.cat(list(embeds)).split(1, dim=1):
+            self.embeds.copy_(position)
+            if active is not None:
+                self.active.copy_(active)
+            if self.graph is None:
+                self._step()
+            else:
+                self.graph.replay()
+            self.layout.count(active is None)
+            _hand_out(self.streams, self.hidden.clone(), active, 1)
+
+    def _step(self) -> None:
+        self.layout.begin()
+        self.hidden = self.model.backbone(self.embeds, self.positions, self.layout)[:, -1]
+        self.layout.finish(self.active)
+        self.positions += self.active[:, None]
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        """Two steps to warm up on a stream of their own, as recording asks for, and one that is recorded; none of them counts."""
+        started = self.positions.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._step()
+                self._undo(started)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self._undo(started)
+        return graph
+
+    def _undo(self, positions: Tensor) -> None:
+        self.layout.rewind()
+        self.positions.copy_(positions)
+
+
+def _hand_out(streams: Sequence[Stream], hidden: Tensor, active: Tensor | None, num_positions: int) -> None:
+    for stream, states in zip(streams, hidden.split([len(stream.position) for stream in streams]), strict=True):
         if active is None:
             stream.hidden, stream.position = states, stream.position + num_positions
         else:
