@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,12 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diptych import experience as experience_module
 from diptych import grpo as grpo_module
 from diptych.config import GRPOConfig, WarmupConfig, build, to_yaml
-from diptych.grpo import ParityError, accumulate_gradient, check_parity, collect, groups_without_spread, grpo, minibatches, replay
+from diptych.data import Mixture
+from diptych.experience import collect, groups_without_spread
+from diptych.grpo import ParityError, accumulate_gradient, check_parity, grpo, minibatches, replay
 from diptych.logprobs import score
 from diptych.models import load_model
 from diptych.rewards import RewardBatch, RewardError, load_reward
+from diptych.rewards.base import merge
 from diptych.runs import read_jsonl
 from diptych.supervised import encode, supervised_gradient
 from diptych.tokens import collate
@@ -114,8 +119,8 @@ def test_a_grpo_step_trains_the_policy_and_nothing_else(tiny_folder, tmp_path):
 def experience_of(config: GRPOConfig):
     model = load_model(config.model)
     rewards = [(r, load_reward(r.name)) for r in config.rewards]
-    prompts = grpo_module.Mixture([config.prompts], config.seed)
-    return model, collect(model, prompts, rewards, config, 0)
+    prompts = Mixture([config.prompts], config.seed)
+    return model, collect(model, prompts, rewards, config, 0).rewarded(config)
 
 
 def gradient(config: GRPOConfig, micro: int) -> torch.Tensor:
@@ -141,7 +146,7 @@ def test_warmup_micro_batches_cannot_change_the_gradient(tiny_folder, tmp_path):
     for size in (None, 3):
         config = warmup_config(tiny_folder, tmp_path / "run", micro_batch_size=size, batch_size=8)
         model = load_model(tiny_folder)
-        batch = encode(model, grpo_module.Mixture(config.sources, 0).batch(0, 8), config.caption_dropout, 0, 0)
+        batch = encode(model, Mixture(config.sources, 0).batch(0, 8), config.caption_dropout, 0, 0)
         supervised_gradient(model, batch, text_weight=1.0, image_weight=1.0, micro_batch_size=size)
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-3)
@@ -151,7 +156,7 @@ def test_a_process_without_rows_adds_nothing(tiny_folder, monkeypatch):
     """Three processes, two rows: the third one's share is empty, and the losses are those of the whole batch."""
     model = load_model(tiny_folder)
     config = warmup_config(tiny_folder, Path("unused"))
-    batch = encode(model, grpo_module.Mixture(config.sources, 0).batch(0, 2), 0.0, 0, 0)
+    batch = encode(model, Mixture(config.sources, 0).batch(0, 2), 0.0, 0, 0)
     monkeypatch.setattr("diptych.supervised.rank", lambda: 2)
     monkeypatch.setattr("diptych.supervised.world_size", lambda: 3)
     found = supervised_gradient(model, batch, text_weight=1.0, image_weight=1.0)
@@ -181,7 +186,7 @@ def test_ptx_adds_the_gradient_of_the_likelihood(tiny_folder, tmp_path):
            "coef": 0.25, "batch_size": 6, "image_weight": 2.0, "caption_dropout": 0.0}  # fmt: skip
     config = grpo_config(tiny_folder, tmp_path / "run", ptx=ptx, micro_batch_size=4)
     model, other = load_model(tiny_folder), load_model(tiny_folder)
-    mixture = grpo_module.Mixture(config.ptx.sources, 0)
+    mixture = Mixture(config.ptx.sources, 0)
     metrics = grpo_module.add_supervised_gradient(model, mixture, config, 3)
     sums, counts = {"text": 0.0, "image": 0.0}, {"text": 0, "image": 0}
     for record in mixture.batch(3, 6):
@@ -256,6 +261,66 @@ def test_groups_without_spread_are_sampled_again(tiny_folder, tmp_path):
     assert again.rewards.steps.shape[:2] == flat.rewards.steps.shape[:2]
 
 
+def test_batches_and_a_thread_of_their_own_change_no_document_and_no_reward(tiny_folder, tmp_path):
+    """Sampled two prompts at a time, rewarded in the background or not: the same rollouts, values and shares of missing ones."""
+    rewards = [{"name": "format"}, {"name": "toy_rewards:per_step"}]
+    config = grpo_config(tiny_folder, tmp_path / "run", prompts_per_step=5, rewards=rewards)
+    _, whole = experience_of(config)
+    for background in (False, True):
+        changes = {"rollout_batch_size": 2, "background_rewards": background}
+        _, parts = experience_of(config.model_copy(update=changes))
+        assert torch.equal(parts.group_ids, whole.group_ids)
+        for one, other in zip(whole.rollouts, parts.rollouts, strict=True):
+            assert torch.equal(one.row.text_ids, other.row.text_ids)
+            assert torch.equal(one.row.codes, other.row.codes)
+        for name in ("steps", "applies", "documents", "documents_apply"):
+            assert torch.equal(getattr(whole.rewards, name), getattr(parts.rewards, name))
+        assert parts.rewards.missing == whole.rewards.missing
+
+
+def test_background_rewards_run_while_the_next_batch_is_sampled(tiny_folder, tmp_path, monkeypatch):
+    order: list[str] = []
+    first_may_end = threading.Event()
+
+    def reward(completions, **_):
+        if "reward begins" not in order:
+            order.append("reward begins")
+            assert first_may_end.wait(30)
+        order.append("reward ends")
+        return [1.0] * len(completions)
+
+    right = experience_module.sample
+
+    def sampling(*arguments, **options):
+        found = right(*arguments, **options)
+        order.append("sampled")
+        if order.count("sampled") == 2:
+            first_may_end.set()
+        return found
+
+    monkeypatch.setattr(experience_module, "sample", sampling)
+    config = grpo_config(tiny_folder, tmp_path / "run", rollout_batch_size=1, prompts_per_step=2, background_rewards=True)
+    prompts = Mixture([config.prompts], config.seed)
+    sampled = collect(load_model(config.model), prompts, [(config.rewards[0], reward)], config, 0)
+    assert sampled.rewarded(config).rewards.documents.tolist() == [[1.0] * 2 * config.num_generations]
+    assert order.index("reward ends") > [i for i, what in enumerate(order) if what == "sampled"][1]
+
+
+def test_shares_of_missing_values_are_merged_by_what_was_owed():
+    """3 of 4 and 0 of 1 missing: 3 of 5; errors of either."""
+
+    def batch(size: int, lost: int, error: dict[str, str]) -> RewardBatch:
+        documents = torch.zeros(1, size)
+        documents[0, :lost] = torch.nan
+        nothing = torch.zeros(1, size, 1)
+        return RewardBatch(nothing, nothing.bool(), documents, torch.ones(1, size, dtype=torch.bool), {"a": lost / size}, error)
+
+    both = merge([batch(4, 3, {"a": "timed out"}), batch(1, 0, {})])
+    assert both.missing == {"a": pytest.approx(0.6)}
+    assert both.errors == {"a": "timed out"}
+    assert both.documents.isnan().sum() == 3
+
+
 # --- resume --------------------------------------------------------------------------------------------------------------
 
 
@@ -328,7 +393,7 @@ def test_fault_missing_reward_is_masked_not_zero(tiny_folder, tmp_path):
 
 
 def test_broken_parity_stops_the_run(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo_module, "sample", broken_sample)
+    monkeypatch.setattr(experience_module, "sample", broken_sample)
     with pytest.raises(ParityError, match=r"differ by up to .* The update would train another policy"):
         grpo(grpo_config(tiny_folder, tmp_path / "run"))
 

@@ -182,6 +182,10 @@ class GRPOConfig(RunConfig):
     score_guidance: Literal["exact", "ignore"] = Field(
         "exact", description="`ignore` scores the unguided policy (the field's habit); its gap is logged"
     )
+    rollout_batch_size: int | None = Field(None, ge=1, description="prompts sampled together; None: all of the step")
+    background_rewards: bool | None = Field(
+        None, description="rewards in a thread of their own, while the next batch is sampled or the scorer replays; None: on a GPU"
+    )
     resample_attempts: int = Field(0, ge=0, description="sample groups without spread again, so many times")
     max_missing_rewards: float = Field(0.2, ge=0, le=1, description="a larger share of missing rewards stops the run")
     parity_bound: float = Field(1e-3, gt=0, description="largest allowed |replayed - sampled| log-probability")

@@ -13,9 +13,8 @@ Where we depart from, or add to, the paper:
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,17 @@ import torch
 from torch import Tensor
 
 from diptych.config import GRPOConfig, ModalityConfig, SamplingParams
-from diptych.credit import document_rewards, token_advantages
-from diptych.data import Mixture, Record
-from diptych.document import to_json_blocks
+from diptych.credit import token_advantages
+from diptych.data import Mixture
+from diptych.experience import collect, reward_metrics, sample_records
 from diptych.logprobs import Scores, score
 from diptych.losses import Counts, ModalityTerms, PolicyBatch, policy_loss
 from diptych.models import UnifiedModel, open_policy
 from diptych.models.loading import Reference
 from diptych.optim import make_optimizer, optimizer_step
-from diptych.rewards import RewardBatch, RewardError, call_rewards, load_reward
+from diptych.rewards import load_reward
 from diptych.runs import RunFolder
-from diptych.runtime import generator, init_processes, pick_device, rank, seed_everything, set_threads, sum_over_processes, world_size
-from diptych.sampling.engine import sample
+from diptych.runtime import generator, init_processes, pick_device, seed_everything, set_threads, sum_over_processes, world_size
 from diptych.sampling.rollout import Rollout
 from diptych.supervised import encode, supervised_gradient
 from diptych.tokens import TokenBatch, collate
@@ -44,16 +42,6 @@ Progress = Callable[[int, int, dict[str, float]], None]
 
 class ParityError(RuntimeError):
     """The scorer does not reproduce what the sampler did."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Experience:
-    """B rollouts (P prompts, G each, groups adjacent) with everything an update needs."""
-
-    records: list[Record]  # (B,)
-    rollouts: list[Rollout]  # (B,)
-    rewards: RewardBatch
-    group_ids: Tensor  # (B,)
 
 
 def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
@@ -89,19 +77,20 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
 
     while step < config.max_steps:
         began = time.perf_counter()
-        experience = collect(model, prompts, reward_functions, config, step)
-        sampled = time.perf_counter()
-        batch = collate([r.row for r in experience.rollouts]).to(device)  # (B, T)
-        advantages = token_advantages(experience.rewards, config.rewards, experience.group_ids, batch.to("cpu"), config.advantages).to(
-            device
-        )  # (B, T)
+        sampled = collect(model, prompts, reward_functions, config, step)
+        sampling_ended = time.perf_counter()
+        batch = collate([r.row for r in sampled.rollouts]).to(device)  # (B, T)
         guided = config.score_guidance == "exact"
         old = replay(model, batch, config, guided)  # (B, T, D)
-        metrics = check_parity(old.logprobs, experience.rollouts, batch, config, guided)
+        metrics = check_parity(old.logprobs, sampled.rollouts, batch, config, guided)
         ref_logprobs = None
         if reference is not None:
             with reference.active() as frozen:
                 ref_logprobs = replay(frozen, batch, config, guided).logprobs  # (B, T, D)
+        experience = sampled.rewarded(config)
+        advantages = token_advantages(experience.rewards, config.rewards, experience.group_ids, batch.to("cpu"), config.advantages).to(
+            device
+        )  # (B, T)
         sums: list[dict[str, float]] = []
         for update, rows in enumerate(minibatches(config, len(batch), step)):
             sums.append(accumulate_gradient(model, batch, rows, old.logprobs, ref_logprobs, advantages, config))
@@ -110,7 +99,7 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
             metrics |= optimizer_step(model, optimizer, schedule, config.optim)
         step += 1
         metrics |= update_metrics(sums, config) | reward_metrics(experience, config)
-        metrics |= {"seconds/rollout": sampled - began, "step_time": time.perf_counter() - began}
+        metrics |= {"seconds/rollout": sampling_ended - began, "step_time": time.perf_counter() - began}
         metrics["num_tokens"] = float(batch.attention_mask.sum())
         if step % config.logging_steps == 0 or step == config.max_steps:
             run.log(step, metrics)
@@ -123,93 +112,7 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
     return model.eval()
 
 
-# --- sample and score --------------------------------------------------------------------------------------------------
-
-
-def collect(
-    model: UnifiedModel, prompts: Mixture, reward_functions: Sequence[tuple[Any, Callable[..., Any]]], config: GRPOConfig, step: int
-) -> Experience:
-    """Samples and rewards this process's share of the step's prompts; groups without spread are sampled again from
-    other prompts, `resample_attempts` times at most."""
-    mine = slice(rank(), None, world_size())
-    records = prompts.batch(step, config.prompts_per_step)[mine]
-    experience = _collect_once(model, records, reward_functions, config, (step, 0))
-    for attempt in range(1, config.resample_attempts + 1):
-        flat = groups_without_spread(experience, config.num_generations)
-        if not flat:
-            break
-        fresh = prompts.batch(step + attempt * 1_000_003, config.prompts_per_step)[mine][: len(flat)]
-        again = _collect_once(model, fresh, reward_functions, config, (step, attempt))
-        experience = _replace_groups(experience, flat, again, config.num_generations)
-    missing = experience.rewards.missing
-    worst = max(missing, key=missing.__getitem__)
-    if missing[worst] > config.max_missing_rewards:
-        raise RewardError(
-            f"{missing[worst]:.0%} of the values of reward {worst!r} are missing (allowed: {config.max_missing_rewards:.0%}); "
-            f"last error: {experience.rewards.errors.get(worst, 'values that are not finite')}. Nothing was trained on "
-            "them: mend the reward and run the same command again to resume"
-        )
-    return experience
-
-
-def _collect_once(
-    model: UnifiedModel, records: list[Record], reward_functions: Sequence[tuple[Any, Callable[..., Any]]],
-    config: GRPOConfig, stream: tuple[int, int],
-) -> Experience:  # fmt: skip
-    rows = [model.encode_prompt(record.prompt) for record in records]
-    noise = generator(config.seed, 10, *stream, rank())
-    rollouts = sample(model, rows, config.sampling, num_generations=config.num_generations, generator=noise)
-    repeated = [record for record in records for _ in range(config.num_generations)]
-    keys = sorted({key for record in records for key in record.columns})
-    columns: dict[str, list[Any]] = {key: [record.columns.get(key) for record in repeated] for key in keys}
-    columns["truncated"] = [rollout.truncated for rollout in rollouts]
-    rewards = call_rewards(reward_functions, [r.prompt for r in repeated], [r.document for r in rollouts], columns)
-    group_ids = torch.arange(len(records)).repeat_interleave(config.num_generations)
-    return Experience(repeated, rollouts, rewards, group_ids)
-
-
-def groups_without_spread(experience: Experience, group_size: int) -> list[int]:
-    """Groups in which every reward gives all members the same: nothing can be learned from them."""
-    rewards = experience.rewards
-    values, speaks, missing = document_rewards(*_reward_parts(rewards))  # (R, B)
-    steps = rewards.steps.permute(0, 2, 1).flatten(0, 1)  # (R * J, B): each step is compared with the same step
-    applies = rewards.applies.permute(0, 2, 1).flatten(0, 1)
-    everything = torch.cat([values, steps.nan_to_num()])
-    known = torch.cat([speaks & ~missing, applies & ~steps.isnan()])
-    high = everything.masked_fill(~known, -torch.inf).unflatten(1, (-1, group_size)).amax(-1)
-    low = everything.masked_fill(~known, torch.inf).unflatten(1, (-1, group_size)).amin(-1)
-    return [g for g, spread in enumerate((high > low).any(0).tolist()) if not spread]
-
-
-def _reward_parts(rewards: RewardBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return rewards.steps, rewards.applies, rewards.documents, rewards.documents_apply
-
-
-def _replace_groups(old: Experience, groups: list[int], new: Experience, group_size: int) -> Experience:
-    """The experience with some groups exchanged for new ones, in place of the old."""
-    source = list(range(len(old.rollouts)))
-    for position, group in enumerate(groups):
-        for member in range(group_size):
-            source[group * group_size + member] = len(old.rollouts) + position * group_size + member
-    steps = max(old.rewards.steps.shape[-1], new.rewards.steps.shape[-1])
-
-    def merge(name: str) -> Tensor:
-        parts = [getattr(old.rewards, name), getattr(new.rewards, name)]
-        if parts[0].ndim == 3:
-            parts = [torch.nn.functional.pad(p, (0, steps - p.shape[-1])) for p in parts]
-        return torch.cat(parts, dim=1)[:, source]
-
-    missing = {name: max(share, new.rewards.missing[name]) for name, share in old.rewards.missing.items()}
-    rewards = RewardBatch(
-        merge("steps"),
-        merge("applies"),
-        merge("documents"),
-        merge("documents_apply"),
-        missing,
-        old.rewards.errors | new.rewards.errors,
-    )
-    records, rollouts = old.records + new.records, old.rollouts + new.rollouts
-    return Experience([records[i] for i in source], [rollouts[i] for i in source], rewards, old.group_ids)
+# --- score -------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -335,49 +238,6 @@ def update_metrics(sums: list[dict[str, float]], config: GRPOConfig) -> dict[str
         metrics[f"ratio/first_gap/{kind}"] = sums[0][f"{kind}/ratio_gap"]
         metrics[f"ratio/max_gap/{kind}"] = max(s[f"{kind}/ratio_gap"] for s in sums)
     return metrics
-
-
-def reward_metrics(experience: Experience, config: GRPOConfig) -> dict[str, float]:
-    rewards, group = experience.rewards, config.num_generations
-    values, speaks, missing = document_rewards(*_reward_parts(rewards))  # (R, B)
-    valid = speaks & ~missing
-    metrics: dict[str, float] = {}
-    for r, reward in enumerate(config.rewards):
-        used = values[r][valid[r]]
-        if len(used):
-            metrics[f"rewards/{reward.name}/mean"] = float(used.mean())
-            metrics[f"rewards/{reward.name}/std"] = float(used.std()) if len(used) > 1 else 0.0
-        metrics[f"rewards/{reward.name}/missing"] = rewards.missing[reward.name]
-    weights = torch.tensor([reward.weight for reward in config.rewards])
-    total = (values * weights[:, None]).sum(0)[~missing.any(0)]
-    if len(total):
-        metrics["reward"] = float(total.mean())
-        metrics["reward_std"] = float(total.std()) if len(total) > 1 else 0.0
-    metrics["frac_reward_zero_std"] = len(groups_without_spread(experience, group)) / (len(experience.rollouts) // group)
-    lengths = [len(r.row) - r.prompt_length for r in experience.rollouts]
-    metrics["completions/mean_length"] = sum(lengths) / len(lengths)
-    metrics["completions/max_length"] = float(max(lengths))
-    metrics["completions/mean_images"] = sum(len(r.document.images) for r in experience.rollouts) / len(lengths)
-    metrics["completions/clipped_ratio"] = sum(r.truncated for r in experience.rollouts) / len(lengths)
-    return metrics
-
-
-def sample_records(experience: Experience, group_size: int, num_groups: int = 1) -> list[dict[str, Any]]:
-    """The first groups of a step as JSON: prompt, answer, and for each step what every reward said."""
-    names = list(experience.rewards.missing)
-    records = []
-    for b in range(min(num_groups * group_size, len(experience.rollouts))):
-        rollout, rewards = experience.rollouts[b], experience.rewards
-        steps = [
-            {n: round(float(rewards.steps[r, b, j]), 4) for r, n in enumerate(names) if rewards.applies[r, b, j]}
-            for j in range(rollout.num_steps)
-        ]
-        whole = {n: round(float(rewards.documents[r, b]), 4) for r, n in enumerate(names) if rewards.documents_apply[r, b]}
-        records.append(
-            {"prompt": to_json_blocks(experience.records[b].prompt), "answer": to_json_blocks(rollout.document),
-             "steps": steps, "document": whole}
-        )  # fmt: skip
-    return records
 
 
 def checkpoint_of(config: GRPOConfig) -> str:

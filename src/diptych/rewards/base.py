@@ -53,6 +53,29 @@ class RewardBatch:
     missing: dict[str, float]
     errors: dict[str, str]
 
+    @property
+    def owed(self) -> list[int]:
+        """(R,) values that each reward owed."""
+        return (self.applies.sum((1, 2)) + self.documents_apply.sum(1)).tolist()
+
+
+def merge(batches: Sequence[RewardBatch]) -> RewardBatch:
+    """The documents of several calls of the same rewards, one batch behind the other."""
+    if len(batches) == 1:
+        return batches[0]
+    longest = max(batch.steps.shape[-1] for batch in batches)
+
+    def joined(name: str) -> Tensor:
+        parts = [getattr(batch, name) for batch in batches]
+        return torch.cat([torch.nn.functional.pad(p, (0, longest - p.shape[-1])) if p.ndim == 3 else p for p in parts], dim=1)
+
+    missing = {}
+    for r, name in enumerate(batches[0].missing):
+        lost = sum(batch.missing[name] * batch.owed[r] for batch in batches)
+        missing[name] = lost / max(1, sum(batch.owed[r] for batch in batches))
+    errors = {name: error for batch in batches for name, error in batch.errors.items()}
+    return RewardBatch(joined("steps"), joined("applies"), joined("documents"), joined("documents_apply"), missing, errors)
+
 
 def load_reward(name: str) -> Callable[..., Any]:
     """A built-in reward or `package.module:function`. The working directory is importable.

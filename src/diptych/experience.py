@@ -1,0 +1,205 @@
+"""What one GRPO step learns from: documents sampled from the policy, and what the rewards said of them.
+
+Rewards may run in a thread of their own: those of one batch while the next is sampled, and the last while the scorer replays. Nothing
+else changes: `Sampled.rewarded` waits for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diptych.config import GRPOConfig
+from diptych.credit import document_rewards
+from diptych.data import Mixture, Record
+from diptych.document import to_json_blocks
+from diptych.models import UnifiedModel
+from diptych.rewards import RewardBatch, RewardError, call_rewards
+from diptych.rewards.base import merge
+from diptych.runtime import generator, rank, world_size
+from diptych.sampling.engine import sample
+from diptych.sampling.rollout import Rollout
+
+RewardFunctions = Sequence[tuple[Any, Callable[..., Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experience:
+    """B rollouts (P prompts, G each, groups adjacent) with everything an update needs."""
+
+    records: list[Record]  # (B,)
+    rollouts: list[Rollout]  # (B,)
+    rewards: RewardBatch
+    group_ids: Tensor  # (B,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """Rollouts whose rewards may still be on their way: one call for each batch of whole groups."""
+
+    records: list[Record]  # (B,)
+    rollouts: list[Rollout]  # (B,)
+    calls: list[Future[RewardBatch]]
+
+    def rewarded(self, config: GRPOConfig) -> Experience:
+        """Waits for the rewards. Raises RewardError where one broke its contract, or too many of its values are missing."""
+        experience = self.experience(config)
+        refuse_missing(experience.rewards, config)
+        return experience
+
+    def experience(self, config: GRPOConfig) -> Experience:
+        rewards = merge([call.result() for call in self.calls])
+        group_ids = torch.arange(len(self.rollouts) // config.num_generations).repeat_interleave(config.num_generations)
+        return Experience(self.records, self.rollouts, rewards, group_ids)
+
+
+def collect(model: UnifiedModel, prompts: Mixture, reward_functions: RewardFunctions, config: GRPOConfig, step: int) -> Sampled:
+    """Samples this process's share of the step's prompts and has them rewarded; groups without spread are sampled again from
+    other prompts, `resample_attempts` times at most."""
+    mine = slice(rank(), None, world_size())
+    records = prompts.batch(step, config.prompts_per_step)[mine]
+    with background(config, model.device) as submit:
+        sampled = _collect_once(model, records, reward_functions, config, (step, 0), submit)
+        for attempt in range(1, config.resample_attempts + 1):
+            experience = sampled.experience(config)
+            flat = groups_without_spread(experience, config.num_generations)
+            if not flat:
+                break
+            fresh = prompts.batch(step + attempt * 1_000_003, config.prompts_per_step)[mine][: len(flat)]
+            again = _collect_once(model, fresh, reward_functions, config, (step, attempt), submit).experience(config)
+            sampled = _replace_groups(experience, flat, again, config.num_generations)
+    return sampled
+
+
+def _collect_once(
+    model: UnifiedModel, records: list[Record], reward_functions: RewardFunctions, config: GRPOConfig, stream: tuple[int, int],
+    submit: Callable[..., Future[RewardBatch]],
+) -> Sampled:  # fmt: skip
+    noise = generator(config.seed, 10, *stream, rank())
+    size = config.rollout_batch_size or len(records)
+    found = Sampled([], [], [])
+    for begin in range(0, len(records), size):
+        some = records[begin : begin + size]
+        rows = [model.encode_prompt(record.prompt) for record in some]
+        rollouts = sample(model, rows, config.sampling, num_generations=config.num_generations, generator=noise)
+        repeated = [record for record in some for _ in range(config.num_generations)]
+        keys = sorted({key for record in records for key in record.columns})
+        columns: dict[str, list[Any]] = {key: [record.columns.get(key) for record in repeated] for key in keys}
+        columns["truncated"] = [rollout.truncated for rollout in rollouts]
+        call = submit(call_rewards, reward_functions, [r.prompt for r in repeated], [r.document for r in rollouts], columns)
+        found = Sampled(found.records + repeated, found.rollouts + rollouts, [*found.calls, call])
+    return found
+
+
+@contextlib.contextmanager
+def background(config: GRPOConfig, device: torch.device) -> Iterator[Callable[..., Future[RewardBatch]]]:
+    """What calls a function and gives its result as a future: in one thread of its own, or at once. Leaving waits for nothing."""
+    if device.type == "cpu" if config.background_rewards is None else not config.background_rewards:
+        yield _at_once
+        return
+    pool = ThreadPoolExecutor(1, "rewards")
+    try:
+        yield pool.submit
+    finally:
+        pool.shutdown(wait=False)
+
+
+def _at_once(function: Callable[..., RewardBatch], *arguments: Any) -> Future[RewardBatch]:
+    future: Future[RewardBatch] = Future()
+    future.set_result(function(*arguments))
+    return future
+
+
+def refuse_missing(rewards: RewardBatch, config: GRPOConfig) -> None:
+    worst = max(rewards.missing, key=rewards.missing.__getitem__)
+    if rewards.missing[worst] > config.max_missing_rewards:
+        raise RewardError(
+            f"{rewards.missing[worst]:.0%} of the values of reward {worst!r} are missing (allowed: {config.max_missing_rewards:.0%}); "
+            f"last error: {rewards.errors.get(worst, 'values that are not finite')}. Nothing was trained on "
+            "them: mend the reward and run the same command again to resume"
+        )
+
+
+def groups_without_spread(experience: Experience, group_size: int) -> list[int]:
+    """Groups in which every reward gives all members the same: nothing can be learned from them."""
+    rewards = experience.rewards
+    values, speaks, missing = document_rewards(*_reward_parts(rewards))  # (R, B)
+    steps = rewards.steps.permute(0, 2, 1).flatten(0, 1)  # (R * J, B): each step is compared with the same step
+    applies = rewards.applies.permute(0, 2, 1).flatten(0, 1)
+    everything = torch.cat([values, steps.nan_to_num()])
+    known = torch.cat([speaks & ~missing, applies & ~steps.isnan()])
+    high = everything.masked_fill(~known, -torch.inf).unflatten(1, (-1, group_size)).amax(-1)
+    low = everything.masked_fill(~known, torch.inf).unflatten(1, (-1, group_size)).amin(-1)
+    return [g for g, spread in enumerate((high > low).any(0).tolist()) if not spread]
+
+
+def _reward_parts(rewards: RewardBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return rewards.steps, rewards.applies, rewards.documents, rewards.documents_apply
+
+
+def _replace_groups(old: Experience, groups: list[int], new: Experience, group_size: int) -> Sampled:
+    """The experience with some groups exchanged for new ones, in place of the old."""
+    source = list(range(len(old.rollouts)))
+    for position, group in enumerate(groups):
+        for member in range(group_size):
+            source[group * group_size + member] = len(old.rollouts) + position * group_size + member
+    rewards = merge([old.rewards, new.rewards])
+    kept = dataclasses.replace(
+        rewards,
+        missing={name: max(share, new.rewards.missing[name]) for name, share in old.rewards.missing.items()},
+        **{name: getattr(rewards, name)[:, source] for name in ("steps", "applies", "documents", "documents_apply")},
+    )
+    records, rollouts = old.records + new.records, old.rollouts + new.rollouts
+    return Sampled([records[i] for i in source], [rollouts[i] for i in source], [_at_once(lambda: kept)])
+
+
+# --- report --------------------------------------------------------------------------------------------------------------
+
+
+def reward_metrics(experience: Experience, config: GRPOConfig) -> dict[str, float]:
+    rewards, group = experience.rewards, config.num_generations
+    values, speaks, missing = document_rewards(*_reward_parts(rewards))  # (R, B)
+    valid = speaks & ~missing
+    metrics: dict[str, float] = {}
+    for r, reward in enumerate(config.rewards):
+        used = values[r][valid[r]]
+        if len(used):
+            metrics[f"rewards/{reward.name}/mean"] = float(used.mean())
+            metrics[f"rewards/{reward.name}/std"] = float(used.std()) if len(used) > 1 else 0.0
+        metrics[f"rewards/{reward.name}/missing"] = rewards.missing[reward.name]
+    weights = torch.tensor([reward.weight for reward in config.rewards])
+    total = (values * weights[:, None]).sum(0)[~missing.any(0)]
+    if len(total):
+        metrics["reward"] = float(total.mean())
+        metrics["reward_std"] = float(total.std()) if len(total) > 1 else 0.0
+    metrics["frac_reward_zero_std"] = len(groups_without_spread(experience, group)) / (len(experience.rollouts) // group)
+    lengths = [len(r.row) - r.prompt_length for r in experience.rollouts]
+    metrics["completions/mean_length"] = sum(lengths) / len(lengths)
+    metrics["completions/max_length"] = float(max(lengths))
+    metrics["completions/mean_images"] = sum(len(r.document.images) for r in experience.rollouts) / len(lengths)
+    metrics["completions/clipped_ratio"] = sum(r.truncated for r in experience.rollouts) / len(lengths)
+    return metrics
+
+
+def sample_records(experience: Experience, group_size: int, num_groups: int = 1) -> list[dict[str, Any]]:
+    """The first groups of a step as JSON: prompt, answer, and for each step what every reward said."""
+    names = list(experience.rewards.missing)
+    records = []
+    for b in range(min(num_groups * group_size, len(experience.rollouts))):
+        rollout, rewards = experience.rollouts[b], experience.rewards
+        steps = [
+            {n: round(float(rewards.steps[r, b, j]), 4) for r, n in enumerate(names) if rewards.applies[r, b, j]}
+            for j in range(rollout.num_steps)
+        ]
+        whole = {n: round(float(rewards.documents[r, b]), 4) for r, n in enumerate(names) if rewards.documents_apply[r, b]}
+        records.append(
+            {"prompt": to_json_blocks(experience.records[b].prompt), "answer": to_json_blocks(rollout.document),
+             "steps": steps, "document": whole}
+        )  # fmt: skip
+    return records
