@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -125,14 +126,35 @@ def compare(sides: dict[str, Callable[[], float]], repeats: int, device: torch.d
     return found
 
 
+def trl_update(update: Update) -> Callable[[], float]:
+    """TRL's own update of the same tokens, on a Llama with the same weights."""
+    from _trl import TRLUpdate
+    from transformers import LlamaForCausalLM
+
+    model: Any = update.model
+    llama = LlamaForCausalLM(model.hf.config.text_config).to(model.device, model.dtype)
+    llama.model.load_state_dict(model.language_model.state_dict())
+    llama.lm_head.load_state_dict(model.hf.lm_head.state_dict())
+    rows = update.batch.to("cpu").rows()
+    prompts = [row.text_ids[: row.prompt_length].tolist() for row in rows]
+    completions = [row.text_ids[row.prompt_length :].tolist() for row in rows]
+    old = [values[row.prompt_length : len(row), 0].cpu() for values, row in zip(update.old, rows, strict=True)]
+    size = update.config.micro_batch_size
+    trl = TRLUpdate(
+        llama, prompts, completions, update.advantages[:, 0].cpu(), old, micro_batch_size=size, learning_rate=1e-9, scored_only=True
+    )
+    return trl.run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="storyboard", choices=("storyboard", *SIZES))
     parser.add_argument("--quick", action="store_true", help="ends within a minute on two cores")
+    parser.add_argument("--trl", action="store_true", help="text alone, against TRL (the model must be a Janus size)")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--images", type=int, default=3)
-    parser.add_argument("--words", type=int, default=24, help="text tokens before each picture, on the average")
+    parser.add_argument("--images", type=int, default=3, help="at most, in a document")
+    parser.add_argument("--words", type=int, default=24, help="text tokens before each picture (with --trl: of an answer), on the average")
     parser.add_argument("--prompt-length", type=int, default=48)
     parser.add_argument("--micro-batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
@@ -141,6 +163,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.prompts, arguments.group = 4, 4
+    if arguments.trl:
+        arguments.images = 0
     device = pick_device(arguments.device)
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.model == "storyboard":
@@ -152,28 +176,39 @@ def main() -> None:
     settings = {
         "output_dir": "unused", "max_steps": 1, "optim": {"lr": 1e-9}, "rewards": [{"name": "format"}],
         "micro_batch_size": arguments.micro_batch_size, "loss_type": "dapo",
-        "sampling": {"max_images": arguments.images, "max_text_tokens": 2 * arguments.words, "image": {"guidance_scale": 2.0}},
+        "sampling": {"max_images": max(1, arguments.images), "max_text_tokens": 2 * arguments.words, "image": {"guidance_scale": 2.0}},
     }  # fmt: skip
     config = build(GRPOConfig, settings)
+    if arguments.trl:
+        model._legal = torch.ones(model.vocab_size, dtype=torch.bool, device=device)  # TRL forbids no token
     shape = (arguments.prompts, arguments.group, arguments.images, arguments.words, arguments.prompt_length)
     update = Update(model, documents(model, *shape), config)
-    seconds = compare({"ours": update.ours, "plain": update.plain}, arguments.repeats, device)
+    baseline, theirs = ("TRL", trl_update(update)) if arguments.trl else ("padded, whole logits", update.plain)
+    seconds = compare({"diptych": update.ours, baseline: theirs}, arguments.repeats, device)
+    report(arguments, update, seconds, baseline)
+
+
+def report(arguments: argparse.Namespace, update: Update, seconds: dict[str, list[float]], baseline: str) -> None:
+    model, device = update.model, update.model.device
     width = int(model.language_model.config.hidden_size)  # type: ignore[union-attr, arg-type]
     limit = operations(update) / matrix_rate(device, model.dtype, width, 2048)
-    ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["plain"], strict=True))
+    ratio = statistics.median(b / a for a, b in zip(seconds["diptych"], seconds[baseline], strict=True))
     positions = int(update.batch.attention_mask.sum())
-    print(f"{arguments.model}: {len(update.batch)} documents of 1 to {arguments.images} pictures, {positions} positions, {device}")
-    for name, times in (("padded, whole logits", seconds["plain"]), ("diptych", seconds["ours"])):
-        median = statistics.median(times)
-        print(f"  {name:<21} {median:8.2f} s   {positions / median:8.0f} positions/s   (spread {min(times):.2f} to {max(times):.2f})")
+    content = f"1 to {arguments.images} pictures" if arguments.images else "text"
+    print(f"{arguments.model}: {len(update.batch)} documents of {content}, {positions} positions, {device}")
+    for name in (baseline, "diptych"):
+        median = statistics.median(seconds[name])
+        spread = f"(spread {min(seconds[name]):.2f} to {max(seconds[name]):.2f})"
+        print(f"  {name:<21} {median:8.2f} s   {positions / median:8.0f} positions/s   {spread}")
     print(f"  {'limit':<21} {limit:8.2f} s   multiplications alone")
-    print(f"  {ratio:.2f} times as fast; {statistics.median(seconds['ours']) / limit:.1f} times the limit's time")
-    report = {
-        "name": "update", "model": arguments.model, "ratio": ratio, "limit": limit, "seconds": statistics.median(seconds["ours"]),
-        "baseline_seconds": statistics.median(seconds["plain"]), "ours": seconds["ours"], "theirs": seconds["plain"],
-        "sizes": vars(arguments), "device": str(device), "dtype": str(model.dtype), "versions": versions(),
+    print(f"  {ratio:.2f} times as fast; {statistics.median(seconds['diptych']) / limit:.1f} times the limit's time")
+    found = {
+        "name": "update", "model": arguments.model, "baseline": baseline, "ratio": ratio, "limit": limit,
+        "seconds": statistics.median(seconds["diptych"]), "baseline_seconds": statistics.median(seconds[baseline]),
+        "ours": seconds["diptych"], "theirs": seconds[baseline], "sizes": vars(arguments), "device": str(device),
+        "dtype": str(model.dtype), "versions": versions(),
     }  # fmt: skip
-    print(json.dumps(report))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

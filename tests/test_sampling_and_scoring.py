@@ -310,6 +310,20 @@ def test_steps_of_unchanging_shape_sample_the_same_documents(models, family, tin
             torch.testing.assert_close(one.rollout_logprobs, other.rollout_logprobs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.gpu
+def test_cuda_graphs_sample_what_plain_steps_sample(guided_params):
+    model = load_model("storyboard").to("cuda")
+    rows = [model.encode_prompt(Document((Text(words),))) for words in WORDS]
+    params = guided_params.model_copy(update={"max_text_tokens": 24})
+    found = [
+        sample(model, rows, params, num_generations=4, generator=torch.Generator().manual_seed(3), graphs=graphs)
+        for graphs in (False, True)
+    ]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.row.text_ids, other.row.text_ids)
+        assert torch.equal(one.row.codes, other.row.codes)
+
+
 def test_same_seed_same_documents(tiny_model, guided_params):
     first, second, third = (roll(tiny_model, guided_params, seed=s) for s in (5, 5, 6))
     assert all(

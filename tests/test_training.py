@@ -392,6 +392,20 @@ def test_fault_missing_reward_is_masked_not_zero(tiny_folder, tmp_path):
     assert "rewards/toy_rewards:not_a_number/mean" not in line
 
 
+def test_offloading_without_a_gpu_is_refused(tiny_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"offload=\['optimizer'\] frees a GPU's memory, and this run is on the CPU"):
+        grpo(grpo_config(tiny_folder, tmp_path / "run", offload=["optimizer"]))
+
+
+@pytest.mark.gpu
+def test_offloading_changes_no_loss(tiny_folder, tmp_path):
+    found = []
+    for name, offload in (("with", ["reference", "optimizer"]), ("without", [])):
+        grpo(grpo_config(tiny_folder, tmp_path / name, offload=offload, device="cuda"))
+        found.append([line["loss"] for line in read_jsonl(tmp_path / name / "metrics.jsonl")])
+    assert found[0] == found[1]
+
+
 def test_broken_parity_stops_the_run(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(experience_module, "sample", broken_sample)
     with pytest.raises(ParityError, match=r"differ by up to .* The update would train another policy"):

@@ -186,6 +186,9 @@ class GRPOConfig(RunConfig):
     background_rewards: bool | None = Field(
         None, description="rewards in a thread of their own, while the next batch is sampled or the scorer replays; None: on a GPU"
     )
+    offload: tuple[Literal["reference", "optimizer"], ...] = Field(
+        (), description="what waits in the host's memory while a GPU does not need it"
+    )
     resample_attempts: int = Field(0, ge=0, description="sample groups without spread again, so many times")
     max_missing_rewards: float = Field(0.2, ge=0, le=1, description="a larger share of missing rewards stops the run")
     parity_bound: float = Field(1e-3, gt=0, description="largest allowed |replayed - sampled| log-probability")

@@ -29,7 +29,7 @@ from diptych.logprobs import Scores, score
 from diptych.losses import Counts, ModalityTerms, PolicyBatch, policy_loss
 from diptych.models import UnifiedModel, open_policy
 from diptych.models.loading import Reference
-from diptych.optim import make_optimizer, optimizer_step
+from diptych.optim import make_optimizer, move_state, optimizer_step
 from diptych.rewards import load_reward
 from diptych.runs import RunFolder
 from diptych.runtime import generator, init_processes, pick_device, seed_everything, set_threads, sum_over_processes, world_size
@@ -60,6 +60,8 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
     reward_functions = [(reward, load_reward(reward.name)) for reward in config.rewards]
     run = RunFolder(config.output_dir, config)
     device = pick_device(config.device)
+    if config.offload and device.type == "cpu":
+        raise ValueError(f"offload={list(config.offload)} frees a GPU's memory, and this run is on the CPU; leave it out")
     prompts = Mixture([config.prompts], config.seed)
     old_skills = Mixture(config.ptx.sources, config.seed) if config.ptx else None
     step = (run.steps() or [0])[-1]
@@ -69,7 +71,8 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
     if step:
         folder, state = run.load(step)
     model = open_policy(config, device, folder).eval()  # no dropout: the policy that is scored is the policy that samples
-    reference = Reference(model, config, device) if config.text.beta or config.image.beta else None
+    needs_reference = bool(config.text.beta or config.image.beta)
+    reference = Reference(model, config, device, offload="reference" in config.offload) if needs_reference else None
     optimizer, schedule = make_optimizer(model, config.optim, config.max_steps * updates_per_step(config))
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -77,6 +80,8 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
 
     while step < config.max_steps:
         began = time.perf_counter()
+        if "optimizer" in config.offload:
+            move_state(optimizer, torch.device("cpu"))
         sampled = collect(model, prompts, reward_functions, config, step)
         sampling_ended = time.perf_counter()
         batch = collate([r.row for r in sampled.rollouts]).to(device)  # (B, T)
@@ -91,6 +96,7 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
         advantages = token_advantages(experience.rewards, config.rewards, experience.group_ids, batch.to("cpu"), config.advantages).to(
             device
         )  # (B, T)
+        move_state(optimizer, device)
         sums: list[dict[str, float]] = []
         for update, rows in enumerate(minibatches(config, len(batch), step)):
             sums.append(accumulate_gradient(model, batch, rows, old.logprobs, ref_logprobs, advantages, config))

@@ -12,13 +12,13 @@ from diptych.runtime import sum_gradients
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, max_steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW over what is trainable (weight decay on matrices only), and linear warm-up, then the chosen decay to 0."""
+    """AdamW, fused, over what is trainable (weight decay on matrices only), and linear warm-up, then the chosen decay to 0."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
 
     def factor(step: int) -> float:
         if step < config.warmup_steps:
@@ -31,6 +31,14 @@ def make_optimizer(model: nn.Module, config: OptimConfig, max_steps: int) -> tup
         return 1.0
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """The optimizer's moments to another device, e.g. out of a GPU's memory while documents are sampled."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                state[name] = value.to(device)
 
 
 def optimizer_step(

@@ -46,9 +46,8 @@ def accept_layouts(config: Any) -> None:
 class Slots:
     """Keys and values of B rows that share slots: row b has something in slot s where `taken[b, s]`.
 
-    Every layer has a buffer (B, capacity, heads, head_dim), of which the first `length` slots are in use: attention reads them where
-    they lie, and a new position is written in place. With the slots before the heads that costs no more than reading a buffer of
-    just these slots (docs/performance.md).
+    Every layer has a buffer (B, key-value heads, capacity, head_dim), of which the first `length` slots are in use: attention reads
+    them where they lie, and a new position is written in place.
 
     full: every row has something in every slot (known without asking the device), so that no mask is needed.
     """
@@ -67,23 +66,28 @@ class Slots:
     @property
     def num_bytes(self) -> int:
         """Of the slots in use."""
-        return sum(2 * buffer[:, : self.length].nbytes for buffer in self._keys)
+        return sum(2 * buffer[:, :, : self.length].nbytes for buffer in self._keys)
 
     def select(self, rows: Tensor, room: int) -> None:
         """These rows, (B',) int64, in this order, with room for so many more slots."""
         self.num_rows = len(rows)
-        self._change(lambda buffer: buffer[:, : self.length].index_select(0, rows), self.length + room)
+        self._change(lambda buffer: buffer.index_select(0, rows), self.length + room)
 
     def reserve(self, capacity: int) -> None:
         """Room for so many slots; buffers move where they have less."""
         if capacity > self._taken.shape[1]:
-            self._change(lambda buffer: buffer[:, : self.length], capacity)
+            self._change(lambda buffer: buffer, capacity)
 
     def _change(self, kept: Callable[[Tensor], Tensor], capacity: int) -> None:
-        self._taken = _copy(kept(self._taken), capacity)
+        """`kept` of what is in use, in buffers of another capacity."""
+        taken = kept(self.taken)
+        self._taken = taken.new_zeros(self.num_rows, capacity)
+        self._taken[:, : self.length] = taken
         for buffers in (self._keys, self._values):
             for layer, buffer in enumerate(buffers):
-                buffers[layer] = _copy(kept(buffer), capacity)
+                states = kept(buffer[:, :, : self.length])
+                buffers[layer] = states.new_empty(*states.shape[:2], capacity, states.shape[3])
+                buffers[layer][:, :, : self.length] = states
 
     def visible(self, new: Tensor | None, num_positions: int) -> Tensor | None:
         """Which slots each of `num_positions` new positions sees: (B, 1, T, length + T) bool; None for all before it.
@@ -103,21 +107,21 @@ class Slots:
         """Puts (B, heads, T, head_dim) behind the slots in use; returns all of them, (B, heads, length + T, head_dim)."""
         end = self.length + key.shape[2]
         if layer == len(self._keys):  # the first pass
-            size = (key.shape[0], max(end, self._taken.shape[1]), key.shape[1], key.shape[3])
+            size = (*key.shape[:2], max(end, self._taken.shape[1]), key.shape[3])
             self._keys.append(key.new_empty(size))
             self._values.append(value.new_empty(size))
         for buffers, states in ((self._keys, key), (self._values, value)):
-            buffers[layer][:, self.length : end] = states.transpose(1, 2)
+            buffers[layer][:, :, self.length : end] = states
         return self.read(layer, end)
 
     def write_at(self, cursor: Tensor, layer: int, key: Tensor, value: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Puts (B, heads, 1, head_dim) into the slot `cursor` (1,) int64; returns the first `end` slots."""
-        self._keys[layer].index_copy_(1, cursor, key.transpose(1, 2))
-        self._values[layer].index_copy_(1, cursor, value.transpose(1, 2))
+        self._keys[layer].index_copy_(2, cursor, key)
+        self._values[layer].index_copy_(2, cursor, value)
         return self.read(layer, end)
 
     def read(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        return self._keys[layer][:, :end].transpose(1, 2), self._values[layer][:, :end].transpose(1, 2)
+        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
 
     def extend(self, new: Tensor | None, num_positions: int) -> None:
         """After a pass: its positions' slots are in use."""
@@ -127,8 +131,9 @@ class Slots:
 
     def clear(self) -> None:
         """Nothing behind the slots in use: what memory held there before might be NaN, which no mask takes away."""
-        for buffer in (self._taken, *self._keys, *self._values):
-            buffer[:, self.length :] = 0
+        self._taken[:, self.length :] = False
+        for buffer in (*self._keys, *self._values):
+            buffer[:, :, self.length :] = 0
 
     def _ones(self, num_positions: int) -> Tensor:
         return torch.ones(self.num_rows, num_positions, dtype=torch.bool, device=self._taken.device)
@@ -152,7 +157,7 @@ class SlotAttention:
         found = []
         for block, mask, queries, keys, values in _split(self.blocks, self.masks, query, key, value):
             seen = block.write(module.layer_idx, keys, values)
-            found.append(sdpa_attention_forward(module, queries, *seen, mask, scaling=scaling)[0])
+            found.append(attention(module, queries, *seen, mask, scaling))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def finish(self) -> None:
@@ -185,7 +190,7 @@ class StepAttention:
         found = []
         for i, (block, mask, queries, keys, values) in enumerate(_split(self.blocks, self.masks, query, key, value)):
             seen = block.write_at(self.cursors[i], module.layer_idx, keys, values, self.ends[i])
-            found.append(sdpa_attention_forward(module, queries, *seen, mask, scaling=scaling)[0])
+            found.append(attention(module, queries, *seen, mask, scaling))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def finish(self, active: Tensor) -> None:
@@ -213,8 +218,17 @@ def _split(
     return zip(blocks, masks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
 
 
-def _copy(states: Tensor, capacity: int) -> Tensor:
-    """(B, S, ...) in a buffer (B, capacity, ...)."""
-    buffer = states.new_empty(states.shape[0], capacity, *states.shape[2:])
-    buffer[:, : states.shape[1]] = states
-    return buffer
+def attention(module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Scaled dot-product attention, (B, T, heads, head_dim), of query (B, heads, T, head_dim) over (B, key-value heads, S, head_dim).
+
+    On a CPU a single position in float32 takes two batched products over the buffers as they lie: twice as fast there as the fused
+    kernel (docs/performance.md).
+    """
+    size, num_heads, num_positions, width = query.shape
+    if num_positions > 1 or query.device.type != "cpu" or query.dtype != torch.float32:
+        return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)[0]
+    groups = keys.shape[1]
+    scores = torch.bmm((query * scaling).view(size * groups, -1, width), keys.flatten(0, 1).transpose(1, 2))
+    if mask is not None:
+        scores.view(size, num_heads, -1).masked_fill_(~mask[:, 0], -torch.inf)
+    return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(size, 1, num_heads, width)

@@ -152,21 +152,26 @@ class Reference:
     """The frozen model that the KL term refers to, that from which the run started: the policy with its adapter off, with the
     adapter that it started from, or a copy of its own."""
 
-    def __init__(self, policy: UnifiedModel, config: RunConfig, device: torch.device) -> None:
-        self.policy, self.copy = policy, None
+    def __init__(self, policy: UnifiedModel, config: RunConfig, device: torch.device, *, offload: bool = False) -> None:
+        """`offload`: a copy waits in the host's memory. Raises ValueError where there is no copy."""
+        self.policy, self.copy, self.device = policy, None, device
+        self.waits_on = torch.device("cpu") if offload else device
         folder = model_folder(config.model)
         self.started_from_adapter = is_adapter(folder)
         if policy.adapter is None or policy.adapter.train_in_full:
             four = config.load_in_4bit or None
             copy = load_model(folder, dtype=config.dtype, load_in_4bit=four, image_size=config.image_size)
-            self.copy = copy.to(device).eval().requires_grad_(False)
+            self.copy = copy.to(self.waits_on).eval().requires_grad_(False)
         elif self.started_from_adapter:
             policy.adapter.add_reference(folder)
+        if offload and self.copy is None:
+            raise ValueError("offload: reference: adapters need no copy of the model, so there is nothing to offload; leave it out")
 
     @contextlib.contextmanager
     def active(self) -> Iterator[UnifiedModel]:
         if self.copy is not None:
-            yield self.copy
+            yield self.copy.to(self.device)
+            self.copy.to(self.waits_on)
             return
         adapter = self.policy.adapter
         with adapter.as_reference() if self.started_from_adapter else adapter.off():
