@@ -51,8 +51,13 @@ JANUS = {
 SIZES = (*JANUS, "vila-u-7b")
 
 
-def random_model(size: str, device: torch.device, folder: Path) -> UnifiedModel:
-    """Random weights in a release's size and dtype, made on the device; tokenizer and templates are a toy's."""
+def random_model(size: str, device: torch.device, folder: Path, *, grid: int | None = None) -> UnifiedModel:
+    """Random weights in a release's size and dtype, made on the device; tokenizer and templates are a toy's.
+
+    `grid`: codes a side of a Janus' pictures; None: the size's own.
+    """
+    if grid is not None:
+        JANUS[size] = dataclasses.replace(JANUS[size], grid=grid)
     torch.manual_seed(0)
     torch.set_default_dtype(JANUS[size].dtype if size in JANUS else torch.bfloat16)
     try:

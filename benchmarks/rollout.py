@@ -17,6 +17,7 @@ import argparse
 import inspect
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -141,6 +142,7 @@ def main() -> None:
     parser.add_argument("--prompt-length", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--grid", type=int, help="codes a side of a Janus' pictures; left out: the size's own")
     arguments = parser.parse_args()
     if arguments.quick:
         small = (4, 4, 3, 24) if arguments.model == "storyboard" else (2, 2, 1, 4)
@@ -150,7 +152,7 @@ def main() -> None:
         if arguments.model == "storyboard":
             model = load_model("storyboard").to(device)
         else:
-            model = random_model(arguments.model, device, Path(scratch) / "toy")
+            model = random_model(arguments.model, device, Path(scratch) / "toy", grid=arguments.grid)
     params = SamplingParams(image=ImageSampling(guidance_scale=2.0), max_images=arguments.images, max_text_tokens=arguments.words + 1)
     rows, shape = prompts(model, arguments.prompts, arguments.prompt_length), (arguments.images, arguments.words)
     peers, ours, theirs = Peers(model, params), [], []
@@ -169,6 +171,7 @@ def main() -> None:
 
     for repeat in range(-1, arguments.repeats):  # the first one warms up
         times = seconds(lambda r=repeat: sample_ours(r + 1)), seconds(lambda: peers.rollout(rows, arguments.group, *shape))
+        print(f"{'warm-up' if repeat < 0 else f'round {repeat + 1}'}: {times[0]:.2f} s, the loop {times[1]:.2f} s", file=sys.stderr)
         if repeat >= 0:
             ours.append(times[0])
             theirs.append(times[1])

@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--grid", type=int, help="codes a side of a Janus' pictures; left out: the size's own")
     parser.add_argument("--checkpointing", action="store_true")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -170,7 +171,7 @@ def main() -> None:
         if arguments.model == "storyboard":
             model = load_model("storyboard").to(device)
         else:
-            model = random_model(arguments.model, device, Path(scratch) / "toy")
+            model = random_model(arguments.model, device, Path(scratch) / "toy", grid=arguments.grid)
     if arguments.checkpointing:
         enable_checkpointing(model)
     settings = {

@@ -12,7 +12,7 @@ from diptych.config import ImageSampling, SamplingParams, TextSampling
 from diptych.document import Document, Image, Text
 from diptych.logprobs import score
 from diptych.models import load_model
-from diptych.sampling import engine
+from diptych.sampling import engine, stream
 from diptych.sampling.distribution import draw, log_distribution
 from diptych.sampling.engine import sample
 from diptych.sampling.guidance import mix, num_branches
@@ -301,6 +301,7 @@ def test_steps_of_unchanging_shape_sample_the_same_documents(models, family, tin
     plainly = run()
     stepwise = run(graphs=True)
     monkeypatch.setattr(engine, "ASK_EVERY", {"cpu": 5})
+    monkeypatch.setattr(stream, "POSITIONS_PER_GRAPH", 3)
     rarely = run(graphs=True)
     assert len({len(r.document.images) for r in plainly}) >= 2
     for one, two, three in zip(plainly, stepwise, rarely, strict=True):

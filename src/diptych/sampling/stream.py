@@ -11,6 +11,8 @@ from diptych.models.attention import SlotAttention, Slots, StepAttention
 from diptych.models.base import UnifiedModel
 from diptych.tokens import TokenRow, collate
 
+POSITIONS_PER_GRAPH = 128
+
 
 class Stream:
     """B sequences that share slots. A row that waits gets an empty slot, and positions count real tokens.
@@ -59,21 +61,24 @@ def advance(model: UnifiedModel, streams: Sequence[Stream], embeds: Sequence[Ten
 class Steps:
     """`advance` for up to `steps` positions, one at a time, as a CUDA graph: recorded at the start, replayed for each position, so that
     the host does not have to issue a thousand small kernels. On a CPU the same step is run without recording.
+
+    A graph attends to all slots that it may ever fill, so a long phase has one for every POSITIONS_PER_GRAPH positions.
     """
 
     def __init__(self, model: UnifiedModel, streams: Sequence[Stream], steps: int) -> None:
-        self.model, self.streams = model, streams
-        self.layout = StepAttention([stream.slots for stream in streams], steps)
+        self.model, self.streams, self.steps = model, streams, steps
+        self.left = 0  # positions that the present graph can still feed
         positions = torch.cat([stream.position for stream in streams])
         self.embeds = torch.zeros(len(positions), 1, streams[0].hidden.shape[1], dtype=model.dtype, device=positions.device)
         self.active = torch.ones_like(positions, dtype=torch.bool)
         self.positions = positions[:, None]
         self.hidden = torch.empty(0)
-        self.graph = self._record() if positions.is_cuda else None
 
     def __call__(self, embeds: Sequence[Tensor], active: Tensor | None = None) -> None:
         """As `advance`."""
         for position in torch.cat(list(embeds)).split(1, dim=1):
+            if not self.left:
+                self._begin()
             self.embeds.copy_(position)
             if active is not None:
                 self.active.copy_(active)
@@ -82,7 +87,15 @@ class Steps:
             else:
                 self.graph.replay()
             self.layout.count(active is None)
+            self.left -= 1
             _hand_out(self.streams, self.hidden.clone(), active, 1)
+
+    def _begin(self) -> None:
+        self.left = min(POSITIONS_PER_GRAPH, self.steps)
+        assert self.left, "more positions than were announced"
+        self.steps -= self.left
+        self.layout = StepAttention([stream.slots for stream in self.streams], self.left)
+        self.graph = self._record() if self.positions.is_cuda else None
 
     def _step(self) -> None:
         self.layout.begin()
