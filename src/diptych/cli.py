@@ -17,6 +17,8 @@ app = typer.Typer(
     help="Post-train unified vision-language models until they write illustrated documents.",
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
 )  # fmt: skip
+rewards_app = typer.Typer(help="The built-in rewards: what there is, and what one says of a document.", no_args_is_help=True)
+app.add_typer(rewards_app, name="rewards")
 console = Console(width=None if sys.stdout.isatty() else 120)  # a log has no width
 INTERRUPTED = 130
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -260,6 +262,140 @@ def ablate(
         console.print(f"written: {documents.write_docs(docs)}")
     if failures:
         raise typer.Exit(1)
+
+
+@rewards_app.command("list", epilog="Example: diptych rewards list")
+def list_rewards() -> None:
+    """Every built-in reward: what it judges, the values it gives, what it needs."""
+    from rich.table import Table
+
+    from diptych.rewards.base import ABOUT
+
+    table = Table("name", "judges", "values", "needs", caption="Your own: package.module:function. See docs/rewards.md")
+    for name, about in ABOUT.items():
+        table.add_row(name, *about)
+    console.print(table)
+
+
+@rewards_app.command(
+    "try",
+    epilog="Example: diptych rewards try document_judge --document answer.json --prompt 'Tell the story' "
+    "--option base_url=http://localhost:8000/v1 --option model=Qwen/Qwen3-VL-8B-Instruct",
+)
+def try_reward(
+    name: Annotated[str, typer.Argument(help="a built-in reward (see `diptych rewards list`) or package.module:function")],
+    document: Annotated[Path, typer.Option(help="a JSON file of message blocks, as `diptych generate --out answer.json` writes it")],
+    prompt: Annotated[str, typer.Option(help="the text of the request; unused where the file holds whole messages")] = "",
+    option: Annotated[list[str] | None, typer.Option(help="key=value of the reward's options; may be repeated")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="key=value of a data set column, such as num_images=3; may be repeated")] = None,
+) -> None:
+    """What a reward says of one document: what was sent, what came back, the value of each step. Exits with 1 if a value is missing."""
+    from diptych.config import RewardConfig, build, parse_overrides
+    from diptych.document import Text
+    from diptych.rewards import call_rewards, load_reward
+    from diptych.rewards.base import configured
+    from diptych.rewards.judges import Judge, transcript
+
+    asked, answer = transcript.read_document(document, prompt)
+    options, columns = (dict(parse_overrides([f"--{item}" for item in items or []])) for items in (option, column))
+    config = build(RewardConfig, {"name": name, "options": options})
+    reward = configured(config, load_reward(name))
+    if isinstance(reward, Judge):
+        reward.listen = lambda question, reply: console.print(
+            f"--- sent ---\n{transcript.sent(question)}\n--- said ---\n{transcript.said(reply)}\n",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    found = call_rewards([(config, load_reward(name))], [asked], [answer], {key: [value] for key, value in columns.items()})
+    for j, segment in enumerate(answer):
+        kind = "text" if isinstance(segment, Text) else "picture"
+        value = f"{float(found.steps[0, 0, j]):.4f}".replace("nan", "missing") if found.applies[0, 0, j] else "-"
+        console.print(f"step {j + 1} ({kind}): {value}", highlight=False)
+    if found.documents_apply[0, 0]:
+        console.print(f"document: {float(found.documents[0, 0]):.4f}".replace("nan", "missing"), highlight=False)
+    if found.missing[name]:
+        raise ValueError(f"{found.missing[name]:.0%} of the values are missing: {found.errors.get(name, 'not finite')}")
+
+
+# --- data ---
+data_app = typer.Typer(help="Training data: convert published data sets to records, and look into files of records.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("kinds", epilog="Example: diptych data kinds")
+def data_kinds() -> None:
+    """What `diptych data convert` can read."""
+    from diptych.data.convert import KINDS
+
+    for name, kind in KINDS.items():
+        console.print(f"{name:12} {kind.summary}. License: {kind.license}", highlight=False)
+
+
+@data_app.command(epilog="Example: diptych data convert activitynet train.json --media videos --out data/activitynet --exclude MMIE")
+def convert(
+    kind: Annotated[str, typer.Argument(help="see `diptych data kinds`")],
+    input: Annotated[Path, typer.Argument(help="the data set's file or folder, as it was published")],
+    out: Annotated[Path, typer.Option(help="a new folder: records.jsonl, images/, report.json")],
+    media: Annotated[Path | None, typer.Option(help="the folder of videos or pictures that annotations point to")] = None,
+    exclude: Annotated[list[Path] | None, typer.Option(help="a benchmark's pictures or ids, file or folder; may be repeated")] = None,
+    prompt: Annotated[str | None, typer.Option(help="the request's text, with fields such as {title}; left out: the kind's own")] = None,
+    image_size: Annotated[int | None, typer.Option(min=8, help="cut pictures square, so many pixels a side; left out: as they are")] = None,
+    min_images: Annotated[int | None, typer.Option(min=1, help="leave out documents with fewer; left out: the kind's own")] = None,
+    max_images: Annotated[int, typer.Option(min=1, help="pictures of one document (video, story and how-to kinds)")] = 6,
+    share: Annotated[float, typer.Option(min=0, max=1, help="a fixed random share of the records")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the share")] = 0,
+    max_records: Annotated[int | None, typer.Option(min=1, help="stop after so many")] = None,
+    license: Annotated[str | None, typer.Option(help="for records that name none; left out: the kind's own")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="stop at the first problem instead of skipping and counting it")] = False,
+) -> None:
+    """Makes records of a published data set. Can be killed at any moment: the same command goes on where it stopped."""
+    from diptych.data.convert import KINDS, Options, run
+
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; allowed are {', '.join(KINDS)} (see `diptych data kinds`)")
+    options = Options(input, media, prompt, min_images, max_images, license, image_size, share, seed, max_records)
+    report = run(kind, KINDS[kind], options, out, exclude=exclude or [], strict=strict, log=_say)
+    for cause, number in report["skipped"].items():
+        _say(f"skipped: {cause}: {number}")
+    _say(f"{report['kept']} records, {report['images']} pictures: {out / 'records.jsonl'} (every skipped item: {out / 'report.json'})")
+
+
+@data_app.command(epilog="Example: diptych data inspect data/activitynet/records.jsonl --model storyboard --out page.html")
+def inspect(
+    file: Annotated[Path, typer.Argument(help="a .jsonl file of records")],
+    model: Annotated[str | None, typer.Option(help="count tokens for this model: packaged name, checkpoint folder or hub id")] = None,
+    out: Annotated[Path | None, typer.Option(help="also write a page with a sample of the records to this .html file")] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="records on the page")] = 12,
+    max_lines: Annotated[int | None, typer.Option(min=1, help="read only the first so many lines")] = None,
+    seed: int = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """What is in a file of records and what is wrong with it; every picture is opened. Exits with 1 on problems."""
+    from diptych.data.inspect import inspect_records, render_lines, summary
+    from diptych.models import load_model
+    from diptych.report.records import records_page
+    from diptych.runs import atomic_text
+
+    if out is not None and out.suffix != ".html":
+        raise ValueError(f"--out is {str(out)!r}; the allowed ending is .html")
+    loaded = load_model(model) if model else None
+    found = inspect_records(file, loaded, num_samples=num_samples, seed=seed, max_lines=max_lines)
+    if as_json:
+        console.print_json(json.dumps(summary(found)))
+    else:
+        for line in render_lines(found):
+            _say(line)
+    if out is not None:
+        atomic_text(out, records_page(found))
+        if not as_json:
+            _say(f"open {out}")
+    if found.problems.found:
+        raise typer.Exit(1)
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _sampling(release: SamplingParams, temperature: float | None, guidance: float | None) -> SamplingParams:

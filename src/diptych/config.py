@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 
@@ -117,13 +117,28 @@ class WarmupConfig(RunConfig):
 
 
 class RewardConfig(Config):
-    """One reward. `name` is built in (format, text_critic, image_text) or `package.module:function`."""
+    """One reward. `name` is built in (`diptych rewards list`) or `package.module:function`."""
 
     name: str
     weight: float = 1.0
     scale: float = Field(1.0, gt=0, description="the raw value is divided by this after `shift` is subtracted")
     shift: float = 0.0
     modality: Literal["text", "image", "both"] = "both"
+    options: dict[str, Any] = Field(default_factory=dict, description="of the reward itself, such as a judge's server and model")
+
+    @model_validator(mode="after")
+    def _no_keys(self) -> RewardConfig:
+        """The configuration is saved with every run, so nothing secret may stand in it."""
+        if {"api_key", "password", "secret", "token"} & {name.lower() for name in self.options}:
+            raise ValueError("options hold a secret, and the configuration is saved: name an environment variable with api_key_env")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty_options(self, handler: Any) -> dict[str, Any]:
+        found = handler(self)
+        if not self.options:
+            found.pop("options", None)  # so that runs saved before there were options resume
+        return found
 
 
 class ModalityConfig(Config):
@@ -321,6 +336,8 @@ def _index(key: str, part: str, items: list[Any]) -> int:
 
 def _explain(cls: type[Config], problem: Any) -> str:
     path = ".".join(str(part) for part in problem["loc"]) or "(top)"
+    if "hold a secret" in problem["msg"]:
+        return f"{path}: {problem['msg']}"  # without what was given
     if problem["type"] == "extra_forbidden":
         owner: Any = cls
         for part in problem["loc"][:-1]:

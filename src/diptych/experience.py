@@ -173,6 +173,7 @@ def reward_metrics(experience: Experience, config: GRPOConfig) -> dict[str, floa
             metrics[f"rewards/{reward.name}/mean"] = float(used.mean())
             metrics[f"rewards/{reward.name}/std"] = float(used.std()) if len(used) > 1 else 0.0
         metrics[f"rewards/{reward.name}/missing"] = rewards.missing[reward.name]
+    metrics |= {f"rewards/{fault}": float(count) for fault, count in rewards.faults.items()}
     weights = torch.tensor([reward.weight for reward in config.rewards])
     total = (values * weights[:, None]).sum(0)[~missing.any(0)]
     if len(total):

@@ -31,6 +31,7 @@ from diptych.models import UnifiedModel, open_policy
 from diptych.models.loading import Reference
 from diptych.optim import make_optimizer, move_state, optimizer_step
 from diptych.rewards import load_reward
+from diptych.rewards.base import configured
 from diptych.runs import RunFolder
 from diptych.runtime import generator, init_processes, pick_device, seed_everything, set_threads, sum_over_processes, world_size
 from diptych.sampling.rollout import Rollout
@@ -57,7 +58,7 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
         raise ValueError(f"prompts_per_step={config.prompts_per_step} cannot be shared by {world_size()} processes")
     if config.prompts_per_step * config.num_generations // world_size() % config.num_minibatches:
         raise ValueError(f"num_minibatches={config.num_minibatches} does not divide the rollouts of one of {world_size()} processes")
-    reward_functions = [(reward, load_reward(reward.name)) for reward in config.rewards]
+    reward_functions = [(reward, configured(reward, load_reward(reward.name))) for reward in config.rewards]
     run = RunFolder(config.output_dir, config)
     device = pick_device(config.device)
     if config.offload and device.type == "cpu":

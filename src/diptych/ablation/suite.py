@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from diptych.ablation.measures import MEASURES
 from diptych.config import Config, DemoConfig, build, load_config, parse_overrides
 from diptych.rewards import load_reward
+from diptych.rewards.base import configured
 
 OWNED = {
     "output_dir": "--output-dir", "warmup.output_dir": "--output-dir", "grpo.output_dir": "--output-dir",
@@ -109,7 +110,7 @@ def check_variants(suite: Suite) -> None:
     for variant in suite.variants:
         config = variant_config(suite, variant, 0)
         for reward in config.grpo.rewards:
-            load_reward(reward.name)
+            configured(reward, load_reward(reward.name))
         without_effect = [k for k in variant.changes if variant.stage != "grpo" and k.startswith("grpo.") and "sampling" not in k]
         if without_effect:
             raise ValueError(f"variant {variant.name!r} stops at {variant.stage}, so {', '.join(without_effect)} would have no effect")

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from diptych.config import MixtureSource
-from diptych.data.records import Record, Source, open_source
+from diptych.data.jsonl import Record
+from diptych.data.records import Source, open_source
 from diptych.runtime import rng as make_rng
 from diptych.worlds.storyboard.scene import Split
 

@@ -4,39 +4,25 @@ A JSONL line:
 
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "tell the story ."}, ...]},
                   {"role": "assistant", "content": [{"type": "text", ...}, {"type": "image", "image": "a.png"}]}],
-     "num_images": 2}
+     "id": "a-1", "source": "activitynet", "license": "other", "num_images": 2}
 
-Image paths are relative to the file. Prompt sets for GRPO leave out the assistant's message.
+Only `messages` is needed. Image paths are relative to the file. Prompt sets for GRPO leave out the last assistant's message. A
+conversation of several turns is one record for each answer that is trained; what came before it is its prompt. An answer that is
+not to be trained says `"loss": false` beside its role. How such files are made is in docs/data.md.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from diptych.document import Document
+import numpy as np
+
+from diptych.data.jsonl import JsonlFile, Record
 from diptych.runtime import rng as make_rng
 from diptych.worlds.storyboard import conversations
 from diptych.worlds.storyboard.scene import Split
 from diptych.worlds.storyboard.tasks import FAMILIES, make_task
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """`columns` reach the rewards; `source` says which data set the record came from."""
-
-    prompt: Document
-    answer: Document | None
-    source: str
-    columns: dict[str, Any]
-
-    @property
-    def is_drawing(self) -> bool:
-        """Whether the answer is one bare picture, so that caption dropout makes sense."""
-        return self.answer is not None and len(self.answer) == len(self.answer.images) == 1
 
 
 class Source:
@@ -52,20 +38,22 @@ class Source:
 def open_source(name: str, num_records: int | None = None, *, seed: int = 0, split: Split = "train") -> Source:
     """A JSONL file, or `storyboard:interleaved|text_to_image|understanding|text|prompts`.
 
-    Raises ValueError for an unknown name, a missing or empty file, or a broken line (with file and line number).
+    Of a file, every 20th line is for validation. Raises ValueError for an unknown name, a missing or empty file, or a broken line
+    (with file and line number).
     """
     if name.startswith("storyboard:"):
         return _storyboard(name, name.split(":", 1)[1], num_records, seed, split)
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"data set {name!r} does not exist; give a .jsonl file or one of: {', '.join(_storyboard_names())}")
-    records = _read_jsonl(path, num_records)
-    held_out = records[19::20] or records[-1:]  # of a file, every 20th record is for validation
-    if split == "train":
-        records = [r for i, r in enumerate(records) if i % 20 != 19] if len(records) >= 20 else records[: max(1, len(records) - 1)]
-    else:
-        records = held_out
-    return Source(name, len(records), records.__getitem__)
+    if path.suffix.lower() in (".parquet", ".tar", ".tgz", ".gz"):
+        raise ValueError(f"{path} has no random access; make records of it first: diptych data convert messages {path} --out FOLDER")
+    file = JsonlFile(path, num_records)
+    held_out = file.lines % 20 == 19
+    if not held_out.any():
+        held_out = file.lines == file.lines[-1]
+    places = np.flatnonzero(held_out if split != "train" or held_out.all() else ~held_out)
+    return Source(name, len(places), lambda index: file[int(places[index])])
 
 
 _KINDS = {"text_to_image": ("draw",), "understanding": ("describe", "question"), "text": ("event", "tell")}
@@ -95,43 +83,3 @@ def _storyboard(name: str, kind: str, num_records: int | None, seed: int, split:
 
         return Source(name, num_records, single)
     raise ValueError(f"unknown data set {name!r}; known are {', '.join(_storyboard_names())}")
-
-
-def _read_jsonl(path: Path, num_records: int | None) -> list[Record]:
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(_parse(json.loads(line), path))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}:{number}: not a record: {error}") from error
-        if num_records is not None and len(records) == num_records:
-            break
-    if not records:
-        raise ValueError(f"data set {path} is empty; at least one record is needed")
-    return records
-
-
-def _parse(line: dict[str, Any], path: Path) -> Record:
-    messages = line["messages"]
-    roles = [message["role"] for message in messages]
-    if roles not in (["user"], ["user", "assistant"]):
-        raise ValueError(f"roles are {roles}; allowed are ['user'] and ['user', 'assistant']")
-    documents = [_document(message["content"], path.parent) for message in messages]
-    answer = documents[1] if len(documents) == 2 else None
-    columns = {key: value for key, value in line.items() if key != "messages"}
-    if answer is not None:
-        columns.setdefault("num_images", len(answer.images))
-    return Record(documents[0], answer, str(path), columns)
-
-
-def _document(content: Any, folder: Path) -> Document:
-    if isinstance(content, list):
-        content = [
-            {**block, "image": str(folder / block["image"])}
-            if isinstance(block.get("image"), str) and not block["image"].startswith("data:")
-            else block
-            for block in content
-        ]
-    return Document.from_blocks(content)

@@ -3,20 +3,25 @@
 A reward is called as `reward(prompts=..., completions=..., **columns)` with messages whose content is a list of text
 and image blocks. It returns, for each sample, a float or None (TRL), or a list with a float or None for each step of
 the document (ours). None means "says nothing about this"; NaN, infinity and exceptions mean "missing".
+
+A recipe's `options` reach a class as the keywords with which it is made, once, and a function as keywords of every call.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import importlib
 import inspect
+import json
 import logging
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +35,30 @@ BUILT_IN = {
     "format": "diptych.rewards.format:format",
     "image_text": "diptych.rewards.image_text:image_text",
     "text_critic": "diptych.rewards.text_critic:text_critic",
+}  # run anywhere, without options
+JUDGES = {
+    "llm_text_critic": "diptych.rewards.judges:LLMTextCritic",
+    "unified_reward": "diptych.rewards.judges:UnifiedReward",
+    "document_judge": "diptych.rewards.judges:DocumentJudge",
+}  # need a server, named in `options`
+
+
+class About(NamedTuple):
+    """For people: what a reward judges, the values it can give, and what it needs."""
+
+    judges: str
+    values: str
+    needs: str
+
+
+_SERVER = "options base_url, model"
+ABOUT = {
+    "format": About("structure: a text before each picture, as many pictures as asked", "0..1 a document", "column num_images"),
+    "image_text": About("each picture against the text just before it (Storyboard)", "0..1 a picture", "nothing: packaged"),
+    "text_critic": About("each text, given the prompt and the texts before (Storyboard)", "0..1 a text", "nothing: packaged"),
+    "llm_text_critic": About("each text against the prompt (LLaVA-Critic's prompt)", "0..1 a text, from 0..100", _SERVER),
+    "unified_reward": About("each picture against the text just before it (UnifiedReward's)", "0..1 a picture, from 1..5", _SERVER),
+    "document_judge": About("the whole document with its pictures", "0..1 a step, from 0..10", _SERVER),
 }
 
 
@@ -44,6 +73,7 @@ class RewardBatch:
     steps: (R, B, J) float32, rescaled, NaN where missing. applies: (R, B, J) bool.
     documents: (R, B) float32 of rewards that speak of the whole document, NaN where missing; documents_apply: (R, B).
     missing: name -> share of the values it owed that are missing. errors: name -> the last error.
+    faults: "name/cause" -> missing values, of rewards that say why.
     """
 
     steps: Tensor
@@ -52,6 +82,7 @@ class RewardBatch:
     documents_apply: Tensor
     missing: dict[str, float]
     errors: dict[str, str]
+    faults: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def owed(self) -> list[int]:
@@ -74,7 +105,8 @@ def merge(batches: Sequence[RewardBatch]) -> RewardBatch:
         lost = sum(batch.missing[name] * batch.owed[r] for batch in batches)
         missing[name] = lost / max(1, sum(batch.owed[r] for batch in batches))
     errors = {name: error for batch in batches for name, error in batch.errors.items()}
-    return RewardBatch(joined("steps"), joined("applies"), joined("documents"), joined("documents_apply"), missing, errors)
+    faults: Counter[str] = sum((Counter(batch.faults) for batch in batches), Counter())
+    return RewardBatch(joined("steps"), joined("applies"), joined("documents"), joined("documents_apply"), missing, errors, dict(faults))
 
 
 def load_reward(name: str) -> Callable[..., Any]:
@@ -82,16 +114,45 @@ def load_reward(name: str) -> Callable[..., Any]:
 
     Raises ValueError saying what is known.
     """
-    path = BUILT_IN.get(name, name)
+    known = BUILT_IN | JUDGES
+    path = known.get(name, name)
     module_name, colon, function_name = path.partition(":")
     if not colon:
-        raise ValueError(f"unknown reward {name!r}; give package.module:function or one of: {', '.join(BUILT_IN)}")
+        raise ValueError(f"unknown reward {name!r}; give package.module:function or one of: {', '.join(known)}")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         return getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"cannot load reward {name!r}: {error}") from error
+
+
+_made: dict[tuple[Any, str], Callable[..., Any]] = {}
+
+
+def configured(config: RewardConfig, reward: Callable[..., Any]) -> Callable[..., Any]:
+    """The reward with the options of its recipe. A class is made once for each set of options, and keeps its state.
+
+    Raises ValueError for options that it does not take.
+    """
+    if not inspect.isclass(reward):
+        if not config.options:
+            return reward
+        parameters = inspect.signature(reward).parameters
+        unknown = [name for name in config.options if name not in parameters or parameters[name].kind is inspect.Parameter.VAR_KEYWORD]
+        if unknown:
+            raise ValueError(
+                f"reward {config.name!r} takes no option {unknown[0]!r}; allowed are the parameters that it names: {', '.join(parameters)}"
+            )
+        return functools.partial(reward, **config.options)
+    factory: Any = reward
+    key = (reward, json.dumps(config.options, sort_keys=True, default=str))
+    if key not in _made:
+        try:
+            _made[key] = factory(**config.options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"reward {config.name!r} cannot be made with options {sorted(config.options)}: {error}") from error
+    return _made[key]
 
 
 def call_rewards(
@@ -102,7 +163,8 @@ def call_rewards(
 ) -> RewardBatch:
     """Calls every reward once on the whole batch.
 
-    Raises RewardError where a reward returns the wrong number of values: that is a fault in its code, not bad luck.
+    Raises RewardError where a reward returns the wrong number of values: that is a fault in its code, not bad luck; and
+    ValueError for options that a reward does not take.
     """
     asked = [[to_message("user", document)] for document in prompts]
     answers = [[to_message("assistant", document)] for document in completions]
@@ -111,7 +173,9 @@ def call_rewards(
     steps, applies = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
     documents, documents_apply = torch.zeros(shape[:2]), torch.zeros(shape[:2], dtype=torch.bool)
     missing, errors = {}, {}
+    faults: dict[str, int] = {}
     for r, (config, function) in enumerate(rewards):
+        function = configured(config, function)
         try:
             returned = function(prompts=asked, completions=answers, **columns)
             if inspect.isawaitable(returned):
@@ -135,7 +199,12 @@ def call_rewards(
         owed = int(applies[r].sum() + documents_apply[r].sum())
         lost = int((applies[r] & steps[r].isnan()).sum() + (documents_apply[r] & documents[r].isnan()).sum())
         missing[config.name] = lost / max(1, owed)
-    return RewardBatch(steps, applies, documents, documents_apply, missing, errors)
+        if hasattr(function, "take_faults"):
+            causes, shown = function.take_faults()
+            faults |= {f"{config.name}/{cause}": count for cause, count in causes.items()}
+            if causes:
+                errors.setdefault(config.name, shown)
+    return RewardBatch(steps, applies, documents, documents_apply, missing, errors, faults)
 
 
 class _AllMissing:

@@ -1,0 +1,66 @@
+"""`activitynet`: ActivityNet Captions. One document per video: its events in order, each with a key frame.
+
+Layout as published: one JSON object keyed by video id, `{"v_abc": {"duration": 82.7, "timestamps": [[0.8, 19.9], ...],
+"sentences": ["A man ...", " He ..."]}}` (train.json, val_1.json, val_2.json). --media: the videos, `v_abc.mp4` (or mkv, webm, ...).
+
+Our choices, where the paper is silent: events under a second are dropped; of two that overlap by more than 0.7 (IoU) the later is; the
+key frame is the one in the middle; the first --max-images events are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from diptych.data.convert.draft import Block, Draft, Options, document
+from diptych.data.convert.pictures import VIDEOS, Frame, find_file
+from diptych.data.problems import Problems
+from diptych.data.readers import read_json
+
+PROMPT = "Tell what happens in the video in {n} steps, each with a picture."
+MIN_SECONDS, MAX_IOU = 1.0, 0.7
+
+
+def read(options: Options, problems: Problems) -> Iterator[Draft]:
+    videos = options.media_folder("the videos, named by their id")
+    annotations = read_json(options.input)
+    if not isinstance(annotations, dict):
+        raise ValueError(f"{options.input} is a {type(annotations).__name__}; ActivityNet Captions is an object keyed by video id")
+    for id, entry in annotations.items():
+        where = f"{options.input}:{id}"
+        try:
+            chosen = events(entry)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            problems.report(where, "not a record", f"{type(error).__name__}: {error}", id)
+            continue
+        chosen = chosen[: options.max_images]
+        if len(chosen) < (options.min_images or 1):
+            problems.report(where, "too few pictures", f"{len(chosen)} events are left", id)
+            continue
+        video = find_file(videos, id, VIDEOS) or find_file(videos, id.removeprefix("v_"), VIDEOS)
+        if video is None:
+            problems.report(where, "missing video", f"{id} is not in {videos}", id)
+            continue
+        told: list[Block] = []
+        for start, end, sentence in chosen:
+            told += [sentence, (Frame(video, (start + end) / 2),)]
+        asked = options.instruction(PROMPT, n=len(chosen))
+        yield Draft(id, where, document((asked,), tuple(told)), (id, id.removeprefix("v_")), columns={"video_id": id.removeprefix("v_")})
+
+
+def events(entry: dict[str, Any]) -> list[tuple[float, float, str]]:
+    """(start, end, sentence) in time order, without short and repeated ones."""
+    if len(entry["timestamps"]) != len(entry["sentences"]):
+        raise ValueError(f"{len(entry['timestamps'])} timestamps and {len(entry['sentences'])} sentences")
+    found = [(float(start), float(end), str(s).strip()) for (start, end), s in zip(entry["timestamps"], entry["sentences"], strict=True)]
+    kept: list[tuple[float, float, str]] = []
+    for start, end, sentence in sorted(found, key=lambda event: event[:2]):
+        repeated = any(_iou(start, end, a, b) > MAX_IOU for a, b, _ in kept)
+        if sentence and end - start >= MIN_SECONDS and not repeated:
+            kept.append((start, end, sentence))
+    return kept
+
+
+def _iou(a: float, b: float, c: float, d: float) -> float:
+    shared = max(0.0, min(b, d) - max(a, c))
+    return shared / (b - a + d - c - shared) if shared else 0.0

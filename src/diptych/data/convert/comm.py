@@ -1,0 +1,64 @@
+"""`comm`: CoMM. A title, then its steps with their pictures.
+
+Layout as published: a torch-saved list of `{"data_id", "dataset_type", "title", "summary_info", "step_info"}`; `step_info` is a list
+of steps, each a list of `{"type": "text", "content"}` and `{"type": "image", "image_path", "url"}`. --media: the folder into which the
+authors' script downloaded the pictures. The file is read without running code from it (`weights_only`).
+
+Part of CoMM is WikiHow, from which MMIE and InterleavedBench are made: --exclude both.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from diptych.data.convert.draft import Block, Draft, Options, document
+from diptych.data.convert.pictures import Picture
+from diptych.data.problems import Problems
+
+PROMPT = "Explain step by step, with pictures: {title}"
+
+
+def read(options: Options, problems: Problems) -> Iterator[Draft]:
+    pictures = options.media_folder("the downloaded pictures")
+    try:
+        items = torch.load(options.input, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"cannot read {options.input}: {str(error)[:200]}. Give CoMM's train_data.pth as it was published.") from error
+    if not isinstance(items, list):
+        raise ValueError(f"{options.input} holds a {type(items).__name__}; CoMM's file is a list")
+    for number, item in enumerate(items, start=1):
+        where = f"{options.input}:item {number}"
+        id = str(item.get("data_id", "")) if isinstance(item, dict) else ""
+        try:
+            title, told, names = _steps(item, pictures, options.max_images)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            problems.report(where, "not a record", f"{type(error).__name__}: {error}", id)
+            continue
+        if len(names) < (options.min_images or 1):
+            problems.report(where, "too few pictures", f"{len(names)}", id)
+            continue
+        asked = options.instruction(PROMPT, title=title)
+        columns = {"dataset_type": str(item.get("dataset_type", ""))}
+        yield Draft(id or f"item-{number}", where, document((asked,), tuple(told)), (id, *names), columns=columns)
+
+
+def _steps(item: dict[str, Any], pictures: Any, most: int) -> tuple[str, list[Block], list[str]]:
+    """Title, blocks and picture names; whole steps, as long as at most `most` pictures are shown."""
+    title = " ".join(str(item["title"] or "").split())
+    if not title:
+        raise ValueError("the title is empty")
+    told: list[Block] = []
+    names: list[str] = []
+    for step in item["step_info"]:
+        text = " ".join(" ".join(str(part["content"]).split()) for part in step if part["type"] == "text").strip()
+        shown = [str(part["image_path"]) for part in step if part["type"] == "image"]
+        if len(names) + len(shown) > most:
+            break
+        found: list[Picture] = [pictures / name for name in shown]
+        told += [*([text] if text else []), *((picture,) for picture in found)]
+        names += shown
+    return title, told, names

@@ -1,0 +1,172 @@
+"""A look into a file of records: what is in it, what is wrong with it, how long its examples are for a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from diptych.data.jsonl import Record, answer_places, make_record, missing_pictures
+from diptych.data.problems import Problems
+from diptych.data.readers import json_lines
+from diptych.document import Document, Image
+from diptych.models import UnifiedModel
+from diptych.runtime import rng as make_rng
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A record that is shown; `num_tokens`: None without a model, or where the record is too long for it."""
+
+    where: str
+    record: Record
+    num_tokens: int | None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """Counts over all records of a file. `num_images`, `num_words`, `num_tokens`: one number per record."""
+
+    path: Path
+    num_lines: int
+    num_records: int
+    num_prompts: int
+    sources: dict[str, int]
+    licenses: dict[str, int]
+    sizes: dict[str, int]
+    num_images: list[int]
+    num_words: list[int]
+    num_tokens: list[int]
+    max_positions: int | None
+    samples: list[Sample]
+    problems: Problems
+
+
+def inspect_records(
+    path: Path,
+    model: UnifiedModel | None = None,
+    *,
+    num_samples: int = 12,
+    seed: int = 0,
+    max_lines: int | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Inspection:
+    """Reads a JSONL file of records and opens every picture (of the first `max_lines` lines). Broken lines are reported, not raised.
+
+    Raises ValueError where the file does not exist or has no line.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the .jsonl file of records")
+    problems = Problems()
+    sources, licenses, sizes = Counter[str](), Counter[str](), Counter[str]()
+    images, words, tokens = list[int](), list[int](), list[int]()
+    ids: dict[str, str] = {}
+    kept: list[Sample] = []
+    rng = make_rng(seed, 11)
+    num_lines = num_records = num_prompts = 0
+    with path.open("rb") as stream:
+        for row in json_lines(stream, str(path), path.parent, problems):
+            if max_lines is not None and num_lines >= max_lines:
+                break
+            num_lines += 1
+            progress(num_lines)
+            for record in _records(row.value, row.where, path, problems, ids):
+                num_records += 1
+                num_prompts += record.answer is None
+                sources[record.source] += 1
+                licenses[record.license or "not given"] += 1
+                shown = [*record.prompt.images, *(record.answer.images if record.answer else [])]
+                sizes.update(f"{p.pixels.width} x {p.pixels.height}" for p in shown if p.pixels)
+                images.append(len(shown))
+                words.append(len(record.prompt.text.split()) + len(record.answer.text.split() if record.answer else []))
+                length, note = _num_tokens(model, record) if model else (None, "")
+                if note:
+                    problems.report(row.where, "cannot be encoded", note, record.id)
+                if length is not None:
+                    tokens.append(length)
+                sample = Sample(row.where, record, length, note)
+                if len(kept) < num_samples:
+                    kept.append(sample)
+                elif (place := int(rng.integers(num_records))) < num_samples:  # every record is shown with the same probability
+                    kept[place] = sample
+    if not num_lines and not problems.found:
+        raise ValueError(f"{path} is empty; at least one record is needed")
+    return Inspection(
+        path, num_lines, num_records, num_prompts, _sorted(sources), _sorted(licenses), _sorted(sizes), images, words, tokens,
+        model.max_positions if model else None, kept, problems,
+    )  # fmt: skip
+
+
+def summary(found: Inspection) -> dict[str, Any]:
+    """The numbers of an inspection, for JSON."""
+    return {
+        "file": str(found.path), "lines": found.num_lines, "records": found.num_records, "prompts_without_answer": found.num_prompts,
+        "sources": found.sources, "licenses": found.licenses, "images_per_record": spread(found.num_images),
+        "words_per_record": spread(found.num_words), "tokens_per_record": spread(found.num_tokens), "context": found.max_positions,
+        "picture_sizes": dict(list(found.sizes.items())[:8]), "problems": found.problems.by_cause(),
+    }  # fmt: skip
+
+
+def spread(values: Sequence[int]) -> dict[str, float] | None:
+    """Least, median, most and sum; None of nothing."""
+    return {"min": min(values), "median": median(values), "max": max(values), "total": sum(values)} if values else None
+
+
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return dict(counts.most_common())
+
+
+def _records(line: dict[str, Any], where: str, path: Path, problems: Problems, ids: dict[str, str]) -> list[Record]:
+    id = str(line.get("id", ""))
+    if id and id in ids:
+        problems.report(where, "duplicate id", f"{id} stood in {ids[id]}", id)
+    ids.setdefault(id, where)
+    try:
+        places = answer_places(line)
+        missing = missing_pictures(line, path.parent)
+        if missing:
+            problems.report(where, "missing picture", ", ".join(missing), id)
+            return []
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problems.report(where, "not a record", f"{type(error).__name__}: {error}", id)
+        return []
+    try:
+        return [make_record(line, place, path) for place in places]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problems.report(where, "unreadable picture", error, id)
+        return []
+
+
+def _num_tokens(model: UnifiedModel, record: Record) -> tuple[int | None, str]:
+    """Positions of an example, pictures included; the image tokenizer is not run, because a picture's length is known."""
+    spec = model.image_spec
+    codes = torch.zeros(spec.num_positions, spec.depth, dtype=torch.long)
+
+    def stand_in(document: Document) -> Document:
+        return Document(tuple(Image(s.pixels, codes) if isinstance(s, Image) else s for s in document))
+
+    try:
+        if record.answer is None:
+            return len(model.encode_prompt(stand_in(record.prompt))), ""
+        return len(model.encode_example(stand_in(record.prompt), stand_in(record.answer))), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def render_lines(found: Inspection) -> list[str]:
+    """What a terminal shows."""
+    lines = [f"{found.path}: {found.num_lines} lines, {found.num_records} records, {sum(found.num_images)} pictures"]
+    for title, counts in (("source", found.sources), ("license", found.licenses)):
+        lines += [f"  {title} {json.dumps(name, ensure_ascii=False)}: {count}" for name, count in counts.items()]
+    for title, values in (("pictures", found.num_images), ("words", found.num_words), ("tokens", found.num_tokens)):
+        if values:
+            lines.append(f"  {title} a record: {min(values)} to {max(values)}, median {median(values):g}")
+    lines += [f"  problem: {cause}: {count}" for cause, count in found.problems.by_cause().items()] or ["  no problems found"]
+    return lines

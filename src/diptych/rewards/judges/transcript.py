@@ -1,0 +1,44 @@
+"""One document in, and what was sent to a judge out, for people: pictures as `<picture 512x512>`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from diptych.document import Document, Text, open_image
+from diptych.rewards.judges.client import Answer, Question
+
+
+def read_document(path: Path, prompt: str = "") -> tuple[Document, Document]:
+    """Request and answer. The file holds message blocks of the answer, or messages, the last two of which are both.
+
+    Raises ValueError naming the file where it holds neither.
+    """
+    try:
+        blocks = json.loads(path.read_text())
+        if isinstance(blocks, list) and len(blocks) > 1 and isinstance(blocks[0], dict) and "role" in blocks[0]:
+            return Document.from_blocks(blocks[-2]["content"]), Document.from_blocks(blocks[-1]["content"])
+        if not isinstance(blocks, list) or not blocks:
+            raise ValueError("a list of blocks is needed, at least one")
+        return Document((Text(prompt),)), Document.from_blocks(blocks)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--document {str(path)!r}: {error}; give a file as `diptych generate --out answer.json` writes it") from error
+
+
+def sent(question: Question) -> str:
+    """The texts and pictures of a question, one below the other."""
+    lines = []
+    for message in question.messages:
+        for part in message["content"]:
+            if part["type"] == "text":
+                lines.append(part["text"])
+            else:
+                width, height = open_image(part["image_url"]["url"]).size
+                lines.append(f"<picture {width}x{height}>")
+    return "\n".join(lines)
+
+
+def said(answer: Answer) -> str:
+    """The reply, and why it is of no use where it is not."""
+    reply = answer.reply if answer.reply is not None else "(nothing)"
+    return reply if answer.cause is None else f"{reply}\n[{answer.cause}: {answer.detail}]"
