@@ -24,6 +24,20 @@ def test_real_size_runs_on_toys():
         assert row["first_ratio_gap"] <= 1e-4
 
 
+@pytest.mark.parametrize("script", ["rollout", "update"])
+def test_comparisons_run_and_report(script):
+    """`update.py` asserts by itself that both sides have the same loss."""
+    sizes = ["--repeats", "1", "--prompts", "1", "--group", "2", "--images", "1", "--words", "4"]
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *sizes]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stderr
+    report = json.loads(found.stdout.splitlines()[-1])
+    assert report["name"] == script
+    assert report["ratio"] > 0
+    assert report["limit"] > 0
+    assert len(report["ours"]) == len(report["theirs"]) == 1
+
+
 @pytest.mark.parametrize(("size", "billions"), [("janus-pro-1b", 2.08), ("janus-pro-7b", 7.41), ("vila-u-7b", 7.62)])
 def test_release_sizes_have_the_releases_parameters(size, billions, tmp_path, monkeypatch):
     """VILA-U: 7.998 B of the release, less SigLIP's text tower, last layer and head, and with codebooks as buffers."""
