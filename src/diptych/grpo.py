@@ -58,7 +58,9 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
         raise ValueError(f"prompts_per_step={config.prompts_per_step} cannot be shared by {world_size()} processes")
     if config.prompts_per_step * config.num_generations // world_size() % config.num_minibatches:
         raise ValueError(f"num_minibatches={config.num_minibatches} does not divide the rollouts of one of {world_size()} processes")
-    reward_functions = [(reward, configured(reward, load_reward(reward.name))) for reward in config.rewards]
+    reward_functions = [(reward, load_reward(reward.name)) for reward in config.rewards]
+    for reward, function in reward_functions:
+        configured(reward, function)  # wrong options are refused before anything is sampled
     run = RunFolder(config.output_dir, config)
     device = pick_device(config.device)
     if config.offload and device.type == "cpu":
