@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,14 @@ JANUS = {
                              dtype=torch.float32),
 }  # fmt: skip
 SIZES = (*JANUS, "vila-u-7b")
+
+
+def benchmark_model(name: str, device: torch.device, grid: int | None = None) -> UnifiedModel:
+    """The packaged `storyboard`, or random weights in one of SIZES."""
+    if name == "storyboard":
+        return load_model(name).to(device)
+    with tempfile.TemporaryDirectory() as scratch:
+        return random_model(name, device, Path(scratch) / "toy", grid=grid)
 
 
 def random_model(size: str, device: torch.device, folder: Path, *, grid: int | None = None) -> UnifiedModel:

@@ -18,18 +18,16 @@ import inspect
 import json
 import statistics
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from _shapes import SIZES, documents_of, matrix_rate, prompts, random_model
+from _shapes import SIZES, benchmark_model, documents_of, matrix_rate, prompts
 from torch import Tensor
 from transformers import DynamicCache, LlamaModel
 
 from diptych.config import ImageSampling, SamplingParams
-from diptych.models import UnifiedModel, load_model
+from diptych.models import UnifiedModel
 from diptych.models.pixels import to_images
 from diptych.runtime import pick_device, versions
 from diptych.sampling.engine import sample
@@ -148,11 +146,7 @@ def main() -> None:
         small = (4, 4, 3, 24) if arguments.model == "storyboard" else (2, 2, 1, 4)
         arguments.prompts, arguments.group, arguments.images, arguments.words = small
     device = pick_device(arguments.device)
-    with tempfile.TemporaryDirectory() as scratch:
-        if arguments.model == "storyboard":
-            model = load_model("storyboard").to(device)
-        else:
-            model = random_model(arguments.model, device, Path(scratch) / "toy", grid=arguments.grid)
+    model = benchmark_model(arguments.model, device, arguments.grid)
     params = SamplingParams(image=ImageSampling(guidance_scale=2.0), max_images=arguments.images, max_text_tokens=arguments.words + 1)
     rows, shape = prompts(model, arguments.prompts, arguments.prompt_length), (arguments.images, arguments.words)
     peers, ours, theirs = Peers(model, params), [], []

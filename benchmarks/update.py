@@ -17,20 +17,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from _shapes import SIZES, matrix_rate, prompts, random_model
+from _shapes import SIZES, benchmark_model, matrix_rate, prompts
 from torch import Tensor
 
 from diptych import grpo, logprobs
 from diptych.config import GRPOConfig, SamplingParams, build
-from diptych.models import UnifiedModel, load_model
+from diptych.models import UnifiedModel
 from diptych.models.loading import enable_checkpointing
 from diptych.optim import make_optimizer, optimizer_step
 from diptych.runtime import pick_device, versions
@@ -169,11 +167,7 @@ def main() -> None:
     if arguments.trl:
         arguments.images = 0
     device = pick_device(arguments.device)
-    with tempfile.TemporaryDirectory() as scratch:
-        if arguments.model == "storyboard":
-            model = load_model("storyboard").to(device)
-        else:
-            model = random_model(arguments.model, device, Path(scratch) / "toy", grid=arguments.grid)
+    model = benchmark_model(arguments.model, device, arguments.grid)
     if arguments.checkpointing:
         enable_checkpointing(model)
     settings = {
