@@ -221,8 +221,8 @@ def _split(
 def attention(module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Scaled dot-product attention, (B, T, heads, head_dim), of query (B, heads, T, head_dim) over (B, key-value heads, S, head_dim).
 
-    On a CPU a single position in float32 takes two batched products over the buffers as they lie: twice as fast there as the fused
-    kernel (docs/performance.md).
+    On a CPU a single position in float32 takes two batched products over the buffers as they lie, which is faster there than the
+    fused kernel (docs/lab_notes.md).
     """
     size, num_heads, num_positions, width = query.shape
     if num_positions > 1 or query.device.type != "cpu" or query.dtype != torch.float32:
