@@ -311,6 +311,17 @@ def test_steps_of_unchanging_shape_sample_the_same_documents(models, family, tin
             torch.testing.assert_close(one.rollout_logprobs, other.rollout_logprobs, atol=1e-4, rtol=0)
 
 
+def test_sampled_documents_do_not_depend_on_the_rest_of_the_batch(tiny_model, guided_params):
+    """Three prompts together or one after the other: each choice has the same random number, although rows are dropped on the way."""
+    together = roll(tiny_model, guided_params)
+    generator = torch.Generator().manual_seed(0)
+    alone = [r for row in prompts(tiny_model) for r in sample(tiny_model, [row], guided_params, num_generations=6, generator=generator)]
+    assert len({len(r.document.images) for r in together}) >= 3
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one.row.text_ids, other.row.text_ids)
+        assert torch.equal(one.row.codes, other.row.codes)
+
+
 @pytest.mark.gpu
 def test_cuda_graphs_sample_what_plain_steps_sample(guided_params):
     model = load_model("storyboard").to("cuda")
