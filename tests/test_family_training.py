@@ -310,7 +310,7 @@ def test_the_command_line_trains_and_generates(family, folders, records, tmp_pat
             *size,
         ],
     ]
-    commands.append(["evaluate", "--model", "rl/checkpoints/step_1/model", "--out", "rates.json", *small])
+    commands.append(["evaluate", "storyboard", "--model", "rl/checkpoints/step_1/model", "--out", "rates.json", *small])
     for command in commands:
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, (result.output, result.exception)

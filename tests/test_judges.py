@@ -539,7 +539,7 @@ def test_faults_of_several_calls_add_up():
 
 
 def test_list_names_every_reward(monkeypatch):
-    monkeypatch.setattr(cli, "console", Console(width=200))
+    monkeypatch.setattr(cli.rewards, "console", Console(width=200))
     result = CliRunner().invoke(cli.app, ["rewards", "list"])
     assert set(ABOUT) == set(BUILT_IN) | set(JUDGES)
     assert all(name in result.output for name in ABOUT)
@@ -548,7 +548,7 @@ def test_list_names_every_reward(monkeypatch):
 
 
 def test_try_shows_what_was_sent_and_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "console", Console(width=200))
+    monkeypatch.setattr(cli.rewards, "console", Console(width=200))
     file = tmp_path / "answer.json"
     file.write_text(json.dumps(to_json_blocks(STORY)))
     command = ["rewards", "try", "document_judge", "--document", str(file), "--prompt", "tell a tale"]
@@ -568,7 +568,7 @@ def test_try_shows_what_was_sent_and_said(tmp_path, monkeypatch):
 
 
 def test_try_scores_with_the_packaged_ones_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "console", Console(width=200))
+    monkeypatch.setattr(cli.rewards, "console", Console(width=200))
     file = tmp_path / "answer.json"
     file.write_text(json.dumps(to_json_blocks(STORY)))
     result = CliRunner().invoke(cli.app, ["rewards", "try", "format", "--document", str(file), "--column", "num_images=4"])

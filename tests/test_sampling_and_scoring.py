@@ -322,6 +322,24 @@ def test_sampled_documents_do_not_depend_on_the_rest_of_the_batch(tiny_model, gu
         assert torch.equal(one.row.codes, other.row.codes)
 
 
+def test_with_a_generator_for_each_prompt_the_order_of_prompts_is_free(tiny_model, guided_params):
+    rows = prompts(tiny_model)
+    order = list(reversed(range(len(rows))))
+
+    def sampled(which: list[int]) -> list:
+        generators = [torch.Generator().manual_seed(100 + i) for i in which]
+        return sample(tiny_model, [rows[i] for i in which], guided_params, num_generations=2, generator=generators)
+
+    straight, reverse = sampled(list(range(len(rows)))), sampled(order)
+    for place, i in enumerate(order):
+        for member in range(2):
+            one, other = straight[2 * i + member], reverse[2 * place + member]
+            assert torch.equal(one.row.text_ids, other.row.text_ids)
+            assert torch.equal(one.row.codes, other.row.codes)
+    with pytest.raises(ValueError, match="1 generators were given for 3 prompts"):
+        sample(tiny_model, rows[:3], guided_params, generator=[torch.Generator()])
+
+
 @pytest.mark.gpu
 def test_cuda_graphs_sample_what_plain_steps_sample(guided_params):
     model = load_model("storyboard").to("cuda")

@@ -8,7 +8,7 @@ finished rows are dropped at the end of a phase.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,11 +43,12 @@ def fit_to_context(model: UnifiedModel, prompt: TokenRow, params: SamplingParams
 
 @torch.no_grad()
 def sample(
-    model: UnifiedModel, prompts: list[TokenRow], params: SamplingParams, *, num_generations: int = 1, generator: torch.Generator,
-    graphs: bool | None = None,
+    model: UnifiedModel, prompts: list[TokenRow], params: SamplingParams, *, num_generations: int = 1,
+    generator: torch.Generator | Sequence[torch.Generator], graphs: bool | None = None,
 ) -> list[Rollout]:  # fmt: skip
     """Samples `num_generations` documents for each prompt; those of one prompt are adjacent.
 
+    `generator`: on the CPU; one for all, or one for each prompt, so that its documents do not depend on what stands before it.
     `graphs`: steps of unchanging shape, replayed as CUDA graphs; None: on a GPU. On a CPU they are only of use to tests.
 
     Raises ValueError where a prompt and the longest possible answer do not fit the context, and FloatingPointError where a model's
@@ -55,6 +56,8 @@ def sample(
     """
     if not prompts:
         raise ValueError("no prompts to sample from")
+    if not isinstance(generator, torch.Generator) and len(generator) != len(prompts):
+        raise ValueError(f"{len(generator)} generators were given for {len(prompts)} prompts; give one, or one for each")
     params = resolve(params, model)
     longest = max(len(p) for p in prompts)
     if longest + context_needed(model, params) > model.max_positions:
@@ -72,8 +75,8 @@ def sample(
 
 class _Lockstep:
     def __init__(
-        self, model: UnifiedModel, prompts: list[TokenRow], params: SamplingParams, group: int, generator: torch.Generator,
-        graphs: bool | None,
+        self, model: UnifiedModel, prompts: list[TokenRow], params: SamplingParams, group: int,
+        generator: torch.Generator | Sequence[torch.Generator], graphs: bool | None,
     ) -> None:  # fmt: skip
         self.model, self.params = model, params
         self.spec, self.device = model.image_spec, model.device
@@ -81,7 +84,8 @@ class _Lockstep:
         self.drafts = [Draft(prompt) for prompt in prompts for _ in range(group)]
         self.index = torch.arange(len(self.drafts), device=self.device)  # (B,) which draft a row writes
         self.num_images = torch.zeros_like(self.index)  # (B,) images begun
-        self.chance = Chance(model, params, len(self.drafts), generator)
+        generators = [generator] if isinstance(generator, torch.Generator) else generator
+        self.chance = Chance(model, params, len(self.drafts), generators)
         self.graphs = self.device.type == "cuda" if graphs is None else graphs
         self.room = params.max_text_tokens + len(self.spec.layout)  # positions of a text phase and an image phase
         self.stream = Stream(model, prompts, torch.arange(len(prompts)).repeat_interleave(group), self.room)
@@ -215,10 +219,11 @@ class Chance:
     So a choice depends on its document and its place alone: not on who else is in the batch, on how long others write, or on the device.
     """
 
-    def __init__(self, model: UnifiedModel, params: SamplingParams, num_documents: int, generator: torch.Generator) -> None:
+    def __init__(self, model: UnifiedModel, params: SamplingParams, num_documents: int, generators: Sequence[torch.Generator]) -> None:
         spec = model.image_spec
         rounds, texts, codes = params.max_images + 1, params.max_text_tokens, spec.num_positions * spec.depth
-        drawn = torch.rand(num_documents, rounds, texts + codes, dtype=torch.float64, generator=generator).to(model.device)
+        shape = (num_documents // len(generators), rounds, texts + codes)
+        drawn = torch.cat([torch.rand(shape, dtype=torch.float64, generator=one) for one in generators]).to(model.device)
         self._text = drawn[..., :texts]
         self._image = drawn[..., texts:].unflatten(-1, (spec.num_positions, spec.depth))
         self._round = -1

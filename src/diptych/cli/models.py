@@ -1,0 +1,100 @@
+"""Commands about one checkpoint: generate, merge, doctor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diptych.cli.app import Device, Dtype, FourBit, Guidance, Model, app, console, sampling
+
+
+@app.command(
+    epilog='Example: diptych generate "tell the story . on the left a small red ball , at night . first the ball grows ." --out a.html'
+)
+def generate(
+    prompt: Annotated[str, typer.Argument(help="the prompt's text")],
+    model: Model = "storyboard",
+    image: Annotated[list[Path] | None, typer.Option(help="a picture before the text; may be repeated")] = None,
+    out: Annotated[Path, typer.Option(help="an .html page, or a .json file of message blocks")] = Path("document.html"),
+    temperature: Annotated[float | None, typer.Option(min=0, help="0: greedy; left out: as the family's release samples")] = None,
+    guidance: Guidance = None,
+    max_images: Annotated[int | None, typer.Option(min=0, help="left out: 4, or as many as fit the context")] = None,
+    max_text_tokens: Annotated[int, typer.Option(min=1, help="per text segment")] = 64,
+    seed: int = 0,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    image_size: Annotated[int | None, typer.Option(min=1, help="pixels a side of drawn pictures (Emu3)")] = None,
+    device: Device = "auto",
+) -> None:
+    """Writes one illustrated document."""
+    from diptych.document import Document, Image, Text, open_image, to_json_blocks
+    from diptych.models import load_model
+    from diptych.report.pages import answer_html, blocks_html, page
+    from diptych.runs import atomic_text
+    from diptych.runtime import generator, pick_device
+    from diptych.sampling.engine import fit_to_context, sample
+
+    if out.suffix not in (".html", ".json"):
+        raise ValueError(f"--out is {str(out)!r}; allowed endings are .html and .json")
+    asked = Document((*(Image(open_image(path)) for path in image or []), Text(prompt)))
+    loaded = load_model(model, dtype=dtype, load_in_4bit=load_in_4bit or None, image_size=image_size).to(pick_device(device))
+    row = loaded.encode_prompt(asked)
+    params = sampling(loaded.default_sampling, temperature, guidance).model_copy(update={"max_text_tokens": max_text_tokens})
+    params = params.model_copy(update={"max_images": max_images}) if max_images is not None else fit_to_context(loaded, row, params)
+    answer = sample(loaded, [row], params, generator=generator(seed))[0].document
+    blocks = to_json_blocks(answer)
+    if out.suffix == ".json":
+        atomic_text(out, json.dumps(blocks) + "\n")
+    else:
+        shown = answer_html({"answer": blocks, "steps": [{} for _ in blocks]})
+        asked_html = f'<div class="prompt">{blocks_html(to_json_blocks(asked))}</div>'
+        atomic_text(out, page("Document", f'<div class="task card">{asked_html}{shown}</div>'))
+    console.print(f"{len(answer)} segments, {len(answer.images)} pictures: {out}")
+
+
+@app.command(epilog="Example: diptych merge runs/grpo/checkpoints/step_80/model --out merged")
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="an adapter folder, as a run with `lora` saves it")],
+    out: Annotated[Path, typer.Option(help="a new folder for the whole model, in its family's own layout")],
+    dtype: Dtype = "auto",
+) -> None:
+    """Adds a LoRA adapter to its base model's weights."""
+    from diptych.models import load_model
+    from diptych.runs import atomic_folder
+
+    if out.exists():
+        raise ValueError(f"--out {str(out)!r} exists; choose a new folder")
+    loaded = load_model(adapter, dtype=dtype, load_in_4bit=False)
+    if loaded.adapter is None:
+        raise ValueError(f"{adapter} holds no adapter, so there is nothing to merge; give the model folder of a run with `lora`")
+    loaded.adapter.merge()
+    with atomic_folder(out) as folder:
+        loaded.save_pretrained(folder)
+    console.print(f"saved: {out}")
+
+
+@app.command(epilog="Example: diptych doctor --model deepseek-community/Janus-Pro-7B")
+def doctor(
+    model: Annotated[str | None, typer.Option(help="packaged name, checkpoint or adapter folder; left out: this machine")] = None,
+    num_images: Annotated[int, typer.Option(min=0, help="pictures of one document")] = 3,
+    num_generations: Annotated[int, typer.Option(min=1, help="G, the documents of one prompt")] = 8,
+    text_tokens: Annotated[int, typer.Option(min=1, help="text tokens of one document")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """What a checkpoint is, the memory it needs, and what is wrong with its folder. Weights are not read. Exits with 1 on problems."""
+    import dataclasses
+
+    from diptych.doctor import DocumentSize, examine, machine, render, render_machine
+
+    sizes = {"num_images": num_images, "num_generations": num_generations, "text_tokens": text_tokens}
+    if model is None:
+        found = machine(DocumentSize(**sizes))
+        console.print_json(json.dumps(found)) if as_json else console.print(render_machine(found))
+        return
+    diagnosis = examine(model, **sizes)
+    console.print_json(json.dumps(dataclasses.asdict(diagnosis), default=str)) if as_json else console.print(render(diagnosis))
+    if any(not problem.startswith("warning: ") for problem in diagnosis.problems):
+        raise typer.Exit(1)

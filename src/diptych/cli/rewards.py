@@ -1,0 +1,67 @@
+"""`diptych rewards`: what there is, and what one says of a document."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diptych.cli.app import app, console
+
+rewards_app = typer.Typer(help="The built-in rewards: what there is, and what one says of a document.", no_args_is_help=True)
+app.add_typer(rewards_app, name="rewards")
+
+
+@rewards_app.command("list", epilog="Example: diptych rewards list")
+def list_rewards() -> None:
+    """Every built-in reward: what it judges, the values it gives, what it needs."""
+    from rich.table import Table
+
+    from diptych.rewards.base import ABOUT
+
+    table = Table("name", "judges", "values", "needs", caption="Your own: package.module:function. See docs/rewards.md")
+    for name, about in ABOUT.items():
+        table.add_row(name, *about)
+    console.print(table)
+
+
+@rewards_app.command(
+    "try",
+    epilog="Example: diptych rewards try document_judge --document answer.json --prompt 'Tell the story' "
+    "--option base_url=http://localhost:8000/v1 --option model=Qwen/Qwen3-VL-8B-Instruct",
+)
+def try_reward(
+    name: Annotated[str, typer.Argument(help="a built-in reward (see `diptych rewards list`) or package.module:function")],
+    document: Annotated[Path, typer.Option(help="a JSON file of message blocks, as `diptych generate --out answer.json` writes it")],
+    prompt: Annotated[str, typer.Option(help="the text of the request; unused where the file holds whole messages")] = "",
+    option: Annotated[list[str] | None, typer.Option(help="key=value of the reward's options; may be repeated")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="key=value of a data set column, such as num_images=3; may be repeated")] = None,
+) -> None:
+    """What a reward says of one document: what was sent, what came back, the value of each step. Exits with 1 if a value is missing."""
+    from diptych.config import RewardConfig, build, parse_overrides
+    from diptych.document import Text
+    from diptych.rewards import call_rewards, load_reward
+    from diptych.rewards.base import configured
+    from diptych.rewards.judges import Judge, transcript
+
+    asked, answer = transcript.read_document(document, prompt)
+    options, columns = (dict(parse_overrides([f"--{item}" for item in items or []])) for items in (option, column))
+    config = build(RewardConfig, {"name": name, "options": options})
+    reward = configured(config, load_reward(name))
+    if isinstance(reward, Judge):
+        reward.listen = lambda question, reply: console.print(
+            f"--- sent ---\n{transcript.sent(question)}\n--- said ---\n{transcript.said(reply)}\n",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    found = call_rewards([(config, load_reward(name))], [asked], [answer], {key: [value] for key, value in columns.items()})
+    for j, segment in enumerate(answer):
+        kind = "text" if isinstance(segment, Text) else "picture"
+        value = f"{float(found.steps[0, 0, j]):.4f}".replace("nan", "missing") if found.applies[0, 0, j] else "-"
+        console.print(f"step {j + 1} ({kind}): {value}", highlight=False)
+    if found.documents_apply[0, 0]:
+        console.print(f"document: {float(found.documents[0, 0]):.4f}".replace("nan", "missing"), highlight=False)
+    if found.missing[name]:
+        raise ValueError(f"{found.missing[name]:.0%} of the values are missing: {found.errors.get(name, 'not finite')}")

@@ -1,0 +1,93 @@
+"""What a benchmark is: items that a model answers, what is submitted, and a score sheet.
+
+Three steps, each in files of its own, so that a job which is killed goes on where it stopped:
+
+1. `Benchmark.read` makes items of the published layout; `answers.generate` has a model answer them.
+2. `Benchmark.submit` writes what the official scorer reads.
+3. `Benchmark.score` makes a sheet: from the answers alone, from an official scorer's file, or from a judge.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from diptych.data.problems import Problems
+from diptych.document import Document
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One question. `prompt` is all that a model sees of it; references stay in `record`.
+
+    `record`: as published. `max_images`: the most pictures of an answer; None: as the job says. `num_answers`: how many are asked for.
+    """
+
+    id: str
+    prompt: Document
+    category: str
+    record: dict[str, Any]
+    max_images: int | None = None
+    num_answers: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One line of a score sheet: what one answer got in every aspect that applies to it.
+
+    `values`: aspect -> raw score, None where it is owed and missing; aspects that do not apply are left out.
+    `cause`: a few fixed words why values are missing, that can be counted.
+    """
+
+    id: str
+    category: str
+    values: dict[str, float | None]
+    answer: int = 0
+    cause: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How a job is scored. Each is None where it was not asked for.
+
+    `official`: the file that the official scorer wrote. `judge`: options of a server (`rewards.judges.JudgeOptions`).
+    `folder`: where unfinished judging may keep what it has.
+    """
+
+    folder: Path
+    official: Path | None = None
+    judge: dict[str, Any] | None = None
+
+
+class Benchmark(ABC):
+    """`aspects`: the columns of the score sheet. `scale`: (lowest, highest) raw value, for reports."""
+
+    name: ClassVar[str]
+    aspects: ClassVar[tuple[str, ...]]
+    scale: ClassVar[tuple[float, float]]
+
+    @abstractmethod
+    def read(self, folder: Path, problems: Problems) -> list[Item]:
+        """The items of a local folder in the published layout, in its order; what is broken is reported and left out.
+
+        Raises ValueError where the layout is another.
+        """
+
+    @abstractmethod
+    def submit(self, items: Sequence[Item], answers: Sequence[Sequence[Document]], folder: Path, model: str) -> None:
+        """Writes the official submission layout into a new folder: for each item its `num_answers` answers."""
+
+    @abstractmethod
+    def how_to_score(self, data: Path, submission: Path) -> str:
+        """What to run in which environment to have it scored, and how its result is read back; shown where nothing can be scored yet."""
+
+    @abstractmethod
+    def score(self, items: Sequence[Item], answers: Sequence[Sequence[Document]], scoring: Scoring) -> list[Score] | None:
+        """One score for each answer, in order; None where there is nothing to score with. Raises ValueError for unusable files."""
+
+    @abstractmethod
+    def table(self, scores: Sequence[Score]) -> dict[str, Any]:
+        """The figures of the benchmark's own tables, with what is missing beside them."""
