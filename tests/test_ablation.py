@@ -26,7 +26,6 @@ from diptych.ablation import cells, documents, pages, runner, summary, weak_rewa
 from diptych.ablation.cells import Cell, run_cell
 from diptych.ablation.measures import MEASURES
 from diptych.ablation.runner import grid, run_grid
-from diptych.ablation.statistics import estimate, holm, incomplete_beta, paired, t_quantile, t_two_sided
 from diptych.ablation.suite import Suite, evaluated_steps, load_suite, packaged_suites, variant_config
 from diptych.cli import app
 from diptych.config import GRPOConfig, build
@@ -34,6 +33,7 @@ from diptych.document import Document, Image, Text, to_message
 from diptych.grpo import grpo
 from diptych.report.intervals import Line, Point, Row, dot_chart, interval_chart
 from diptych.runs import read_jsonl
+from diptych.statistics import estimate, holm, incomplete_beta, paired, t_quantile, t_two_sided
 
 TINY = {
     "warmup.max_steps": 2, "warmup.batch_size": 2, "warmup.num_eval_records": 2, "warmup.sampling.max_text_tokens": 4, "grpo.max_steps": 4,

@@ -22,7 +22,9 @@ from diptych.config import (
 )
 
 RECIPES = sorted(path for path in (resources.files("diptych") / "recipes").iterdir() if path.name.endswith(".yaml"))
-CLASS_OF: dict[str, type[Config]] = {"demo": DemoConfig, "warmup": WarmupConfig, "grpo": GRPOConfig}
+CLASS_OF: dict[str, type[Config]] = {
+    "demo": DemoConfig, "warmup": WarmupConfig, "grpo": GRPOConfig, "paper_warmup": WarmupConfig, "paper_grpo": GRPOConfig,
+}  # fmt: skip
 
 GRPO = """
 output_dir: runs/x

@@ -32,7 +32,7 @@ from diptych.config import GRPOConfig, RewardConfig, build, to_yaml
 from diptych.document import Document, Image, Text, to_json_blocks
 from diptych.grpo import grpo
 from diptych.rewards import RewardBatch, RewardError, call_rewards, load_reward
-from diptych.rewards.base import ABOUT, BUILT_IN, JUDGES, configured, merge
+from diptych.rewards.base import ABOUT, BUILT_IN, JUDGES, SCORERS, configured, merge
 from diptych.rewards.judges.client import Breaker
 from diptych.rewards.judges.prompts import document_messages, picture_messages, text_critic_messages
 from diptych.rewards.judges.replies import UnusableReplyError, numbered_scores, one_score
@@ -541,7 +541,7 @@ def test_faults_of_several_calls_add_up():
 def test_list_names_every_reward(monkeypatch):
     monkeypatch.setattr(cli.rewards, "console", Console(width=200))
     result = CliRunner().invoke(cli.app, ["rewards", "list"])
-    assert set(ABOUT) == set(BUILT_IN) | set(JUDGES)
+    assert set(ABOUT) == set(BUILT_IN) | set(JUDGES) | set(SCORERS)
     assert all(name in result.output for name in ABOUT)
     for command in ("list", "try"):
         assert "Example:" in CliRunner().invoke(cli.app, ["rewards", command, "--help"]).output

@@ -90,9 +90,14 @@ def _cpu_name() -> str:
 
 
 def init_processes() -> None:
-    """Joins the process group that torchrun / accelerate launch describes in the environment, if any."""
+    """Joins the process group that torchrun / accelerate launch describes in the environment, if any; each process takes a GPU of its own.
+
+    Counts are summed on the CPU and gradients on the device, so both have a backend.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(leave_processes)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from diptych.ablation.measures import MEASURES
 from diptych.ablation.summary import Record, dump, table
-from diptych.ablation.words import caveats, cost, findings, interval_text, p_text
+from diptych.ablation.words import caveats, cost, findings, interval_text
 from diptych.runs import atomic_text
+from diptych.statistics import p_text
 
 HEAD = """# Results of the ablations
 

@@ -12,13 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from diptych.ablation.measures import MEASURES
-from diptych.ablation.statistics import Estimate
 from diptych.ablation.suite import Suite
 from diptych.ablation.summary import Record, curve, dump
-from diptych.ablation.words import caveats, cost, findings, interval_only, p_text
+from diptych.ablation.words import caveats, cost, findings, interval_only
 from diptych.report.intervals import COLOURS, Line, Point, Row, dot_chart, interval_chart, legend
 from diptych.report.pages import page
 from diptych.runs import atomic_text
+from diptych.statistics import Estimate, p_text
 
 TERMINAL_MEASURES = 4
 

@@ -15,8 +15,8 @@ from typing import Any
 from diptych.ablation.cells import warmup_cell
 from diptych.ablation.measures import MEASURES
 from diptych.ablation.runner import Entry
-from diptych.ablation.statistics import Estimate, estimate, holm, paired
 from diptych.ablation.suite import Suite
+from diptych.statistics import Estimate, estimate, holm, paired
 
 Record = dict[str, Any]
 DIGITS = 6

@@ -6,9 +6,9 @@ import functools
 from typing import Any
 
 from diptych.ablation.measures import MEASURES
+from diptych.statistics import SURE, p_text
 
 Record = dict[str, Any]
-SURE = 0.05  # a corrected p value below this is called a difference
 
 
 def findings(record: Record) -> list[str]:
@@ -60,10 +60,6 @@ def interval_text(measure: str, found: dict[str, Any]) -> str:
 def interval_only(measure: str, found: dict[str, Any], *, signed: bool = False) -> str:
     show = functools.partial(MEASURES[measure].show, signed=signed)
     return f"{show(found['low'])} to {show(found['high'])}"
-
-
-def p_text(p: float) -> str:
-    return "below 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def caveats(record: Record) -> list[str]:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from diptych.cli.app import PASS_ON, Device, Dtype, FourBit, Guidance, Model, app, console
-from diptych.config import EvaluateConfig, ImageSampling, SamplingParams, load_config
+from diptych.cli.app import PASS_ON, Device, Dtype, FourBit, Guidance, Model, app, console, sampling, say
+from diptych.config import EvaluateConfig, ImageSampling, SamplingParams, build, load_config, parse_overrides
+from diptych.evaluation.registry import BENCHMARKS
 
 evaluate_app = typer.Typer(help="Benchmarks: generate, write what is submitted, score, compare.", no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate")
@@ -47,3 +49,87 @@ def storyboard(
     console.print_json(json.dumps(found))
     if out:
         atomic_text(out, json.dumps(found, indent=1) + "\n")
+
+
+def benchmark(
+    context: typer.Context,
+    data: Annotated[Path, typer.Argument(help="the folder of the benchmark's files, as they were published")],
+    out: Annotated[Path, typer.Option(help="the folder of this evaluation; the same command goes on in it")],
+    model: Model = "storyboard",
+    shard: Annotated[str | None, typer.Option(help="I/N: answer the I-th of N shares (from 0) here, the others elsewhere")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="answers sampled together")] = 16,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0: greedy; left out: as the family's release samples")] = None,
+    guidance: Guidance = None,
+    max_images: Annotated[int | None, typer.Option(min=0, help="of an answer, where the benchmark does not say; left out: 4")] = None,
+    max_text_tokens: Annotated[int | None, typer.Option(min=1, help="per text segment; left out: the family's own")] = None,
+    prefix: Annotated[str, typer.Option(help="text directly before each prompt")] = "",
+    suffix: Annotated[str, typer.Option(help="text directly behind each prompt")] = "",
+    image_size: Annotated[int | None, typer.Option(min=8, help="side of saved pictures; left out: as drawn, at most 512 for MMIE")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first so many items")] = None,
+    ids: Annotated[Path | None, typer.Option(help="only the items whose ids stand in this file, one a line")] = None,
+    judge: Annotated[list[str] | None, typer.Option(help="key=value of the judge's server, as of a reward's; may be repeated")] = None,
+    official: Annotated[Path | None, typer.Option(help="what the official scorer wrote for this evaluation's submission")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="stop at the first problem instead of counting it")] = False,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    device: Device = "auto",
+) -> None:
+    """Answers a published benchmark, writes what its scorer reads, and makes the table. See docs/evaluation.md."""
+    from diptych.evaluation.jobs import Job, Settings
+    from diptych.models import UnifiedModel, load_model
+    from diptych.runtime import pick_device
+
+    chosen = BENCHMARKS[str(context.info_name)]()
+    asked = {"temperature": temperature, "guidance": guidance, "max_images": max_images, "max_text_tokens": max_text_tokens}
+    asked = {name: chosen.defaults.get(name) if value is None else value for name, value in asked.items()}
+    settings = build(
+        Settings,
+        {
+            "benchmark": chosen.name, "model": model, "batch_size": batch_size, "seed": seed, **asked, "prefix": prefix, "suffix": suffix,
+            "image_size": image_size, "limit": limit, "ids": None if ids is None else _lines(ids), "dtype": dtype,
+            "load_in_4bit": load_in_4bit,
+        },
+    )  # fmt: skip
+
+    def open_model() -> tuple[UnifiedModel, SamplingParams]:
+        loaded = load_model(model, dtype=dtype, load_in_4bit=load_in_4bit or None).to(pick_device(device))
+        lengths = {name: asked[name] for name in ("max_images", "max_text_tokens") if asked[name] is not None}
+        return loaded, sampling(loaded.default_sampling, asked["temperature"], asked["guidance"]).model_copy(update=lengths)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        bar = bars.add_task("answers", total=None)
+        job = Job(
+            chosen, data, out, settings, _shard(shard), official, dict(parse_overrides([f"--{item}" for item in judge])) if judge else None,
+            strict, say, lambda done, total: bars.update(bar, completed=done, total=total),
+        )  # fmt: skip
+        result = job.run(open_model)
+    if result is not None:
+        console.print_json(json.dumps({"table": result["table"], "counts": result["counts"]}))
+        say(f"each answer: {out / 'scores.jsonl'}; each aspect with intervals: {out / 'result.json'}")
+
+
+for _name in BENCHMARKS:
+    evaluate_app.command(
+        _name, epilog=f"Example: diptych evaluate {_name} data/{_name} --model runs/grpo/checkpoints/step_80/model --out out"
+    )(benchmark)
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.split("/")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise ValueError(f"--shard is {text!r}; it looks like 0/4, the first of four shares")
+    return int(parts[0]), int(parts[1])
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise ValueError(f"cannot read --ids {str(path)!r}: {error}") from error
+    if not found:
+        raise ValueError(f"--ids {str(path)!r} holds no id; give one a line")
+    return found

@@ -15,8 +15,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import PIL.Image
+
+from diptych.data.convert.pictures import load
 from diptych.data.problems import Problems
-from diptych.document import Document
+from diptych.document import Document, Image
+
+
+class StoredImage(Image):
+    """A picture that is opened whenever its pixels are asked for: a benchmark holds more pictures than memory does.
+
+    `source`: a file, or the bytes of one. `pixels` raises ValueError where it does not open.
+    """
+
+    source: Path | bytes
+
+    def __init__(self, source: Path | bytes) -> None:
+        object.__setattr__(self, "source", source)
+        object.__setattr__(self, "codes", None)
+
+    @property
+    def pixels(self) -> PIL.Image.Image:
+        return load(self.source)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +60,7 @@ class Score:
 
     `values`: aspect -> raw score, None where it is owed and missing; aspects that do not apply are left out.
     `cause`: a few fixed words why values are missing, that can be counted.
+    `facts`: what else was counted of the answer, such as how many of its pictures the judge sees; in no mean of an aspect.
     """
 
     id: str
@@ -47,6 +68,7 @@ class Score:
     values: dict[str, float | None]
     answer: int = 0
     cause: str = ""
+    facts: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +85,19 @@ class Scoring:
 
 
 class Benchmark(ABC):
-    """`aspects`: the columns of the score sheet. `scale`: (lowest, highest) raw value, for reports."""
+    """`aspects`: the columns of the score sheet. `scale`: (lowest, highest) raw value, for reports.
+
+    `defaults`: settings of a job that are part of the benchmark's protocol, where the user says nothing.
+    `scored_by`: what a score sheet can be made from beside the answers themselves, of "official" and "judge".
+    `max_side`: the largest side of a saved picture, in pixels; None: any.
+    """
 
     name: ClassVar[str]
     aspects: ClassVar[tuple[str, ...]]
     scale: ClassVar[tuple[float, float]]
+    defaults: ClassVar[dict[str, Any]] = {}
+    scored_by: ClassVar[tuple[str, ...]] = ("official", "judge")
+    max_side: ClassVar[int | None] = None
 
     @abstractmethod
     def read(self, folder: Path, problems: Problems) -> list[Item]:
@@ -75,6 +105,10 @@ class Benchmark(ABC):
 
         Raises ValueError where the layout is another.
         """
+
+    def owed(self, item: Item) -> tuple[str, ...]:
+        """The aspects that apply to an item: what is missing where the model could not answer it."""
+        return self.aspects
 
     @abstractmethod
     def submit(self, items: Sequence[Item], answers: Sequence[Sequence[Document]], folder: Path, model: str) -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import html
+import io
+from base64 import b64encode
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+import PIL.Image
 
 from diptych.report.charts import line_chart
 from diptych.runs import read_jsonl
 
 NAMES = {"base": "Base model", "warmup": "After warm-up", "grpo": "After GRPO"}
 RATES = ("format", "text", "image", "order", "score", "document")
+
+THUMBNAIL = 208  # pixels of height
 
 
 def page(title: str, body: str, footer: str = "") -> str:
@@ -194,3 +200,12 @@ def run_page(folder: Path) -> str:
         parts.append(f"<details{' open' if index == 0 else ''}><summary>Step {path.stem.split('_')[1]}</summary>{''.join(cards)}</details>")
     chart = curves(folder, GRPO_CURVES + WARMUP_CURVES)
     return page(f"Diptych run {folder.name}", f"<h1>{html.escape(str(folder))}</h1>{chart}<h2>Documents</h2>{''.join(parts)}")
+
+
+def thumbnail(picture: PIL.Image.Image) -> str:
+    """A small JPEG as a data address, twice as large as it is shown, for sharp screens."""
+    small = picture.copy()
+    small.thumbnail((4 * THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + b64encode(buffer.getvalue()).decode()

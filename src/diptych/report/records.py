@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import html
-import io
-from base64 import b64encode
 from collections import Counter
 from collections.abc import Sequence
 
-import PIL.Image
-
 from diptych.data.inspect import Inspection, Sample, spread
 from diptych.document import Document, Text
-from diptych.report.pages import page
+from diptych.report.pages import page, thumbnail
 
-THUMBNAIL = 208  # pixels: twice what is shown, for sharp screens
 PROBLEMS_SHOWN = 1000
 SEGMENTS_SHOWN = 40  # of one prompt or answer
 STYLE = """<style>
@@ -94,18 +89,10 @@ def _turn(document: Document, name: str) -> str:
             words = []
         if segment is not None and segment.pixels is not None:
             size = f"{segment.pixels.width} x {segment.pixels.height}"
-            parts.append(f'<img src="{_thumbnail(segment.pixels)}" alt="picture, {size} pixels" title="{size}">')
+            parts.append(f'<img src="{thumbnail(segment.pixels)}" alt="picture, {size} pixels" title="{size}">')
     if len(document) > SEGMENTS_SHOWN:
         parts.append(f'<p class="note">and {len(document) - SEGMENTS_SHOWN:,} more texts and pictures</p>')
     return f'<div class="turn {name}">{"".join(parts)}</div>'
-
-
-def _thumbnail(picture: PIL.Image.Image) -> str:
-    small = picture.copy()
-    small.thumbnail((4 * THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + b64encode(buffer.getvalue()).decode()
 
 
 def _problem_counts(found: Inspection) -> str:

@@ -41,6 +41,13 @@ JUDGES = {
     "unified_reward": "diptych.rewards.judges:UnifiedReward",
     "document_judge": "diptych.rewards.judges:DocumentJudge",
 }  # need a server, named in `options`
+SCORERS = {
+    "clip_score": "diptych.rewards.scorers:ClipScore",
+    "pick_score": "diptych.rewards.scorers:PickScore",
+    "hps": "diptych.rewards.scorers:HpsScore",
+    "image_reward": "diptych.rewards.scorers:ImageReward",
+    "image_coherence": "diptych.rewards.scorers:ImageCoherence",
+}  # need a checkpoint, loaded into this process
 
 
 class About(NamedTuple):
@@ -52,6 +59,7 @@ class About(NamedTuple):
 
 
 _SERVER = "options base_url, model"
+_CHECKPOINT = "a checkpoint: option model"
 ABOUT = {
     "format": About("structure: a text before each picture, as many pictures as asked", "0..1 a document", "column num_images"),
     "image_text": About("each picture against the text just before it (Storyboard)", "0..1 a picture", "nothing: packaged"),
@@ -59,6 +67,15 @@ ABOUT = {
     "llm_text_critic": About("each text against the prompt (LLaVA-Critic's prompt)", "0..1 a text, from 0..100", _SERVER),
     "unified_reward": About("each picture against the text just before it (UnifiedReward's)", "0..1 a picture, from 1..5", _SERVER),
     "document_judge": About("the whole document with its pictures", "0..1 a step, from 0..10", _SERVER),
+    "clip_score": About("each picture against the text before it (CLIP)", "2.5 * cosine a picture", _CHECKPOINT),
+    "pick_score": About("each picture against the text before it (PickScore)", "raw / 26 a picture, about 0.7..0.9", _CHECKPOINT),
+    "hps": About(
+        "each picture against the text before it (HPSv2, HPSv2.1)",
+        "cosine a picture, about 0.2..0.35",
+        "a checkpoint: options model, version",
+    ),
+    "image_reward": About("each picture against the text before it (ImageReward)", "(raw + 2) / 4 a picture, most in 0..1", _CHECKPOINT),
+    "image_coherence": About("each picture against the earlier ones: alike, but no copy", "cosine a picture, -1..1", _CHECKPOINT),
 }
 
 
@@ -114,7 +131,7 @@ def load_reward(name: str) -> Callable[..., Any]:
 
     Raises ValueError saying what is known.
     """
-    known = BUILT_IN | JUDGES
+    known = BUILT_IN | JUDGES | SCORERS
     path = known.get(name, name)
     module_name, colon, function_name = path.partition(":")
     if not colon:

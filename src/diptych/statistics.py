@@ -1,4 +1,4 @@
-"""Means, intervals and paired tests over a few seeds. Pure functions over floats; nothing of ours is imported."""
+"""Means, intervals and paired tests. Pure functions over floats; nothing of ours is imported."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+SURE = 0.05  # a corrected p value below this is called a difference
 _TINY, _CLOSE, _MAX_TERMS = 1e-300, 1e-15, 1000
 
 
@@ -128,3 +129,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (len(known) - k) * p))
         corrected[i] = largest
     return corrected
+
+
+def p_text(p: float) -> str:
+    return "below 0.001" if p < 0.001 else f"{p:.3f}"
