@@ -338,7 +338,7 @@ def ablate(folder: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "diptych", "ablate", str(folder / "tiny.yaml"), "--output-dir", str(folder / "out"), *arguments]
 
 
-def until(condition, seconds: float = 60) -> None:
+def until(condition, seconds: float = 200) -> None:
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, "waited in vain"

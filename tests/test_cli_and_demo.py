@@ -26,7 +26,23 @@ def diptych(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
     return subprocess.run([sys.executable, "-m", "diptych", *arguments], capture_output=True, text=True, cwd=cwd, timeout=120)
 
 
-@pytest.mark.parametrize("command", ["demo", "warmup", "grpo", "generate", "evaluate storyboard", "merge", "doctor", "view", "pretrain"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "demo",
+        "warmup",
+        "grpo",
+        "generate",
+        "evaluate storyboard",
+        "evaluate mmie",
+        "evaluate ueval",
+        "evaluate compare",
+        "merge",
+        "doctor",
+        "view",
+        "pretrain",
+    ],
+)
 def test_every_command_has_help_with_an_example(command):
     result = CliRunner().invoke(app, [*command.split(), "--help"])
     assert result.exit_code == 0

@@ -15,7 +15,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
+from toy_scorers import write_clip, write_tokenizer
+from transformers import CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
@@ -35,7 +36,6 @@ import make_image_reward_fixture as made  # noqa: E402
 
 RECORDED = json.loads((DATA / "image_reward_recorded.json").read_text())
 PIXELS = np.load(DATA / "image_reward_pixels.npz")
-LETTERS = "abcdefghijklmnopqrstuvwx"
 PICTURES = [made.picture(number) for number in range(len(made.SIZES))]
 
 
@@ -52,29 +52,6 @@ def write_image_reward(folder: Path, state: dict[str, torch.Tensor]) -> Path:
     (folder / "med_config.json").write_text(json.dumps(made.MED))
     (folder / "vocab.txt").write_text("\n".join(made.WORDS) + "\n", encoding="utf-8")
     return folder
-
-
-def write_tokenizer(folder: Path) -> Path:
-    """50 words: a letter each, the same letter at the end of a word, start and end."""
-    words = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[]).save_pretrained(folder)
-    return folder
-
-
-def write_clip(folder: Path, seed: int = 0) -> Path:
-    """Random weights; attention dropout 0.5, so that training mode would show."""
-    torch.manual_seed(seed)
-    both = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "attention_dropout": 0.5}
-    text = both | {"vocab_size": 50, "max_position_embeddings": 12, "bos_token_id": 48, "eos_token_id": 49, "pad_token_id": 49}
-    vision = both | {"image_size": 32, "patch_size": 8}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16, logit_scale_init_value=1.5))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)
-    model.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return write_tokenizer(folder)
 
 
 def write_dino(folder: Path) -> Path:

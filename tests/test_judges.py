@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.request import urlopen
 
 import numpy as np
@@ -24,12 +25,13 @@ import PIL.Image
 import pytest
 from rich.console import Console
 from toy_checkpoints import make_janus
+from toy_scorers import write_clip
 from typer.testing import CliRunner
 
 from diptych import cli
 from diptych import experience as experience_module
 from diptych.config import GRPOConfig, RewardConfig, build, to_yaml
-from diptych.document import Document, Image, Text, to_json_blocks
+from diptych.document import Document, Image, Text, to_json_blocks, to_message
 from diptych.grpo import grpo
 from diptych.rewards import RewardBatch, RewardError, call_rewards, load_reward
 from diptych.rewards.base import ABOUT, BUILT_IN, JUDGES, SCORERS, configured, merge
@@ -614,9 +616,8 @@ def killed_and_restarted():
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("patient", [True, False])
-def test_a_training_whose_judge_is_killed_has_no_wrong_reward(tiny_model, tmp_path, monkeypatch, killed_and_restarted, patient):
-    tiny_model.save_pretrained(tmp_path / "model")
+def rewards_of_a_training(monkeypatch, server: Server, folder: Path, patient: bool, **settings) -> list[tuple[list[Document], RewardBatch]]:
+    """What the rewards said of each batch of a training whose first reward is the toy judge. Missing values stop nothing."""
     seen = []
 
     def watched(functions, prompts, completions, columns):
@@ -626,16 +627,21 @@ def test_a_training_whose_judge_is_killed_has_no_wrong_reward(tiny_model, tmp_pa
 
     monkeypatch.setattr(experience_module, "call_rewards", watched)
     patience = {"retries": 6, "backoff_seconds": 0.2} if patient else {"retries": 0, "breaker_failures": 2, "probe_seconds": 0.1}
-    config = build(
-        GRPOConfig,
-        {
-            "model": str(tmp_path / "model"), "output_dir": str(tmp_path / "run"), "max_steps": 2, "num_generations": 4,
-            "prompts_per_step": 2, "num_threads": 1, "optim": {"lr": 1e-3}, "max_missing_rewards": 1.0,
-            "sampling": {"max_images": 2, "max_text_tokens": 8, "image": {"guidance_scale": 2.0}},
-            "rewards": [{"name": "document_judge", "options": {**killed_and_restarted.options, "concurrency": 2, **patience}}],
-        },
-    )  # fmt: skip
-    grpo(config)
+    others = settings.pop("rewards", [])
+    config = {
+        "output_dir": str(folder), "max_steps": 2, "num_generations": 4, "prompts_per_step": 2, "num_threads": 1, "optim": {"lr": 1e-3},
+        "max_missing_rewards": 1.0, "sampling": {"max_images": 2, "max_text_tokens": 8, "image": {"guidance_scale": 2.0}},
+        "rewards": [{"name": "document_judge", "options": {**server.options, "concurrency": 2, **patience}}, *others],
+    }  # fmt: skip
+    grpo(build(GRPOConfig, {**config, **settings}))
+    lines = read_jsonl(folder / "metrics.jsonl")
+    assert len(lines) == len(seen)
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    return seen
+
+
+def judged_rightly(seen: list[tuple[list[Document], RewardBatch]]) -> tuple[int, int]:
+    """How many values of the toy judge are right, and how many missing; none may be anything else."""
     known = lost = 0
     for completions, batch in seen:
         for b, document in enumerate(completions):
@@ -644,11 +650,43 @@ def test_a_training_whose_judge_is_killed_has_no_wrong_reward(tiny_model, tmp_pa
                 lost += math.isnan(value)
                 known += value == pytest.approx(right)
                 assert math.isnan(value) or value == pytest.approx(right)
+    return known, lost
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_a_training_whose_judge_is_killed_has_no_wrong_reward(tiny_model, tmp_path, monkeypatch, killed_and_restarted, patient):
+    tiny_model.save_pretrained(tmp_path / "model")
+    model = str(tmp_path / "model")
+    known, lost = judged_rightly(rewards_of_a_training(monkeypatch, killed_and_restarted, tmp_path / "run", patient, model=model))
     assert known
     assert (lost == 0) == patient
-    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert len(lines) == 2
-    assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patient", [True, False])
+def test_the_packaged_model_is_trained_by_structure_a_judge_that_is_killed_and_an_image_scorer(
+    tmp_path, monkeypatch, killed_and_restarted, patient
+):
+    clip = {"model": str(write_clip(tmp_path / "clip"))}
+    seen = rewards_of_a_training(
+        monkeypatch, killed_and_restarted, tmp_path / "run", patient, model="storyboard", max_steps=3, optim={"lr": 1e-4},
+        rewards=[{"name": "format"}, {"name": "clip_score", "modality": "image", "options": clip}],
+        sampling={"max_images": 2, "max_text_tokens": 48},
+    )  # fmt: skip
+    known, lost = judged_rightly(seen)
+    assert known
+    assert (lost == 0) == patient
+    scorer = load_reward("clip_score")(**clip)
+    scored = 0
+    for completions, batch in seen:
+        messages = [[to_message("assistant", document)] for document in completions]
+        for b, values in enumerate(scorer(messages, messages)):
+            for j, value in enumerate(values):
+                scored += value is not None
+                assert bool(batch.applies[2, b, j]) == (value is not None)
+                assert value is None or float(batch.steps[2, b, j]) == pytest.approx(value)
+        assert not batch.documents[1].isnan().any()
+    assert scored
 
 
 def test_too_many_missing_ones_stop_a_training_and_say_why(tiny_model, tmp_path):
