@@ -11,8 +11,8 @@ from diptych.logprobs import score
 from diptych.models import load_model, packaged_folder
 from diptych.models.storyboard.model import StoryboardModel
 from diptych.pretrain import pretrain
-from diptych.pretrain.base_model import ALONE, AMID, WORDS, Lesson, PatchCodes, attention_cap, lesson, likelihood_loss, make_batch
-from diptych.pretrain.muon import AttentionCap, MuonAdamW
+from diptych.pretrain.base_model import ALONE, AMID, FACTS, WORDS, Lesson, PatchCodes, attention_cap, lesson, likelihood_loss, make_batch
+from diptych.pretrain.muon import AttentionCap, Muon, MuonAdamW, orthogonalise
 
 
 def test_a_part_goes_on_from_a_checkpoint_and_keeps_its_image_tokenizer(tmp_path):
@@ -32,9 +32,9 @@ def test_an_unknown_part_is_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_lessons_begin_with_words_only_from_scratch():
-    assert [lesson(step, 10, True) for step in range(4)] == [WORDS, WORDS, ALONE, AMID]
-    assert [lesson(step, 10, False) for step in range(2)] == [ALONE, AMID]
+def test_lessons_begin_with_facts_and_with_words_only_from_scratch():
+    assert [lesson(step, 12, True) for step in range(7)] == [FACTS] * 3 + [WORDS] * 2 + [AMID, ALONE]
+    assert [lesson(step, 12, False) for step in range(5)] == [FACTS] * 3 + [AMID, ALONE]
 
 
 def test_loss_is_the_mean_over_all_batches():
@@ -74,6 +74,33 @@ def test_optimizer_resumes_exactly():
     run(2, optimizer, body["body"])
     run(2, resumed, other["body"])
     assert torch.equal(body["body"].layers[0].weight, other["body"].layers[0].weight)
+
+
+def test_muon_is_torchs_but_for_its_rounding():
+    shapes, rate = [(160, 160), (432, 160), (160, 432), (160, 160)], 0.02
+    random = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=random) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    optimizers = [Muon(ours, rate, 0.1), torch.optim.Muon(theirs, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=random)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other, begin in zip(ours, theirs, start, strict=True):
+        moved, expected = one.detach() - begin, other.detach() - begin
+        assert float((moved - expected).norm() / expected.norm()) < 0.02  # bfloat16 has 8 bits; another shape's update differs by 1
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one():
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(3, 96, 40, generator=torch.Generator().manual_seed(0))))
+    assert 0.6 < float(values.min()) and float(values.max()) < 1.3
+
+
+def test_muon_takes_matrices_only():
+    with pytest.raises(ValueError, match=r"takes matrices; got a parameter of shape \(4,\)"):
+        Muon([torch.nn.Parameter(torch.zeros(4))], 0.1, 0.1)
 
 
 def test_attention_cap_comes_down_late():

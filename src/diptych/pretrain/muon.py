@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +13,57 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaModel
 
 
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` (Nesterov momentum 0.95, `match_rms_adamw`), in float32 and with matrices of one shape as a batch.
+
+    torch's iterates in bfloat16, which a CPU without bfloat16 units emulates: 3.5 ms for a product of 160 x 432 matrices
+    where float32 takes 0.3 ms, or 2 s for each step of the base model. Raises ValueError for a parameter that is no matrix.
+    """
+
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration, five times
+
+    def __init__(self, matrices: Sequence[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        for matrix in matrices:
+            if matrix.ndim != 2:
+                raise ValueError(f"Muon takes matrices; got a parameter of shape {tuple(matrix.shape)}")
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    by_shape[matrix.shape].append(matrix)
+            for shape, matrices in by_shape.items():
+                updates = orthogonalise(torch.stack([self._momentum(matrix, group["momentum"]) for matrix in matrices]))
+                rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+                for matrix, update in zip(matrices, updates, strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+    def _momentum(self, matrix: nn.Parameter, momentum: float) -> Tensor:
+        buffer = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+        buffer.lerp_(matrix.grad, 1 - momentum)
+        return matrix.grad.lerp(buffer, momentum)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """(N, A, B) -> (N, A, B): about U V^T of each U S V^T, with singular values between 0.7 and 1.2."""
+    a, b, c = Muon.COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
 class MuonAdamW:
     """Both optimizers with one schedule (linear warm-up, then a cosine to 1 %) and gradients clipped at norm 1.
 
-    Muon (`torch.optim.Muon`) orthogonalises the momentum of each matrix. On the base model it reached in 250 steps the
-    held-out text loss for which AdamW alone took more than 300.
+    Muon orthogonalises the momentum of each matrix. On the base model it reached in 250 steps the held-out text loss for
+    which AdamW alone took more than 300.
     """
 
     def __init__(self, model: nn.Module, lr: float, steps: int, muon_lr: float = 8e-3, decay: float = 0.01) -> None:
@@ -30,7 +78,7 @@ class MuonAdamW:
             return min((step + 1) / warm, 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
         self.optimizers = [
-            torch.optim.Muon(matrices, lr=muon_lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+            Muon(matrices, muon_lr, decay),
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
         ]
         self.schedules = [LambdaLR(optimizer, rate) for optimizer in self.optimizers]

@@ -92,6 +92,22 @@ def turn_event(rng: np.random.Generator, split: Split) -> Turn:
     return doc(shown, f"{language.tell(event)} . what do we see now ?"), doc(language.describe(event.apply(scene)) + " .")
 
 
+def turn_facts(rng: np.random.Generator, split: Split) -> Turn:
+    """A scene, and what its things are, thing by thing in any order, some twice: `the ball is red small on the left .`
+
+    Each is a lookup by name whose value stands right behind the name; that is the form in which looking up is learned first.
+    """
+    scene = scene_of(rng, split, 2)
+    facts = []
+    for _ in range(int(rng.integers(4, 7))):
+        thing = scene.things[int(rng.integers(len(scene.things)))]
+        place = scene.find(thing.kind)
+        assert place is not None
+        facts.append(f"the {thing.kind} is {thing.colour} {thing.size} {language.PLACE_PHRASES[PLACES[place]]} .")
+    shown: str | Scene = scene if rng.random() < 0.5 else language.describe(scene) + " ."
+    return doc(shown, "tell of the things ."), doc(" ".join(facts))
+
+
 def turn_tell(rng: np.random.Generator, split: Split) -> Turn:
     """A whole task answered in words alone."""
     task: Task = make_task(rng, split)
@@ -107,16 +123,17 @@ def follow_up(turn: Turn) -> Turn | None:
 
 
 TURNS: dict[str, tuple[float, Callable[[np.random.Generator, Split], Turn]]] = {
-    "draw": (0.32, turn_draw),
-    "describe": (0.18, turn_describe),
+    "draw": (0.24, turn_draw),
+    "describe": (0.12, turn_describe),
     "question": (0.12, turn_question),
-    "event": (0.13, turn_event),
-    "tell": (0.25, turn_tell),
+    "facts": (0.08, turn_facts),
+    "event": (0.17, turn_event),
+    "tell": (0.27, turn_tell),
 }
 
 
 def make_turn(rng: np.random.Generator, kind: str | None = None, split: Split = "train", kinds: Sequence[str] = tuple(TURNS)) -> Turn:
-    """A prompt and an answer of one kind (`draw`, `describe`, `question`, `event`, `tell`) or, by weight, any of `kinds`."""
+    """A prompt and an answer of one kind (`draw`, `describe`, `question`, `facts`, `event`, `tell`) or, by weight, any of `kinds`."""
     if kind is None:
         weights = np.array([TURNS[name][0] for name in kinds])
         kind = kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))]
