@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 
 from diptych import cli
 from diptych import experience as experience_module
-from diptych.config import GRPOConfig, RewardConfig, build, to_yaml
+from diptych.config import GRPOConfig, RewardConfig, WarmupConfig, build, to_yaml
 from diptych.document import Document, Image, Text, to_json_blocks, to_message
 from diptych.grpo import grpo
 from diptych.rewards import RewardBatch, RewardError, call_rewards, load_reward
@@ -39,6 +39,7 @@ from diptych.rewards.judges.client import Breaker
 from diptych.rewards.judges.prompts import document_messages, picture_messages, text_critic_messages
 from diptych.rewards.judges.replies import UnusableReplyError, numbered_scores, one_score
 from diptych.runs import read_jsonl
+from diptych.warmup import checkpoint_of, warmup
 
 RED = Image(PIL.Image.fromarray(np.full((4, 6, 3), (255, 0, 0), dtype=np.uint8)))
 BLUE = Image(PIL.Image.fromarray(np.full((4, 6, 3), (0, 0, 255), dtype=np.uint8)))
@@ -662,14 +663,28 @@ def test_a_training_whose_judge_is_killed_has_no_wrong_reward(tiny_model, tmp_pa
     assert (lost == 0) == patient
 
 
+@pytest.fixture(scope="module")
+def warmed_up(tmp_path_factory) -> str:
+    """The packaged model after a short warm-up: it alternates text and pictures."""
+    config = build(
+        WarmupConfig,
+        {
+            "model": "storyboard", "output_dir": str(tmp_path_factory.mktemp("warmup")), "max_steps": 24, "batch_size": 8, "num_threads": 1,
+            "optim": {"lr": 1e-3}, "sources": [{"name": "storyboard:interleaved", "weight": 1, "num_records": 200}],
+        },
+    )  # fmt: skip
+    warmup(config)
+    return checkpoint_of(config)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("patient", [True, False])
 def test_the_packaged_model_is_trained_by_structure_a_judge_that_is_killed_and_an_image_scorer(
-    tmp_path, monkeypatch, killed_and_restarted, patient
+    warmed_up, tmp_path, monkeypatch, killed_and_restarted, patient
 ):
     clip = {"model": str(write_clip(tmp_path / "clip"))}
     seen = rewards_of_a_training(
-        monkeypatch, killed_and_restarted, tmp_path / "run", patient, model="storyboard", max_steps=3, optim={"lr": 1e-4},
+        monkeypatch, killed_and_restarted, tmp_path / "run", patient, model=warmed_up, max_steps=3, optim={"lr": 1e-4},
         rewards=[{"name": "format"}, {"name": "clip_score", "modality": "image", "options": clip}],
         sampling={"max_images": 2, "max_text_tokens": 48},
     )  # fmt: skip
