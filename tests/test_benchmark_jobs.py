@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import subprocess
@@ -14,10 +15,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import yaml
+from rich.console import Console
 from test_benchmarks_mmie import mmie_folder, record
 from typer.testing import CliRunner
 
 from diptych.cli import app
+from diptych.cli.figures import show_benchmark
 from diptych.config import ImageSampling, SamplingParams, TextSampling
 from diptych.document import Document, Text
 from diptych.evaluation import answers as answers_module
@@ -489,7 +492,7 @@ def test_the_command_from_data_to_table(data, tiny_model, tmp_path):
     assert [result["table"][name]["value"] for name in ("SA", "PBL", "MSR", "AVG")] == [25.0, 41.67, 58.33, 41.67]
     low, high = result["table"]["AVG"]["ci"]
     assert low < 41.67 < high
-    assert '"parse_rate": 1.0' in second.output
+    assert "parse rate: 1" in second.output
     before = files(out)
     assert CliRunner().invoke(app, [*command, "--official", str(tmp_path / "eval_result.json")]).exit_code == 0
     assert files(out) == before
@@ -551,3 +554,18 @@ def test_a_summary_is_of_each_aspect_and_category():
     assert (found["a"]["all"]["value"], found["a"]["all"]["missing_as_lowest"]) == (2.5, 2.0)
     assert (found["a"]["c"]["value"], found["a"]["c"]["missing"]) == (1.0, 1)
     assert found["b"]["all"]["scored"] == 1  # where an aspect does not apply, nothing is missing
+
+
+def test_the_table_is_for_reading():
+    """Figures of any depth in rows, what else a benchmark says below, with nothing dropped."""
+    figure = {"value": 24.14, "ci": [17.24, 31.03], "scored": 29, "missing": 1, "missing_as_lowest": 23.33}
+    unknown = {"value": None, "ci": None, "scored": 0, "missing": 2, "missing_as_lowest": 0.0}
+    table = {"AVG": figure, "tasks": {"a_b": {"average": {**unknown, "accuracy": 50.0}, "unit": "per cent"}}, "parse_rate": 0.5}
+    stream = io.StringIO()
+    show_benchmark(Console(file=stream, width=200), "toy", {"table": table, "counts": {"answers": 31, "missing": {"refused": 3}}})
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in stream.getvalue().splitlines() if line.startswith("│")]
+    assert rows == [
+        ["AVG", "24.14", "17.24 to 31.03", "29", "1", "23.33"],
+        ["tasks / a b / average (accuracy 50)", "–", "–", "0", "2", "0"],
+    ]
+    assert stream.getvalue().splitlines()[-4:] == ["tasks / a b / unit: per cent", "parse rate: 0.5", "answers: 31", "missing / refused: 3"]

@@ -21,7 +21,15 @@ from diptych import grpo as grpo_stage
 from diptych import warmup as warmup_stage
 from diptych.config import DemoConfig, GRPOConfig, WarmupConfig
 from diptych.document import to_json_blocks
-from diptych.evaluation.storyboard import Judged, evaluate_documents, evaluate_retention, held_out_tasks, rates
+from diptych.evaluation.storyboard import (
+    SHOWN_RATES,
+    Judged,
+    evaluate_documents,
+    evaluate_retention,
+    held_out_tasks,
+    rate_cells,
+    rates,
+)
 from diptych.models import load_model
 from diptych.report import demo_page
 from diptych.rewards import call_rewards, load_reward
@@ -198,13 +206,10 @@ def print_results(results: dict[str, Any], folder: Path, console: Console) -> No
     for mode in ("greedy", "sampled"):
         table = Table(title=f"{results['num_prompts']} held-out prompts, {mode} (per cent, 95 % interval)")
         table.add_column("")
-        for rate in ("format", "text", "image", "order", "score", "document"):
+        for rate in SHOWN_RATES:
             table.add_column(rate, justify="right")
         for name in CHECKPOINTS:
-            row = results["checkpoints"][name][mode]
-            cells = [f"{100 * row[r]:.1f} [{100 * row[r + '_ci'][0]:.0f}, {100 * row[r + '_ci'][1]:.0f}]"
-                     for r in ("format", "text", "image", "order", "score", "document")]  # fmt: skip
-            table.add_row(name, *cells)
+            table.add_row(name, *rate_cells(results["checkpoints"][name][mode]))
         console.print(table)
     for skill, values in results["retention"].items():
         numbers = ", ".join(f"{name} {100 * v['accuracy']:.1f}" for name, v in values.items())

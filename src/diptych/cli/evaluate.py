@@ -31,6 +31,7 @@ def storyboard(
     device: Device = "auto",
 ) -> None:
     """Storyboard's benchmark: held-out documents and retention of old skills, judged by the oracle."""
+    from diptych.cli.figures import show_storyboard
     from diptych.evaluation.storyboard import evaluate_documents, evaluate_retention, held_out_tasks, rates
     from diptych.models import load_model
     from diptych.runs import atomic_text
@@ -46,7 +47,7 @@ def storyboard(
         "sampled": rates(evaluate_documents(loaded, tasks, params, config)),
         "retention": evaluate_retention(loaded, params, config),
     }
-    console.print_json(json.dumps(found))
+    show_storyboard(console, found)
     if out:
         atomic_text(out, json.dumps(found, indent=1) + "\n")
 
@@ -76,6 +77,7 @@ def benchmark(
     device: Device = "auto",
 ) -> None:
     """Answers a published benchmark, writes what its scorer reads, and makes the table. See docs/evaluation.md."""
+    from diptych.cli.figures import show_benchmark
     from diptych.evaluation.jobs import Job, Settings
     from diptych.models import UnifiedModel, load_model
     from diptych.runtime import pick_device
@@ -99,14 +101,14 @@ def benchmark(
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bars:
-        bar = bars.add_task("answers", total=None)
+        bar = bars.add_task("answers", total=None, visible=False)
         job = Job(
             chosen, data, out, settings, _shard(shard), official, dict(parse_overrides([f"--{item}" for item in judge])) if judge else None,
-            strict, say, lambda done, total: bars.update(bar, completed=done, total=total),
+            strict, say, lambda done, total: bars.update(bar, completed=done, total=total, visible=True),
         )  # fmt: skip
         result = job.run(open_model)
     if result is not None:
-        console.print_json(json.dumps({"table": result["table"], "counts": result["counts"]}))
+        show_benchmark(console, chosen.name, result)
         say(f"each answer: {out / 'scores.jsonl'}; each aspect with intervals: {out / 'result.json'}")
 
 

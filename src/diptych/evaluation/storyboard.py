@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from diptych.worlds.storyboard.oracle import Verdict, judge, read_pictures
 from diptych.worlds.storyboard.tasks import Task, task_stream
 
 RATES = ("format", "text", "image", "order", "document", "score")
+SHOWN_RATES = ("format", "text", "image", "order", "score", "document")
 Progress = Callable[[int], None]
 
 
@@ -68,6 +69,11 @@ def rates(judged: Sequence[Judged], seed: int = 0) -> dict[str, Any]:
         result[name] = round(float(values.mean()), 4)
         result[f"{name}_ci"] = interval(values, seed)
     return result
+
+
+def rate_cells(found: Mapping[str, Any]) -> list[str]:
+    """`80.0 [78, 82]`, in per cent, for each of `SHOWN_RATES`."""
+    return [f"{100 * found[r]:.1f} [{100 * found[r + '_ci'][0]:.0f}, {100 * found[r + '_ci'][1]:.0f}]" for r in SHOWN_RATES]
 
 
 def interval(values: np.ndarray, seed: int = 0) -> list[float]:

@@ -97,7 +97,8 @@ def attention_cap(step: int, steps: int) -> float:
 
 
 def lesson(step: int, steps: int, from_scratch: bool) -> Lesson:
-    """A quarter of the steps on facts alone, a sixth on answers in words (from scratch), then everything, by turns alone and amid other turns.
+    """A quarter of the steps on facts alone, a sixth on answers in words (from scratch), then everything, by turns alone
+    and amid other turns.
 
     Looking up a fact by the name of its thing is learned suddenly, after hundreds of steps at chance, and the number of
     steps counts more than their size: hence few rows. Among other lessons it was not learned in 4500 steps.
