@@ -218,3 +218,14 @@ def test_greedy_changes_temperatures_only():
     assert greedy.text.temperature == greedy.image.temperature == 0
     assert (greedy.text.top_k, greedy.image.guidance_scale, greedy.max_images) == (5, 3.5, 2)
     assert params.text.temperature == 0.7
+
+
+def test_prompts_are_one_source_or_several():
+    given = yaml.safe_load(GRPO)
+    one = build(GRPOConfig, {**given, "prompts": {"name": "a.jsonl"}})
+    assert [(source.name, source.weight) for source in one.prompts] == [("a.jsonl", 1.0)]
+    two = build(GRPOConfig, {**given, "prompts": [{"name": "a.jsonl", "weight": 3}, {"name": "b.jsonl"}]})
+    assert [(source.name, source.weight) for source in two.prompts] == [("a.jsonl", 3.0), ("b.jsonl", 1.0)]
+    assert build(GRPOConfig, yaml.safe_load(to_yaml(two))) == two
+    with pytest.raises(ValueError, match="prompts"):
+        build(GRPOConfig, {**given, "prompts": []})

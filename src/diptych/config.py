@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 
@@ -91,7 +91,7 @@ class MixtureSource(Config):
     """One data set of a mixture: a JSONL file of records, or a built-in source such as `storyboard:interleaved`."""
 
     name: str
-    weight: float = Field(gt=0)
+    weight: float = Field(1.0, gt=0)
     num_records: int | None = Field(None, ge=1, description="use only the first so many; None: all")
 
 
@@ -181,7 +181,9 @@ class GRPOConfig(RunConfig):
     """Unified group-relative policy optimisation (the paper's stage 2)."""
 
     optim: OptimConfig
-    prompts: MixtureSource = MixtureSource(name="storyboard:prompts", weight=1.0)
+    prompts: tuple[MixtureSource, ...] = Field(
+        (MixtureSource(name="storyboard:prompts", weight=1.0),), min_length=1, description="one source, or a list of them"
+    )
     rewards: tuple[RewardConfig, ...] = Field(min_length=1)
     num_generations: int = Field(8, ge=2, description="G, the rollouts of one prompt")
     prompts_per_step: int = Field(12, ge=1)
@@ -207,6 +209,11 @@ class GRPOConfig(RunConfig):
     resample_attempts: int = Field(0, ge=0, description="sample groups without spread again, so many times")
     max_missing_rewards: float = Field(0.2, ge=0, le=1, description="a larger share of missing rewards stops the run")
     parity_bound: float = Field(1e-3, gt=0, description="largest allowed |replayed - sampled| log-probability")
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict | MixtureSource) else value
 
     @model_validator(mode="after")
     def _check(self) -> GRPOConfig:

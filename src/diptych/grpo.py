@@ -65,7 +65,7 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
     device = pick_device(config.device)
     if config.offload and device.type == "cpu":
         raise ValueError(f"offload={list(config.offload)} frees a GPU's memory, and this run is on the CPU; leave it out")
-    prompts = Mixture([config.prompts], config.seed)
+    prompts = Mixture(config.prompts, config.seed)
     old_skills = Mixture(config.ptx.sources, config.seed) if config.ptx else None
     step = (run.steps() or [0])[-1]
     state: dict[str, Any] = {}
