@@ -560,12 +560,19 @@ def test_the_table_is_for_reading():
     """Figures of any depth in rows, what else a benchmark says below, with nothing dropped."""
     figure = {"value": 24.14, "ci": [17.24, 31.03], "scored": 29, "missing": 1, "missing_as_lowest": 23.33}
     unknown = {"value": None, "ci": None, "scored": 0, "missing": 2, "missing_as_lowest": 0.0}
-    table = {"AVG": figure, "tasks": {"a_b": {"average": {**unknown, "accuracy": 50.0}, "unit": "per cent"}}, "parse_rate": 0.5}
+    mean = {"value": 1e-05, "missing_as_lowest": 2.0, "ci": None}
+    table = {
+        "AVG": figure,
+        "mean": mean,
+        "tasks": {"a_b": {"average": {**unknown, "accuracy": 50.0}, "unit": "per cent"}},
+        "parse_rate": 0.5,
+    }
     stream = io.StringIO()
     show_benchmark(Console(file=stream, width=200), "toy", {"table": table, "counts": {"answers": 31, "missing": {"refused": 3}}})
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in stream.getvalue().splitlines() if line.startswith("│")]
     assert rows == [
         ["AVG", "24.14", "17.24 to 31.03", "29", "1", "23.33"],
+        ["mean", "1e-05", "–", "–", "–", "2"],
         ["tasks / a b / average (accuracy 50)", "–", "–", "0", "2", "0"],
     ]
     assert stream.getvalue().splitlines()[-4:] == ["tasks / a b / unit: per cent", "parse rate: 0.5", "answers: 31", "missing / refused: 3"]

@@ -23,7 +23,7 @@ def show_benchmark(console: Console, name: str, result: Mapping[str, Any]) -> No
     for path, value in _leaves(result["table"]):
         if isinstance(value, Mapping):
             more = ", ".join(f"{key} {_number(value[key])}" for key in value if key not in FIGURE)
-            cells = (_number(value["value"]), _interval(value["ci"]), *(_number(value[key]) for key in FIGURE[2:]))
+            cells = (_number(value["value"]), _interval(value["ci"]), *(_number(value.get(key)) for key in FIGURE[2:]))
             table.add_row(f"{path} ({more})" if more else path, *cells)
         else:
             others.append(f"{path}: {_number(value)}")
@@ -51,7 +51,7 @@ def _leaves(found: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
     """Figures and single values with the names on the way to them."""
     for key, value in found.items():
         name = f"{path} / {key}" if path else str(key)
-        if isinstance(value, Mapping) and not set(FIGURE) <= set(value):
+        if isinstance(value, Mapping) and not {"value", "ci"} <= set(value):
             yield from _leaves(value, name)
         else:
             yield name.replace("_", " "), value
