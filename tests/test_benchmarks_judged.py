@@ -18,8 +18,9 @@ from diptych.data.problems import Problems
 from diptych.document import Document, Image, Text, open_image
 from diptych.evaluation.benchmark import Item, Score, Scoring
 from diptych.evaluation.interleavedbench import ASPECTS, InterleavedBench
-from diptych.evaluation.judging import Material, ask, average, figures, judge_all
+from diptych.evaluation.judging import Material, ask, judge_all
 from diptych.evaluation.opening import CRITERIA, OpenING, overall
+from diptych.evaluation.sheets import average, figures
 from diptych.evaluation.ueval import UEval
 
 PATIENCE = {"retries": 0, "backoff_seconds": 0, "timeout_seconds": 5}

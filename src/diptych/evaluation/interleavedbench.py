@@ -19,18 +19,8 @@ from diptych.data.problems import Problems
 from diptych.data.readers import Row, read_rows
 from diptych.document import Document, Segment, Text
 from diptych.evaluation.benchmark import Item, Score, StoredImage
-from diptych.evaluation.judging import (
-    JudgedBenchmark,
-    Material,
-    UnusableRecord,
-    ask,
-    average,
-    figures,
-    grouped,
-    has_picture,
-    has_text,
-    read_items,
-)
+from diptych.evaluation.judging import JudgedBenchmark, Material, UnusableRecord, ask, has_picture, has_text, read_items
+from diptych.evaluation.sheets import average, figures, grouped
 from diptych.rewards.judges.client import Answer, Question
 
 FILE, PICTURES = "interleaved_bench.json", "zipped_images"

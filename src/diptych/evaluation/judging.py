@@ -1,4 +1,4 @@
-"""What the benchmarks that are scored by a judge share: asking it, resumably, and the figures of what it said.
+"""What the benchmarks that are scored by a judge share: reading their records and asking the judge, resumably.
 
 A judge is shown the request and the answer between marks that neither can contain, then the task; its reply must hold one JSON verdict
 that carries the same mark (`rewards.judges`). The wording is ours, not that of the official scripts: `PROMPTS` names it, and every table
@@ -14,12 +14,11 @@ import json
 import logging
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 import PIL.Image
 
 from diptych.config import build
@@ -28,21 +27,18 @@ from diptych.data.problems import Problems
 from diptych.data.readers import Row
 from diptych.document import Document, Image, Text, image_data_address
 from diptych.evaluation.benchmark import Benchmark, Item, Score, Scoring
-from diptych.evaluation.sheets import NUM_RESAMPLES, count, figure, units
 from diptych.rewards.judges.cache import ReplyCache
 from diptych.rewards.judges.client import Answer, JudgeClient, Question
 from diptych.rewards.judges.options import JudgeOptions
 from diptych.rewards.judges.prompts import NOTE, Message, tag_of
 from diptych.rewards.judges.replies import UnusableReplyError, numbered_scores
 from diptych.runs import atomic_text, read_jsonl
-from diptych.runtime import rng
 
 logger = logging.getLogger(__name__)
 PROMPTS = "diptych-1"
 KEPT = "judged.jsonl"
 CHUNK = 8  # times `concurrency` questions are built and held at a time: they carry pictures
 NO_ANSWER = "no answer"
-Average = Callable[[Mapping[str, float | None]], float | None]
 
 
 # --- questions -------------------------------------------------------------------------------------------------------------
@@ -267,51 +263,3 @@ def has_text(answer: Document) -> bool:
 
 def has_picture(answer: Document) -> bool:
     return any(isinstance(segment, Image) for segment in answer)
-
-
-# --- figures ---------------------------------------------------------------------------------------------------------------
-
-
-def figures(
-    scores: Sequence[Score], aspects: Sequence[str], average: Average, lowest: float, *, factor: float = 1.0, digits: int = 4
-) -> dict[str, Any]:
-    """`aspects`: a `sheets.figure` of every aspect that any score owes; `average` of them; answers by cause of what they miss."""
-    owed = [aspect for aspect in aspects if any(aspect in score.values for score in scores)]
-    found = {aspect: figure({"all": units(scores, aspect)}, lowest, factor=factor, digits=digits) for aspect in owed}
-    averaged: dict[str, Any] = {}
-    for key in ("value", "missing_as_lowest"):
-        value = average({aspect: one[key] for aspect, one in found.items()})
-        averaged[key] = None if value is None else round(value, digits)
-    interval = None if averaged["value"] is None else _interval(scores, owed)
-    averaged["ci"] = interval and [round(end * factor, digits) for end in interval]
-    return {"aspects": found, "average": averaged, "missing": count(scores)["missing"]}
-
-
-def average(means: Mapping[str, float | None]) -> float | None:
-    """The plain mean of the means of aspects; None where one is missing."""
-    known = [value for value in means.values() if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(means) else None
-
-
-def _interval(scores: Sequence[Score], aspects: Sequence[str]) -> list[float] | None:
-    """95 % bootstrap interval of the mean of the aspects' means; drawn are items, each with all its aspects, which go together.
-
-    None for a single item, and where some draw holds no value of an aspect.
-    """
-    items = grouped(scores, lambda score: score.id)
-    known = [[[v for s in group if (v := s.values.get(a)) is not None] for a in aspects] for group in items.values()]
-    sums = np.array([[sum(values) for values in row] for row in known], dtype=np.float64)  # (N, A)
-    counts = np.array([[len(values) for values in row] for row in known], dtype=np.float64)  # (N, A)
-    drawn = rng(0, 35).multinomial(len(items), np.full(len(items), 1 / len(items)), size=NUM_RESAMPLES).astype(np.float64)  # (R, N)
-    drawn_counts = drawn @ counts  # (R, A)
-    if len(items) < 2 or not drawn_counts.all():
-        return None
-    return [float(end) for end in np.percentile((drawn @ sums / drawn_counts).mean(1), (2.5, 97.5))]
-
-
-def grouped(scores: Sequence[Score], key: Callable[[Score], str]) -> dict[str, list[Score]]:
-    """Scores by a key, in order of first appearance."""
-    groups: dict[str, list[Score]] = {}
-    for score in scores:
-        groups.setdefault(key(score), []).append(score)
-    return groups

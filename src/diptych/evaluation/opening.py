@@ -26,7 +26,8 @@ from diptych.data.problems import Problems
 from diptych.data.readers import Row, read_json, read_rows
 from diptych.document import Document, Segment, Text
 from diptych.evaluation.benchmark import Item, Score, StoredImage
-from diptych.evaluation.judging import JudgedBenchmark, Material, UnusableRecord, ask, average, figures, grouped, read_items
+from diptych.evaluation.judging import JudgedBenchmark, Material, UnusableRecord, ask, read_items
+from diptych.evaluation.sheets import average, figures, grouped
 from diptych.rewards.judges.client import Answer, Question
 
 FILE = "test_data.jsonl"

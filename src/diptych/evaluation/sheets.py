@@ -23,6 +23,7 @@ from diptych.runtime import rng as make_rng
 NUM_RESAMPLES = 2000
 CHUNK = 2**22  # numbers drawn at a time, which bounds the memory
 Units = Sequence[Sequence[float | None]]  # the values of each unit; None: missing
+Average = Callable[[Mapping[str, float | None]], float | None]  # means of aspects to one; None where it cannot be
 Combine = Callable[[Mapping[str, Any], Mapping[str, int]], Any]  # means and counts of groups to one figure; means may be arrays
 
 
@@ -128,3 +129,51 @@ def resampled_means(group: Sequence[Sequence[float]], stream: int = 0) -> np.nda
 
 def _counts(groups: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, int]:
     return {name: sum(len(unit) for unit in group) for name, group in groups.items()}
+
+
+# --- several aspects ------------------------------------------------------------------------------------------------------
+
+
+def figures(
+    scores: Sequence[Score], aspects: Sequence[str], average: Average, lowest: float, *, factor: float = 1.0, digits: int = 4
+) -> dict[str, Any]:
+    """`aspects`: a `figure` of every aspect that any score owes; `average` of them; answers by cause of what they miss."""
+    owed = [aspect for aspect in aspects if any(aspect in score.values for score in scores)]
+    found = {aspect: figure({"all": units(scores, aspect)}, lowest, factor=factor, digits=digits) for aspect in owed}
+    averaged: dict[str, Any] = {}
+    for key in ("value", "missing_as_lowest"):
+        value = average({aspect: one[key] for aspect, one in found.items()})
+        averaged[key] = None if value is None else round(value, digits)
+    interval = None if averaged["value"] is None else _interval(scores, owed)
+    averaged["ci"] = interval and [round(end * factor, digits) for end in interval]
+    return {"aspects": found, "average": averaged, "missing": count(scores)["missing"]}
+
+
+def average(means: Mapping[str, float | None]) -> float | None:
+    """The plain mean of the means of aspects; None where one is missing."""
+    known = [value for value in means.values() if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(means) else None
+
+
+def _interval(scores: Sequence[Score], aspects: Sequence[str]) -> list[float] | None:
+    """95 % bootstrap interval of the mean of the aspects' means; drawn are items, each with all its aspects, which go together.
+
+    None for a single item, and where some draw holds no value of an aspect.
+    """
+    items = grouped(scores, lambda score: score.id)
+    known = [[[v for s in group if (v := s.values.get(a)) is not None] for a in aspects] for group in items.values()]
+    sums = np.array([[sum(values) for values in row] for row in known], dtype=np.float64)  # (N, A)
+    counts = np.array([[len(values) for values in row] for row in known], dtype=np.float64)  # (N, A)
+    drawn = make_rng(0, 35).multinomial(len(items), np.full(len(items), 1 / len(items)), size=NUM_RESAMPLES).astype(np.float64)  # (R, N)
+    drawn_counts = drawn @ counts  # (R, A)
+    if len(items) < 2 or not drawn_counts.all():
+        return None
+    return [float(end) for end in np.percentile((drawn @ sums / drawn_counts).mean(1), (2.5, 97.5))]
+
+
+def grouped(scores: Sequence[Score], key: Callable[[Score], str]) -> dict[str, list[Score]]:
+    """Scores by a key, in order of first appearance."""
+    groups: dict[str, list[Score]] = {}
+    for score in scores:
+        groups.setdefault(key(score), []).append(score)
+    return groups

@@ -22,19 +22,8 @@ from diptych.data.problems import Problems
 from diptych.data.readers import Row, read_json, read_rows, shards
 from diptych.document import Document, Text
 from diptych.evaluation.benchmark import Item, Score
-from diptych.evaluation.judging import (
-    JudgedBenchmark,
-    Material,
-    UnusableRecord,
-    ask,
-    average,
-    figures,
-    grouped,
-    has_picture,
-    has_text,
-    read_items,
-)
-from diptych.evaluation.sheets import figure, macro_average, units
+from diptych.evaluation.judging import JudgedBenchmark, Material, UnusableRecord, ask, has_picture, has_text, read_items
+from diptych.evaluation.sheets import average, figure, figures, grouped, macro_average, units
 from diptych.rewards.judges.client import Answer, Question
 
 COLUMNS = ("id", "task", "task_type", "prompt", "text_rubrics", "image_rubrics", "text_ref")  # not the reference pictures
