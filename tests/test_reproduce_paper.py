@@ -111,7 +111,7 @@ def test_models_are_made_before_they_are_used():
 def test_data_is_made_before_it_is_used():
     converted = {f"{words[words.index('--out') + 1]}/records.jsonl" for words in COMMANDS if words[:2] == ["data", "convert"]}
     for name, config in trainings().values():
-        sources = [*config.sources] if name == "warmup" else [config.prompts, *(config.ptx.sources if config.ptx else ())]
+        sources = [*config.sources] if name == "warmup" else [*config.prompts, *(config.ptx.sources if config.ptx else ())]
         assert {source.name for source in sources} <= converted, config.output_dir
 
 

@@ -4,7 +4,7 @@ To add a source: a file with `read(options, problems)` that yields a `Draft` for
 line in `KINDS`. Everything else (pictures, exclusion, duplicates, resuming, the report) is written once, in `job.py`.
 """
 
-from diptych.data.convert import activitynet, comm, emova, genhowto, journeydb, messages, openstory, vist
+from diptych.data.convert import activitynet, comm, emova, genhowto, journeydb, messages, openstory, vist, wikihow
 from diptych.data.convert.draft import Draft, Kind, Message, Options
 from diptych.data.convert.job import run
 
@@ -18,6 +18,7 @@ KINDS: dict[str, Kind] = {
     "emova": Kind(emova.read, "apache-2.0", "EMOVA's image-text part, and LLaVA-style JSON"),
     "vist": Kind(vist.read, UNKNOWN, "VIST, story in sequence, and its photographs"),
     "comm": Kind(comm.read, UNKNOWN, "CoMM and its downloaded pictures"),
+    "wikihow": Kind(wikihow.read, "cc-by-nc-sa-3.0; single pictures differ", "wikiHow as VisualHow or VGSI, and its downloaded pictures"),
 }
 
 __all__ = ["KINDS", "Draft", "Kind", "Message", "Options", "run"]
