@@ -97,13 +97,13 @@ def attention_cap(step: int, steps: int) -> float:
 
 
 def lesson(step: int, steps: int, from_scratch: bool) -> Lesson:
-    """A quarter of the steps on facts alone, a sixth on answers in words (from scratch), then everything, by turns alone
+    """From scratch a quarter of the steps on facts alone, then a sixth on answers in words; then everything, by turns alone
     and amid other turns.
 
     Looking up a fact by the name of its thing is learned suddenly, after hundreds of steps at chance, and the number of
     steps counts more than their size: hence few rows. Among other lessons it was not learned in 4500 steps.
     """
-    if step < steps // 4:
+    if from_scratch and step < steps // 4:
         return FACTS
     if from_scratch and step < steps // 4 + steps // 6:
         return WORDS

@@ -123,12 +123,12 @@ def follow_up(turn: Turn) -> Turn | None:
 
 
 TURNS: dict[str, tuple[float, Callable[[np.random.Generator, Split], Turn]]] = {
-    "draw": (0.24, turn_draw),
+    "draw": (0.20, turn_draw),
     "describe": (0.12, turn_describe),
-    "question": (0.12, turn_question),
-    "facts": (0.08, turn_facts),
-    "event": (0.17, turn_event),
-    "tell": (0.27, turn_tell),
+    "question": (0.09, turn_question),
+    "facts": (0.05, turn_facts),
+    "event": (0.26, turn_event),
+    "tell": (0.28, turn_tell),
 }
 
 
