@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,7 +12,20 @@ from diptych.logprobs import score
 from diptych.models import load_model, packaged_folder
 from diptych.models.storyboard.model import StoryboardModel
 from diptych.pretrain import pretrain
-from diptych.pretrain.base_model import ALONE, AMID, FACTS, WORDS, Lesson, PatchCodes, attention_cap, lesson, likelihood_loss, make_batch
+from diptych.pretrain.base_model import (
+    ALONE,
+    AMID,
+    FACTS,
+    WORDS,
+    Lesson,
+    PatchCodes,
+    attention_cap,
+    lesson,
+    likelihood_loss,
+    make_batch,
+    measure_answers,
+    new_model,
+)
 from diptych.pretrain.muon import AttentionCap, Muon, MuonAdamW, orthogonalise
 
 
@@ -19,6 +33,7 @@ def test_a_part_goes_on_from_a_checkpoint_and_keeps_its_image_tokenizer(tmp_path
     old = packaged_folder("storyboard")
     pretrain(tmp_path / "out", seed=0, scale=0.001, log=lambda line: None, parts=("storyboard",), init_from=old)
     assert not (tmp_path / "out" / "image_text").exists()
+    assert set(json.loads((tmp_path / "out" / "storyboard" / "measures.json").read_text())) == {"codec", "answers"}
     before, after = StoryboardModel.load(old).state_dict(), StoryboardModel.load(tmp_path / "out" / "storyboard").state_dict()
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert {name for name in before if name.startswith("codec.")} <= same
@@ -50,6 +65,16 @@ def test_loss_is_the_mean_over_all_batches():
     means = {kind: sum(found) / len(found) for kind, found in values.items()}
     assert parts["text_loss"] == pytest.approx(means["text"], rel=1e-4)
     assert float(loss.detach()) == pytest.approx(means["text"] + means["image"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_packaged_base_answers_as_its_measures_say():
+    """Some of the 240 prompts of each kind that `measures.json` is about; and a model that knows nothing has none right."""
+    model = load_model("storyboard")
+    stored = json.loads((packaged_folder("storyboard") / "measures.json").read_text())["answers"]
+    found = measure_answers(model, 24)
+    assert found == pytest.approx(stored, abs=1.01 / 24)
+    assert set(measure_answers(new_model(model.codec, 0), 2).values()) == {0.0}
 
 
 def test_optimizer_resumes_exactly():

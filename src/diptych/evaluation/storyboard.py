@@ -93,7 +93,7 @@ def evaluate_retention(
     drawn = answer(model, [prompt for prompt, _ in drawing], params.greedy(), config, progress)
     said = answer(model, [prompt for prompt, _ in asking], params.greedy(), config, progress)
     draw_right = np.array([_same_picture(a, turn) for a, turn in zip(drawn, drawing, strict=True)], dtype=float)
-    say_right = np.array([_same_words(a, turn) for a, turn in zip(said, asking, strict=True)], dtype=float)
+    say_right = np.array([same_words(a, turn) for a, turn in zip(said, asking, strict=True)], dtype=float)
     return {
         "text_to_image": {"accuracy": round(float(draw_right.mean()), 4), "accuracy_ci": interval(draw_right)},
         "understanding": {"accuracy": round(float(say_right.mean()), 4), "accuracy_ci": interval(say_right)},
@@ -109,6 +109,7 @@ def _same_picture(given: Document, turn: Turn) -> bool:
     return seen == truth
 
 
-def _same_words(given: Document, turn: Turn) -> bool:
+def same_words(given: Document, turn: Turn) -> bool:
+    """The answer is one text, word for word that of the turn."""
     segments = given.segments
     return len(segments) == 1 and isinstance(segments[0], Text) and normalise(segments[0].text) == normalise(turn[1].text)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from diptych.models.storyboard.codec import PatchCodec
 from diptych.models.storyboard.model import StoryboardModel
-from diptych.pretrain.base_model import new_model, pretrain_base
+from diptych.pretrain.base_model import measure_answers, new_model, pretrain_base
 from diptych.pretrain.codec import all_strips, distinct_patches, measure_codec, train_codec
 from diptych.pretrain.reward_models import Redrawer, measure_critic, measure_image_text, train_image_text, train_text_critic
 from diptych.runs import atomic_folder
@@ -67,7 +67,8 @@ def pretrain(
         pretrain_base(model, work, steps("base"), seed, log, from_scratch=init_from is None)
         with atomic_folder(output_dir / "storyboard") as folder:
             model.save_pretrained(folder)
-            (folder / "measures.json").write_text(json.dumps(measures, indent=1) + "\n")
+            found = {**measures, "answers": measure_answers(model, max(4, int(scale * 240)))}
+            (folder / "measures.json").write_text(json.dumps(found, indent=1) + "\n")
     if "image_text" in parts and not (output_dir / "image_text").is_dir():
         encoder = train_image_text(codec, work, steps("image_text"), seed, log)
         with atomic_folder(output_dir / "image_text") as folder:

@@ -13,7 +13,9 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from diptych.config import EvaluateConfig, SamplingParams
 from diptych.document import Document, Image
+from diptych.evaluation.storyboard import answer, same_words
 from diptych.models.base import UnifiedModel
 from diptych.models.pixels import to_pixels
 from diptych.models.storyboard.codec import PatchCodec
@@ -122,8 +124,8 @@ def make_batch(model: StoryboardModel, codes: PatchCodes, seed: int, step: int, 
         if after is not None and "draw" in plan.kinds and rng.random() < 0.5:
             added.append(after)
         longer = row
-        for prompt, answer in added:
-            longer = extend(model, longer, (codes.fill(prompt), codes.fill(answer)))
+        for asked, told in added:
+            longer = extend(model, longer, (codes.fill(asked), codes.fill(told)))
         assert longer is not None
         if len(longer) > plan.length and row is not None:
             rows.append(row)
@@ -179,3 +181,15 @@ def pretrain_base(
                 model.save_pretrained(folder / "model")
                 torch.save({"optimizer": optimizer.state_dict(), "step": step + 1}, folder / "trainer.pt")
     return model.eval()
+
+
+def measure_answers(model: StoryboardModel, num_prompts: int = 240) -> dict[str, float]:
+    """Share of held-out prompts of each kind that are answered word for word, greedily."""
+    params, config = SamplingParams(max_text_tokens=110, max_images=1).greedy(), EvaluateConfig()
+    found = {}
+    for kind in ("describe", "question", "event", "tell"):
+        random = make_rng(config.seed, 36)
+        turns = [make_turn(random, kind, "test") for _ in range(num_prompts)]
+        said = answer(model, [prompt for prompt, _ in turns], params, config)
+        found[kind] = round(float(np.mean([same_words(given, turn) for given, turn in zip(said, turns, strict=True)])), 4)
+    return found
