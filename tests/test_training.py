@@ -119,7 +119,7 @@ def test_a_grpo_step_trains_the_policy_and_nothing_else(tiny_folder, tmp_path):
 def experience_of(config: GRPOConfig):
     model = load_model(config.model)
     rewards = [(r, load_reward(r.name)) for r in config.rewards]
-    prompts = Mixture([config.prompts], config.seed)
+    prompts = Mixture(config.prompts, config.seed)
     return model, collect(model, prompts, rewards, config, 0).rewarded(config)
 
 
@@ -300,7 +300,7 @@ def test_background_rewards_run_while_the_next_batch_is_sampled(tiny_folder, tmp
 
     monkeypatch.setattr(experience_module, "sample", sampling)
     config = grpo_config(tiny_folder, tmp_path / "run", rollout_batch_size=1, prompts_per_step=2, background_rewards=True)
-    prompts = Mixture([config.prompts], config.seed)
+    prompts = Mixture(config.prompts, config.seed)
     sampled = collect(load_model(config.model), prompts, [(config.rewards[0], reward)], config, 0)
     assert sampled.rewarded(config).rewards.documents.tolist() == [[1.0] * 2 * config.num_generations]
     assert order.index("reward ends") > [i for i, what in enumerate(order) if what == "sampled"][1]

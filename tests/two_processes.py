@@ -35,7 +35,7 @@ def gradients(folder: Path) -> dict[str, torch.Tensor]:
     changes = {"text": {"beta": 0.1, "entropy_coef": 0.01}, "image": {"beta": 0.2, "weight": 0.5}, "micro_batch_size": 2}
     grpo = grpo_config(folder, Path("unused"), ptx=PTX, **changes)
     model = load_model(folder)
-    prompts = [model.encode_prompt(r.prompt) for r in Mixture([grpo.prompts], 0).batch(0, 2)]
+    prompts = [model.encode_prompt(r.prompt) for r in Mixture(grpo.prompts, 0).batch(0, 2)]
     rollouts = sample(model, prompts, grpo.sampling, num_generations=4, generator=generator(0))  # the same in all processes
     batch = collate([r.row for r in rollouts])
     old = replay(model, batch, grpo, True).logprobs + 0.01
