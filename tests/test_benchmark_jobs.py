@@ -20,7 +20,7 @@ from test_benchmarks_mmie import mmie_folder, record
 from typer.testing import CliRunner
 
 from diptych.cli import app
-from diptych.cli.figures import show_benchmark
+from diptych.cli.figures import show_benchmark, show_storyboard
 from diptych.config import ImageSampling, SamplingParams, TextSampling
 from diptych.document import Document, Text
 from diptych.evaluation import answers as answers_module
@@ -576,3 +576,15 @@ def test_the_table_is_for_reading():
         ["tasks / a b / average (accuracy 50)", "–", "–", "0", "2", "0"],
     ]
     assert stream.getvalue().splitlines()[-4:] == ["tasks / a b / unit: per cent", "parse rate: 0.5", "answers: 31", "missing / refused: 3"]
+
+
+def test_storyboards_table_is_in_per_cent_and_in_order():
+    rates = {name: number / 10 for number, name in enumerate(("format", "text", "image", "order", "score", "document"))}
+    rates |= {f"{name}_ci": [value / 2, 1.0] for name, value in list(rates.items())}
+    stream = io.StringIO()
+    skills = {"text_to_image": {"accuracy": 0.985, "accuracy_ci": [0.97, 1.0]}}
+    show_storyboard(Console(file=stream, width=200), {"greedy": rates, "sampled": rates, "retention": skills})
+    row = next(line for line in stream.getvalue().splitlines() if "greedy" in line)
+    cells = ["0.0 [0, 100]", "10.0 [5, 100]", "20.0 [10, 100]", "30.0 [15, 100]", "40.0 [20, 100]", "50.0 [25, 100]"]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["greedy", *cells]
+    assert stream.getvalue().splitlines()[-1] == "text to image: 98.5 % [97, 100]"
