@@ -17,7 +17,8 @@ class Muon(torch.optim.Optimizer):
     """`torch.optim.Muon` (Nesterov momentum 0.95, `match_rms_adamw`), in float32 and with matrices of one shape as a batch.
 
     torch's iterates in bfloat16, which a CPU without bfloat16 units emulates: 3.5 ms for a product of 160 x 432 matrices
-    where float32 takes 0.3 ms, and a step of the base model has more than 600 products. Raises ValueError for a parameter that is no matrix.
+    where float32 takes 0.3 ms, and a step of the base model has more than 600 products. Raises ValueError for a parameter that
+    is no matrix.
     """
 
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration, five times
