@@ -113,3 +113,42 @@ def test_slots_with_holes_selected_rows_and_several_blocks_equal_each_sequence_a
     assert not blocks[0].full
     assert blocks[1].full
     assert blocks[1].visible(None, 1) is None
+
+
+@torch.no_grad()
+def test_slots_that_were_copied_go_on_and_are_put_back_equal_each_sequence_alone(tiny_model):
+    """Three rows, of which two go on by themselves; a hole before that and unused memory that holds NaN; then all in another order."""
+    said = [row_of(tiny_model, words) for words in ([5, 6, 7], [8, 9], [10, 11, 12, 13])]
+    slots = Slots(3, tiny_model.device)
+    batch = collate(said)
+    layout = SlotAttention([slots], 4, [batch.attention_mask])
+    tiny_model.backbone(tiny_model.embed(batch), batch.position_ids, layout)
+    layout.finish()
+
+    def feed(which: Slots, rows: list[int], active: list[bool]) -> None:
+        layout = SlotAttention([which], 1, [torch.tensor(active)[:, None]])
+        new = [row_of(tiny_model, [60 + 3 * row + len(said[row])]) for row in rows]
+        positions = torch.tensor([[len(said[row])] for row in rows])
+        states = tiny_model.backbone(tiny_model.embed_text(torch.stack([n.text_ids for n in new])), positions, layout)
+        layout.finish()
+        for row, more, state, goes_on in zip(rows, new, states, active, strict=True):
+            if goes_on:
+                said[row] = TokenRow.concat([said[row], more])
+                torch.testing.assert_close(state, alone(tiny_model, said[row])[-1:], atol=3e-5, rtol=0)
+
+    feed(slots, [0, 1, 2], [True, False, True])
+    slots.reserve(20)
+    for buffer in (*slots._keys, *slots._values):
+        buffer[:, :, slots.length :] = torch.nan
+    picked = torch.tensor([0, 1])
+    branch = slots.copy(picked, room=2)
+    assert (branch.length, slots.length) == (4, 5)  # the longest of the two rows; all slots of the three
+    feed(branch, [0, 1], [True, True])
+    feed(branch, [0, 1], [False, True])
+    slots.put_back(branch, picked, 2)
+    feed(slots, [0, 1, 2], [True, True, True])
+    order = [2, 0, 1]
+    slots.select(torch.tensor(order), room=1)
+    assert slots.length == max(map(len, said))  # no holes
+    assert slots.taken.sum(1).tolist() == [len(said[row]) for row in order]
+    feed(slots, order, [True, True, True])

@@ -69,23 +69,53 @@ class Slots:
         return sum(2 * buffer[:, :, : self.length].nbytes for buffer in self._keys)
 
     def select(self, rows: Tensor, room: int) -> None:
-        """These rows, (B',) int64, in this order, with room for so many more slots."""
-        self.num_rows = len(rows)
-        self._change(lambda buffer: buffer.index_select(0, rows), self.length + room)
+        """These rows, (B',) int64, in this order and without the slots that none of them needs, with room for so many more."""
+        taken, kept, length = self._packed(rows)
+        self.num_rows, self.length, self.full = len(rows), length, bool(taken.all())
+        self._change(taken, kept, length + room)
+
+    def copy(self, rows: Tensor, room: int) -> Slots:
+        """What `select` would leave, in buffers of its own."""
+        other = Slots(self.num_rows, self._taken.device)
+        other._taken, other.length, other.full = self._taken, self.length, self.full
+        other._keys, other._values = list(self._keys), list(self._values)
+        other.select(rows, room)
+        return other
+
+    def put_back(self, other: Slots, rows: Tensor, count: int) -> None:
+        """Takes over the last `count` slots of a copy of these rows, behind the slots in use. The other rows have nothing there."""
+        end, since = self.length + count, other.length - count
+        self.reserve(end)
+        self._taken[rows, self.length : end] = other._taken[:, since : other.length]
+        for mine, theirs in ((self._keys, other._keys), (self._values, other._values)):
+            for buffer, states in zip(mine, theirs, strict=True):
+                buffer[:, :, self.length : end] = 0  # what memory held there before might be NaN, which no mask takes away
+                buffer[rows, :, self.length : end] = states[:, :, since : other.length]
+        self.length, self.full = end, False
 
     def reserve(self, capacity: int) -> None:
         """Room for so many slots; buffers move where they have less."""
         if capacity > self._taken.shape[1]:
-            self._change(lambda buffer: buffer, capacity)
+            self._change(self.taken, lambda buffer: buffer[:, :, : self.length], capacity)
 
-    def _change(self, kept: Callable[[Tensor], Tensor], capacity: int) -> None:
-        """`kept` of what is in use, in buffers of another capacity."""
-        taken = kept(self.taken)
+    def _packed(self, rows: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor], int]:
+        """For some rows, moved to the front of their slots: what is taken, how to move a buffer, and how many slots that are."""
+        taken = self.taken[rows]
+        if self.full:
+            return taken, lambda buffer: buffer[:, :, : self.length].index_select(0, rows), self.length
+        counts = taken.sum(1)
+        length = int(counts.max()) if len(rows) else 0
+        order = (~taken).long().argsort(dim=1, stable=True)[:, :length]  # (B', length): the slots of each row that hold something first
+        packed = torch.arange(length, device=taken.device) < counts[:, None]
+        return packed, lambda buffer: buffer.transpose(1, 2)[rows[:, None], order].transpose(1, 2), length
+
+    def _change(self, taken: Tensor, kept: Callable[[Tensor], Tensor], capacity: int) -> None:
+        """`kept` of every buffer, (B, heads, length, head_dim), in buffers of another capacity."""
         self._taken = taken.new_zeros(self.num_rows, capacity)
         self._taken[:, : self.length] = taken
         for buffers in (self._keys, self._values):
             for layer, buffer in enumerate(buffers):
-                states = kept(buffer[:, :, : self.length])
+                states = kept(buffer)
                 buffers[layer] = states.new_empty(*states.shape[:2], capacity, states.shape[3])
                 buffers[layer][:, :, : self.length] = states
 

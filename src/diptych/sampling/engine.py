@@ -104,41 +104,59 @@ class _Lockstep:
         return finish(self.model, self.drafts, self.params)
 
     def _keep(self, keep: Tensor) -> None:
-        if not bool(keep.all()):
+        if not self.stream.slots.full or not bool(keep.all()):
             rows = keep.nonzero().squeeze(1)
             self.index, self.num_images = self.index[rows], self.num_images[rows]
             self.stream.select(rows, self.room)
 
     def _text_phase(self) -> Tensor:
-        """All rows write text until each has begun an image or ended. Returns (B,) bool, True where a row draws."""
-        writing = torch.ones(len(self.index), dtype=torch.bool, device=self.device)
-        draws = torch.zeros_like(writing)
-        truncated = torch.zeros_like(writing)
-        tokens, values, wrote = [], [], []
+        """All rows write text until each has begun an image or ended. Returns (B,) bool, True where a row draws.
+
+        Where steps are not recorded, rows that still write go on by themselves as soon as they are half of the rows or fewer, so that
+        a long text does not keep the whole batch computing.
+        """
+        limit = self.params.max_text_tokens
+        shape = (len(self.index), limit)
+        tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
+        values = torch.zeros(shape, device=self.device)
+        wrote = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        draws, truncated = torch.zeros_like(wrote[:, 0]), torch.zeros_like(wrote[:, 0])
         chance = self.chance.of_text(self.index)  # (B, max_text_tokens)
-        step = self._steps([self.stream], self.params.max_text_tokens)
-        for count in range(1, self.params.max_text_tokens + 1):
-            allowed = self.grammar.allowed(self.num_images)
-            log_dist = log_distribution(self.model.text_logits(self.stream.hidden), self.params.text, allowed)
-            token = draw(log_dist, self.params.text, chance[:, count - 1])  # (B,)
-            tokens.append(token)
-            values.append(log_dist.gather(-1, token[:, None]).squeeze(-1))
-            wrote.append(writing)
+        stream, rows = self.stream, torch.arange(len(self.index), device=self.device)  # who is computed
+        branches: list[tuple[Stream, Tensor, int]] = []  # (what was branched off, which of its rows, tokens until then)
+        step, writing = self._steps([stream], limit), torch.ones_like(draws)
+        num_fed = 0
+        for count in range(limit):
+            allowed = self.grammar.allowed(self.num_images[rows])
+            log_dist = log_distribution(self.model.text_logits(stream.hidden), self.params.text, allowed)
+            token = draw(log_dist, self.params.text, chance[rows, count])  # (B',)
+            tokens[rows, count] = token
+            values[rows, count] = log_dist.gather(-1, token[:, None]).squeeze(-1)
+            wrote[rows, count] = writing
             begins = writing & (token == self.spec.begin_id)
-            draws = draws | begins
+            draws[rows] |= begins
+            self.num_images[rows] += begins
             going_on = writing & ~begins & (token != self.model.eos_id)
-            if count == self.params.max_text_tokens:
-                truncated, going_on = going_on, torch.zeros_like(going_on)
-            self.num_images = self.num_images + begins
+            if count == limit - 1:
+                truncated[rows], going_on = going_on, torch.zeros_like(going_on)
             fed = going_on | begins
-            asks = count % ASK_EVERY.get(self.device.type, 8) == 0 or count == self.params.max_text_tokens
+            asks = (count + 1) % ASK_EVERY.get(self.device.type, 8) == 0 or count == limit - 1
             if asks and not bool(fed.any()):
                 break
             step([self.model.embed_text(token)[:, None]], fed)
-            writing = going_on
-            if asks and not bool(writing.any()):
+            num_fed, writing = count + 1, going_on
+            left = int(writing.sum()) if asks else len(rows)
+            if not left:
                 break
-        self._record_text(torch.stack(tokens, 1).cpu(), torch.stack(values, 1).cpu(), torch.stack(wrote, 1).cpu(), truncated)
+            if not self.graphs and 2 * left <= len(rows):
+                picked = writing.nonzero().squeeze(1)
+                branches.append((stream, picked, num_fed))
+                stream, rows, writing = stream.branch(picked, limit - num_fed), rows[picked], writing[picked]
+                step = self._steps([stream], limit - num_fed)
+        for parent, picked, since in reversed(branches):
+            parent.merge(stream, picked, num_fed - since)
+            stream = parent
+        self._record_text(tokens.cpu(), values.cpu(), wrote.cpu(), truncated)
         return draws
 
     def _record_text(self, tokens: Tensor, values: Tensor, wrote: Tensor, truncated: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -39,6 +40,19 @@ class Stream:
         """These rows, (B',) int64, with room for so many more positions."""
         self.slots.select(rows, room)
         self.hidden, self.position = self.hidden[rows], self.position[rows]
+
+    def branch(self, rows: Tensor, room: int) -> Stream:
+        """These rows as a stream of their own, to go on by itself until `merge`."""
+        other = copy(self)
+        other.slots = self.slots.copy(rows, room)
+        other.hidden, other.position = self.hidden[rows], self.position[rows]
+        return other
+
+    def merge(self, other: Stream, rows: Tensor, count: int) -> None:
+        """Takes back a branch that was fed `count` positions."""
+        self.slots.put_back(other.slots, rows, count)
+        self.hidden = self.hidden.index_copy(0, rows, other.hidden)
+        self.position = self.position.index_copy(0, rows, other.position)
 
 
 def advance(model: UnifiedModel, streams: Sequence[Stream], embeds: Sequence[Tensor], active: Tensor | None = None) -> None:
