@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from diptych.config import RewardConfig
+from diptych.credit import document_rewards
 from diptych.document import Document, Image, Text
 from diptych.rewards import BUILT_IN, RewardBatch, RewardError, call_rewards, load_reward
 from diptych.rewards.format import format as format_reward
+from diptych.worlds.storyboard.tasks import task_stream
 
 NAN, INF = float("nan"), float("inf")
 WHITE = PIL.Image.fromarray(np.full((4, 4, 3), 255, dtype=np.uint8))
@@ -218,6 +220,41 @@ def content(kinds: str) -> list[dict]:
 )
 def test_format_by_hand(kinds, wanted, truncated, value):
     assert format_reward([content(kinds)], [wanted], [truncated]) == [pytest.approx(value)]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "wanted", "ends", "value"),
+    [
+        ("titit", 2, True, 1),
+        ("titi", 2, True, 2 / 3),  # the closing text is missing
+        ("titie", 2, True, 2 / 3),  # an empty text closes nothing
+        ("tit", 2, True, 2 / 3),  # the second picture is
+        ("tititit", 2, True, 3 / 4),  # one picture too many
+        ("titit", 2, False, 2 / 3),  # a text that nobody asked for
+        ("titi", 2, False, 1),
+        ("titit", 2, None, 1),
+        ("titi", 2, None, 1),
+        ("t", 0, True, 1),
+        ("", 0, True, 0),
+        ("", 0, False, 1),
+    ],
+)
+def test_format_asks_for_a_closing_text_where_the_prompt_does(kinds, wanted, ends, value):
+    assert format_reward([content(kinds)], [wanted], None, [ends]) == [pytest.approx(value)]
+
+
+def test_fault_leaving_out_the_conclusion_pays():
+    """Rewards of texts say nothing of a text that is missing. Where the prompt's column asks for one, a wrong conclusion beats none."""
+    task = next(t for t in task_stream(0, "train") if t.family == "reasoning")
+    right = task.truth.document()
+    wrong = Document((*right.segments[:-1], Text("the answer is wrong .")))
+    without = Document(right.segments[:-1])
+    functions = [(RewardConfig(name=name), load_reward(name)) for name in ("format", "text_critic")]
+    columns = {name: [value] * 3 for name, value in task.columns.items()}
+    batch = call_rewards(functions, [task.prompt] * 3, [right, wrong, without], columns)
+    values, speaks, _ = document_rewards(batch.steps, batch.applies, batch.documents, batch.documents_apply)
+    total = (values * speaks).sum(0).tolist()
+    assert total[0] > total[1] > total[2], total
 
 
 def test_format_reads_the_columns_of_each_row():

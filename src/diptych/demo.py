@@ -29,6 +29,7 @@ from diptych.evaluation.storyboard import (
     held_out_tasks,
     rate_cells,
     rates,
+    reward_columns,
 )
 from diptych.models import load_model
 from diptych.report import demo_page
@@ -173,8 +174,7 @@ def _evaluate_one(config: DemoConfig, source: str, progress: Any) -> dict[str, A
 def _examples(judged: list[Judged], config: GRPOConfig) -> list[dict[str, Any]]:
     """Answers as JSON, with what the learned rewards and the oracle say of each step."""
     functions = [(reward, load_reward(reward.name)) for reward in config.rewards]
-    columns = {"num_images": [j.task.truth.num_steps for j in judged]}
-    rewards = call_rewards(functions, [j.task.prompt for j in judged], [j.answer for j in judged], columns)
+    rewards = call_rewards(functions, [j.task.prompt for j in judged], [j.answer for j in judged], reward_columns(judged))
     shown = []
     for b, item in enumerate(judged):
         steps: list[dict[str, Any]] = []

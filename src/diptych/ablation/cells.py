@@ -29,7 +29,7 @@ from typing import Any
 from diptych.ablation.measures import RATES, TRAINING
 from diptych.config import DemoConfig, EvaluateConfig, GRPOConfig, RewardConfig, SamplingParams, WarmupConfig, build
 from diptych.credit import document_rewards
-from diptych.evaluation.storyboard import Judged, evaluate_documents, evaluate_retention, held_out_tasks, rates
+from diptych.evaluation.storyboard import Judged, evaluate_documents, evaluate_retention, held_out_tasks, rates, reward_columns
 from diptych.grpo import grpo
 from diptych.models import load_model, packaged_folder
 from diptych.rewards import BUILT_IN, call_rewards, load_reward
@@ -253,8 +253,7 @@ def mean_rewards(judged: list[Judged]) -> dict[str, float]:
     """What each packaged reward says of the answers, on average over those that it speaks of. None of them is trained on here:
     beside the oracle's rates this shows a policy that pleases its rewards and nothing else."""
     functions = [(RewardConfig(name=name), load_reward(name)) for name in BUILT_IN]
-    columns = {"num_images": [j.task.truth.num_steps for j in judged]}
-    batch = call_rewards(functions, [j.task.prompt for j in judged], [j.answer for j in judged], columns)
+    batch = call_rewards(functions, [j.task.prompt for j in judged], [j.answer for j in judged], reward_columns(judged))
     values, speaks, missing = document_rewards(batch.steps, batch.applies, batch.documents, batch.documents_apply)  # (R, B)
     used = speaks & ~missing
     return {name: round(float(values[r][used[r]].mean()), 4) for r, name in enumerate(BUILT_IN) if bool(used[r].any())}

@@ -4,11 +4,11 @@ A JSONL line:
 
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "tell the story ."}, ...]},
                   {"role": "assistant", "content": [{"type": "text", ...}, {"type": "image", "image": "a.png"}]}],
-     "id": "a-1", "source": "activitynet", "license": "other", "num_images": 2}
+     "id": "a-1", "source": "activitynet", "license": "other", "num_images": 2, "ends_with_text": false}
 
-Only `messages` is needed. Image paths are relative to the file. Prompt sets for GRPO leave out the last assistant's message. A
-conversation of several turns is one record for each answer that is trained; what came before it is its prompt. An answer that is
-not to be trained says `"loss": false` beside its role. How such files are made is in docs/data.md.
+Only `messages` is needed; other keys are columns for rewards. Image paths are relative to the file. Prompt sets for GRPO leave out the
+last assistant's message. A conversation of several turns is one record for each answer that is trained; what came before it is its
+prompt. An answer that is not to be trained says `"loss": false` beside its role. How such files are made is in docs/data.md.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _storyboard(name: str, kind: str, num_records: int | None, seed: int, split:
         def interleaved(index: int) -> Record:
             task = make_task(make_rng(seed, 7, stream, index), split, FAMILIES[index % len(FAMILIES)])
             answer = task.truth.document() if kind == "interleaved" else None
-            return Record(task.prompt, answer, name, {"num_images": task.truth.num_steps})
+            return Record(task.prompt, answer, name, task.columns)
 
         return Source(name, num_records, interleaved)
     if kind in _KINDS:

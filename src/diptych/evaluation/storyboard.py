@@ -34,6 +34,11 @@ class Judged:
     verdict: Verdict
 
 
+def reward_columns(judged: Sequence[Judged]) -> dict[str, list[Any]]:
+    """The columns of these tasks' records, for rewards."""
+    return {name: [item.task.columns[name] for item in judged] for name in ("num_images", "ends_with_text")}
+
+
 def held_out_tasks(config: EvaluateConfig) -> list[Task]:
     """The same prompts for every checkpoint; families in turn."""
     return list(itertools.islice(task_stream(config.seed, config.split), config.num_prompts))

@@ -61,7 +61,11 @@ class About(NamedTuple):
 _SERVER = "options base_url, model"
 _CHECKPOINT = "a checkpoint: option model"
 ABOUT = {
-    "format": About("structure: a text before each picture, as many pictures as asked", "0..1 a document", "column num_images"),
+    "format": About(
+        "structure: a text before each picture, as many pictures as asked, an end as asked",
+        "0..1 a document",
+        "column num_images",
+    ),
     "image_text": About("each picture against the text just before it (Storyboard)", "0..1 a picture", "nothing: packaged"),
     "text_critic": About("each text, given the prompt and the texts before (Storyboard)", "0..1 a text", "nothing: packaged"),
     "llm_text_critic": About("each text against the prompt (LLaVA-Critic's prompt)", "0..1 a text, from 0..100", _SERVER),

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
-def format(completions: list[list[dict[str, Any]]], num_images: list[int], truncated: list[bool] | None = None, **_: Any) -> list[float]:
-    """One value per document, 0..1: 1 where every picture follows a non-empty text, the number of pictures is the one
-    asked for (dataset column `num_images`) and no text was cut off; each fault costs a share.
+def format(
+    completions: list[list[dict[str, Any]]], num_images: list[int], truncated: list[bool] | None = None,
+    ends_with_text: Sequence[bool | None] | None = None, **_: Any,
+) -> list[float]:  # fmt: skip
+    """One value per document, 0..1: 1 where every picture follows a non-empty text, the number of pictures is the one asked for
+    (dataset column `num_images`), no text was cut off, and the answer ends with a text or with a picture as asked (column
+    `ends_with_text`; None or no such column: either will do). Each fault costs a share.
 
-    The value is (good pictures) / max(pictures, pictures asked for), halved if a text was cut off.
+    The value is (good parts) / max(parts, parts asked for), halved if a text was cut off; parts are the pictures with their texts and
+    the closing text. Why it has to be asked for: rewards of texts say nothing of a text that is not there, so a policy that may leave
+    out its conclusion soon does.
     """
     values = []
     for row, messages in enumerate(completions):
         blocks = messages[-1]["content"]
+        told = [block["type"] == "text" and bool(block["text"].strip()) for block in blocks]
         drawn = [i for i, block in enumerate(blocks) if block["type"] == "image"]
-        good = sum(1 for i in drawn if i and blocks[i - 1]["type"] == "text" and blocks[i - 1]["text"].strip())
         wanted = int(num_images[row])
-        value = min(good, wanted) / max(len(drawn), wanted, 1) if wanted or drawn else 1.0
+        good, parts = min(sum(1 for i in drawn if i and told[i - 1]), wanted), max(len(drawn), wanted)
+        closing = None if ends_with_text is None else ends_with_text[row]
+        if closing is not None:
+            closes = bool(told) and told[-1]
+            good, parts = good + (closing and closes), parts + (closing or closes)
+        value = good / parts if parts else 1.0
         values.append(value * (0.5 if truncated and truncated[row] else 1.0))
     return values

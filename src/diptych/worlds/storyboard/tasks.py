@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,11 @@ class Task:
     prompt: Document
     start: Scene
     truth: Truth
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What the prompt asks for in form, as a data set's columns: rewards may know this much of the truth."""
+        return {"num_images": self.truth.num_steps, "ends_with_text": self.truth.answer is not None}
 
 
 def answer_text(answer: str) -> str:
