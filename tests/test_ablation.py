@@ -151,7 +151,7 @@ def test_packaged_suites_build_every_variant(name):
     assert len(entries) == 2 * len(suite.variants)
     for entry in entries:
         config = variant_config(suite, entry.variant, entry.seed)
-        assert config.grpo.num_generations * config.grpo.prompts_per_step == 96
+        assert config.grpo.num_generations * config.grpo.prompts_per_step == 48
         assert config.grpo.num_threads == config.warmup.num_threads == 1
         assert config.grpo.seed == config.warmup.seed == entry.seed
         steps = evaluated_steps(suite, config)
