@@ -175,9 +175,10 @@ class StoryboardModel(UnifiedModel):
 
     @classmethod
     def load(
-        cls, folder: Path, *, dtype: torch.dtype | None = None, load_in_4bit: bool = False, image_size: int | None = None
+        cls, folder: Path | str, *, dtype: torch.dtype | None = None, load_in_4bit: bool = False, image_size: int | None = None
     ) -> StoryboardModel:
         """Raises ValueError naming the file that is missing, truncated or does not fit."""
+        folder = Path(folder)
         if load_in_4bit:
             raise ValueError("the Storyboard model has 3 M parameters and no 4-bit form; leave out load_in_4bit")
         try:
