@@ -562,6 +562,15 @@ def test_changed_settings_are_told_and_make_other_cells(tmp_path):
     assert all((tmp_path / "out" / "cells" / key / "summary.json").is_file() for key in keys[0])
 
 
+def test_every_row_of_the_document_has_as_many_columns_as_its_head(record):
+    """Labels such as |replayed - sampled| hold the sign that separates columns."""
+    section = documents.suite_section(record | {"measures": [*record["measures"], "parity/image_max"]})
+    rows = [line.replace("\\|", "") for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) == len(record["variants"]) + 2
+    assert "replayed - sampled" in rows[0]
+    assert len({row.count("|") for row in rows}) == 1
+
+
 def test_nothing_finished_is_no_record(tmp_path):
     name, suite = load_suite(str(suite_of(tmp_path)))
     with pytest.raises(ValueError, match="no cell of suite 'tiny' is finished yet; run diptych ablate tiny"):

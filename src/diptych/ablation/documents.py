@@ -55,7 +55,7 @@ def results_document(folder: Path) -> str:
 
 
 def suite_section(record: Record) -> str:
-    labels = [MEASURES[m].label for m in record["measures"]]
+    labels = [MEASURES[m].label.replace("|", "\\|") for m in record["measures"]]  # |x| is no border of a column
     lines = [
         f"## {record['title']}", "", record["question"], "", f"**Paper.** {record['paper']}", "",
         "**Here.**", *(f"- {sentence}" for sentence in findings(record)), *(f"- Note: {sentence}" for sentence in caveats(record)), "",
