@@ -34,7 +34,7 @@ def test_a_part_goes_on_from_a_checkpoint_and_keeps_its_image_tokenizer(tmp_path
     pretrain(tmp_path / "out", seed=0, scale=0.001, log=lambda line: None, parts=("storyboard",), init_from=old)
     assert not (tmp_path / "out" / "image_text").exists()
     assert set(json.loads((tmp_path / "out" / "storyboard" / "measures.json").read_text())) == {"codec", "answers"}
-    before, after = StoryboardModel.load(old).state_dict(), StoryboardModel.load(tmp_path / "out" / "storyboard").state_dict()
+    before, after = StoryboardModel.load(old).state_dict(), StoryboardModel.load(str(tmp_path / "out" / "storyboard")).state_dict()
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert {name for name in before if name.startswith("codec.")} <= same
     assert "lm_head.weight" not in same

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -11,9 +12,12 @@ import torch
 
 from diptych.config import RewardConfig
 from diptych.credit import document_rewards
+from diptych.data.records import open_source
 from diptych.document import Document, Image, Text
+from diptych.evaluation.storyboard import Judged, reward_columns
 from diptych.rewards import BUILT_IN, RewardBatch, RewardError, call_rewards, load_reward
 from diptych.rewards.format import format as format_reward
+from diptych.worlds.storyboard.oracle import judge
 from diptych.worlds.storyboard.tasks import task_stream
 
 NAN, INF = float("nan"), float("inf")
@@ -255,6 +259,19 @@ def test_fault_leaving_out_the_conclusion_pays():
     values, speaks, _ = document_rewards(batch.steps, batch.applies, batch.documents, batch.documents_apply)
     total = (values * speaks).sum(0).tolist()
     assert total[0] > total[1] > total[2], total
+
+
+def test_prompts_and_judged_answers_tell_format_what_was_asked():
+    """GRPO's records and the evaluation give the same columns, those of the tasks."""
+    tasks = list(itertools.islice(task_stream(0, "test"), 6))
+    judged = [Judged(task, task.truth.document(), judge([task.truth.document()], [task.truth])[0]) for task in tasks]
+    assert reward_columns(judged)["ends_with_text"] == [task.family == "reasoning" for task in tasks]
+    for kind in ("prompts", "interleaved"):
+        records = [open_source(f"storyboard:{kind}")[i] for i in range(6)]
+        asked = [record.columns["ends_with_text"] for record in records]
+        assert set(asked) == {True, False}
+        if kind == "interleaved":
+            assert asked == [isinstance(record.answer.segments[-1], Text) for record in records]
 
 
 def test_format_reads_the_columns_of_each_row():

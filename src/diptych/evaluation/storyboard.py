@@ -35,8 +35,9 @@ class Judged:
 
 
 def reward_columns(judged: Sequence[Judged]) -> dict[str, list[Any]]:
-    """The columns of these tasks' records, for rewards."""
-    return {name: [item.task.columns[name] for item in judged] for name in ("num_images", "ends_with_text")}
+    """The columns of these tasks' records, for rewards. At least one task."""
+    rows = [item.task.columns for item in judged]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def held_out_tasks(config: EvaluateConfig) -> list[Task]:
