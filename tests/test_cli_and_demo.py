@@ -106,6 +106,19 @@ def test_ctrl_c_says_how_to_resume_and_exits_130(tmp_path):
     assert "Traceback" not in output
 
 
+def test_ctrl_c_inside_generated_code_exits_130_too(tmp_path):
+    """`python -m` of CPython remembers an interrupt that passed through `exec` of a string, and dies of it at the very end."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\nfrom diptych.cli.app import app, main\n"
+        "@app.command()\ndef stop(): exec('raise KeyboardInterrupt')\n"
+        "@app.command()\ndef other(): pass\n"
+        "sys.argv = ['diptych', 'stop']\nmain()\n"
+    )
+    result = subprocess.run([sys.executable, "-m", "interrupted"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 130
+    assert "run the same command again to resume" in result.stdout
+
+
 @pytest.mark.parametrize("recipe", [[], ["demo"]])
 def test_demo_takes_settings_with_and_without_a_recipe(recipe):
     result = diptych("demo", *recipe, "--evaluate.num_prompt", "3", "--seed", "1")

@@ -366,7 +366,7 @@ def test_cache_hits_do_not_call(tmp_path):
 
 def test_pictures_are_part_of_the_key_and_the_memory_is_bounded():
     with serving(completion("Final Score: 4")) as server:
-        judge("unified_reward", server, [Document((Text("a"), RED)), Document((Text("a"), BLUE))], cache_size=1)
+        judge("unified_reward", server, [Document((Text("a"), RED)), Document((Text("a"), BLUE))], cache_size=1, concurrency=1)
         assert len(server.requests) == 2
         judge("unified_reward", server, [Document((Text("a"), RED))], cache_size=1)
         assert len(server.requests) == 3  # had been forgotten

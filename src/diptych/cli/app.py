@@ -42,6 +42,7 @@ def main() -> None:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:  # typer makes an exit code of Ctrl-C
             console.print("\nStopped. Everything up to the last checkpoint is saved: run the same command again to resume.")
+            exec("")  # CPython, `-m`: without it the process may die of the signal that was handled here (SIGINT inside an exec)
         sys.exit(code if isinstance(code, int) else 0)
     except (ValueError, FloatingPointError, RuntimeError, OSError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
