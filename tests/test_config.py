@@ -49,6 +49,14 @@ def changed(**updates) -> dict:
     return {**yaml.safe_load(GRPO), **updates}
 
 
+def test_the_stages_alone_are_those_of_the_demo():
+    demo = load_config(DemoConfig, "demo")
+    places = {"output_dir", "model"}
+    for name, stage in (("warmup", demo.warmup), ("grpo", demo.grpo)):
+        assert load_config(type(stage), name).model_dump(exclude=places) == stage.model_dump(exclude=places)
+    assert load_config(GRPOConfig, "grpo").model == f"runs/warmup/checkpoints/step_{demo.warmup.max_steps}/model"
+
+
 @pytest.mark.parametrize(
     ("updates", "message"),
     [

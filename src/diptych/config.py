@@ -155,13 +155,14 @@ class AdvantageConfig(Config):
     """`outcome`: one advantage per document. `process`: per step, collecting later steps (the paper).
 
     `discount` weighs the reward of a step that is j steps later by discount ** j (1: the paper).
-    `normalize`: one mean and std over all steps of the group (`group`, the paper) or one per step index (`step`).
+    `normalize`: one mean and std for each step index (`step`), or one over all steps of the group (`group`, the paper),
+    which showed no gain over `outcome` where `step` did (docs/results.md).
     """
 
     credit: Literal["outcome", "process", "mixed"] = "process"
     outcome_share: float = Field(0.5, ge=0, le=1, description="share of the outcome advantage under `mixed`")
     discount: float = Field(1.0, ge=0, le=1)
-    normalize: Literal["group", "step"] = "group"
+    normalize: Literal["step", "group"] = "step"
     scale_rewards: bool = Field(True, description="divide by the standard deviation")
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
 
