@@ -56,6 +56,10 @@ def suite_of(folder: Path, **updates) -> Path:
     return path
 
 
+def claims(better: str, worse: str) -> dict:
+    return {"claims": [{"better": better, "worse": worse, "paper": "2 against 1"}]}
+
+
 def changed_base(**updates) -> dict:
     return {"base": {"changes": {**TINY, **{key.replace("__", "."): value for key, value in updates.items()}}}}
 
@@ -207,6 +211,8 @@ def second(name: str = "b", **settings) -> dict:
         ({"reference": "nobody"}, "reference 'nobody' is no variant; allowed are: packaged, outcome"),
         ({"measures": ["greedy/scores"]}, "unknown measures greedy/scores; allowed are: greedy/score"),
         ({"checkpoints": [0]}, "steps count from 1"),
+        (claims("outcome", "nobody"), "claim 'outcome' above 'nobody': give two different ones of: packaged, outcome"),
+        (claims("outcome", "outcome"), "claim 'outcome' above 'outcome': give two different ones"),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(tmp_path, monkeypatch, updates, message):
@@ -516,6 +522,38 @@ def test_words_and_p_values(record):
         "It reaches the final value of Packaged by step 2 (50 % of its 4 steps)."
     )
     assert words.p_text(0.0004) == "below 0.001"
+
+
+@pytest.mark.parametrize(
+    ("better", "noise", "order", "shown"),
+    [
+        ("outcome", 0, "the same", "+4.0 (+1.5 to +6.5)"),
+        ("packaged", 0, "the opposite", "-4.0 (-6.5 to -1.5)"),
+        ("outcome", 0.05, "not shown", "+4.0 (-7.4 to +15.4)"),  # 0.08 0.05 -0.01: s = 0.0458258, half = 4.3027 * s / sqrt(3) = 0.11384
+    ],
+)
+def test_what_the_paper_says_is_answered(tmp_path, better, noise, order, shown):
+    worse = {"outcome": "packaged", "packaged": "outcome"}[better]
+    name, suite = load_suite(str(suite_of(tmp_path, **claims(better, worse))))
+    entries = grid(suite, range(3))
+    by_chance = {0: noise, 1: 0, 2: -noise}
+    pretend(tmp_path / "out", entries, lambda e, s: by_hand(e, s) + (by_chance[e.seed] if e.variant.name == "outcome" else 0))
+    record = summary.collect(name, suite, entries, tmp_path / "out")
+    (verdict,) = words.verdicts(record)
+    assert (verdict.order, verdict.paper, verdict.shown) == (order, "2 against 1", f"score, greedy {shown}")
+    folder = tmp_path / "docs"
+    documents.publish(record, folder)
+    text = documents.results_document(folder)
+    assert f"| {verdict.better} above {verdict.worse} | 2 against 1 | {verdict.shown} | {order} | Tiny |" in text
+    assert f"- {verdict.sentence}" in text
+    assert ("this differs from the paper" in verdict.sentence) == (order == "the opposite")
+
+
+def test_a_claim_about_what_is_not_finished_is_open(record):
+    record["claims"] = claims("outcome", "packaged")["claims"]
+    record["variants"][1]["values"] = {}
+    (verdict,) = words.verdicts(record)
+    assert (verdict.order, verdict.shown) == ("not run", "")
 
 
 def test_the_document_is_written_from_committed_records_only(record, tmp_path):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diptych.ablation.measures import MEASURES
 from diptych.ablation.summary import Record, dump, table
-from diptych.ablation.words import caveats, cost, findings, interval_text
+from diptych.ablation.words import caveats, cost, findings, interval_text, verdicts
 from diptych.runs import atomic_text
 from diptych.statistics import p_text
 
@@ -43,22 +44,39 @@ def results_document(folder: Path) -> str:
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise ValueError(f"{folder} holds no records (*.json); write one with diptych ablate SUITE --docs {folder}")
-    sections = []
+    sections, records = [], []
     for path in paths:
         record = json.loads(path.read_text())
         if json.loads(json.dumps(table(record))) != record["table"]:
             raise ValueError(
                 f"the table in {path} is not what its numbers give; write it again: diptych ablate {record['suite']} --docs {folder}"
             )
+        records.append(record)
         sections.append(suite_section(record))
-    return "\n".join([HEAD, *sections])
+    return "\n".join([HEAD, *paper_section(records), *sections])
+
+
+def paper_section(records: Sequence[Record]) -> list[str]:
+    """One table of all orders that the paper reports, over all suites."""
+    rows = [
+        f"| {verdict.better} above {verdict.worse} | {verdict.paper} | {verdict.shown or '–'} | {verdict.order} | {record['title']} |"
+        for record in records
+        for verdict in verdicts(record)
+    ]
+    if not rows:
+        return []
+    head = "| the paper's order | its numbers (MMIE / InterleavedBench) | difference here | order here | suite |"
+    words = ("`the same`, `the opposite`: the 95 % interval of the paired difference lies on one side of zero. `not shown`: it holds zero. "
+             "Not corrected for their number.")  # fmt: skip
+    return ["## Against the paper", "", head, "|---" * 5 + "|", *rows, "", words, ""]
 
 
 def suite_section(record: Record) -> str:
     labels = [MEASURES[m].label.replace("|", "\\|") for m in record["measures"]]  # |x| is no border of a column
     lines = [
         f"## {record['title']}", "", record["question"], "", f"**Paper.** {record['paper']}", "",
-        "**Here.**", *(f"- {sentence}" for sentence in findings(record)), *(f"- Note: {sentence}" for sentence in caveats(record)), "",
+        "**Here.**", *(f"- {sentence}" for sentence in findings(record)),
+        *(f"- {verdict.sentence}" for verdict in verdicts(record)), *(f"- Note: {sentence}" for sentence in caveats(record)), "",
         f"| variant | seeds | {' | '.join(labels)} | p | reaches the reference's end at step |", "|---" * (len(labels) + 4) + "|",
         *(_row(record, variant, row) for variant, row in zip(record["variants"], record["table"], strict=True)), "",
         f"`{command(record)}`. {cost(record)} Made with {_made_with(record)}.", "",

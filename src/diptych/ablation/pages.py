@@ -14,7 +14,7 @@ from rich.table import Table
 from diptych.ablation.measures import MEASURES
 from diptych.ablation.suite import Suite
 from diptych.ablation.summary import Record, curve, dump
-from diptych.ablation.words import caveats, cost, findings, interval_only
+from diptych.ablation.words import caveats, cost, findings, interval_only, verdicts
 from diptych.report.intervals import COLOURS, Line, Point, Row, dot_chart, interval_chart, legend
 from diptych.report.pages import page
 from diptych.runs import atomic_text
@@ -26,6 +26,7 @@ TERMINAL_MEASURES = 4
 def suite_page(record: Record) -> str:
     """One self-contained file: the question, the answer, the numbers, the curves, the settings, the cost."""
     said = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in findings(record))
+    said += "".join(f"<li>{html.escape(verdict.sentence)}</li>" for verdict in verdicts(record))
     warnings = "".join(f'<p class="note"><b>{html.escape(sentence)}</b></p>' for sentence in caveats(record))
     primary = MEASURES[record["measures"][0]].label
     body = f"""
@@ -181,7 +182,7 @@ def _changes(variant: dict[str, Any]) -> str:
 def show(record: Record, console: Console) -> None:
     """The table, and what it says."""
     console.print(rich_table(record))
-    for sentence in (*caveats(record), *findings(record), cost(record)):
+    for sentence in (*caveats(record), *findings(record), *(verdict.sentence for verdict in verdicts(record)), cost(record)):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 

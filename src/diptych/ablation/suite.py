@@ -40,6 +40,14 @@ class Variant(Config):
     changes: dict[str, Any] = Field({})
 
 
+class Claim(Config):
+    """An order that the paper reports: the variant `better` above the variant `worse`, by the first measure."""
+
+    better: str
+    worse: str
+    paper: str = Field(description="the paper's numbers, better against worse")
+
+
 class Suite(Config):
     """The first of `measures` is the primary one: the tests and the steps to reach are about it; the others have intervals only."""
 
@@ -52,6 +60,7 @@ class Suite(Config):
     variants: tuple[Variant, ...] = Field(min_length=1)
     reference: str = Field(description="the variant that the others are compared with, seed by seed")
     measures: tuple[str, ...] = Field(min_length=1)
+    claims: tuple[Claim, ...] = Field((), description="what the paper has us expect; answered by differences on the same seeds")
     overlays: tuple[tuple[str, ...], ...] = Field((), description="measures drawn into one chart, a chart for each variant")
 
     @model_validator(mode="after")
@@ -61,6 +70,10 @@ class Suite(Config):
             raise ValueError(f"two variants have the same name ({', '.join(names)})")
         if self.reference not in names:
             raise ValueError(f"reference {self.reference!r} is no variant; allowed are: {', '.join(names)}")
+        for claim in self.claims:
+            wrong = [name for name in (claim.better, claim.worse) if name not in names]
+            if wrong or claim.better == claim.worse:
+                raise ValueError(f"claim {claim.better!r} above {claim.worse!r}: give two different ones of: {', '.join(names)}")
         unknown = sorted({m for m in (*self.measures, *(m for chart in self.overlays for m in chart)) if m not in MEASURES})
         if unknown:
             raise ValueError(f"unknown measures {', '.join(unknown)}; allowed are: {', '.join(MEASURES)}")

@@ -20,6 +20,7 @@ from diptych.statistics import Estimate, estimate, holm, paired
 
 Record = dict[str, Any]
 DIGITS = 6
+SAID = {"title", "question", "paper", "base", "reference", "measures", "claims", "overlays"}  # by the suite itself
 
 
 def collect(name: str, suite: Suite, entries: Sequence[Entry], root: Path, overrides: Sequence[str] = ()) -> Record:
@@ -44,7 +45,7 @@ def collect(name: str, suite: Suite, entries: Sequence[Entry], root: Path, overr
         raise ValueError(f"no cell of suite {name!r} is finished yet; run diptych ablate {name}")
     unique = {json.dumps(made, sort_keys=True): made for made in made_with}
     record = {
-        "suite": name, **suite.model_dump(mode="json", include={"title", "question", "paper", "base", "reference", "measures", "overlays"}),
+        "suite": name, **suite.model_dump(mode="json", include=SAID),
         "overrides": list(overrides), "seeds": sorted({entry.seed for entry in entries}), "made_with": list(unique.values()),
         "variants": variants,
     }  # fmt: skip
@@ -97,8 +98,10 @@ def table(record: Record) -> list[dict[str, Any]]:
     rows = []
     for variant in record["variants"]:
         final = {m: _mean(list(values.values()), m) for m in record["measures"] if (values := by_seed(variant, m))}
-        difference = {} if variant is reference else {m: d for m in record["measures"] if (d := _difference(variant, reference, m))}
-        rows.append({"variant": variant["name"], "final": final, "difference": difference, "reaches": reaches(variant, reference, primary)})
+        differences = {} if variant is reference else {m: d for m in record["measures"] if (d := difference(variant, reference, m))}
+        rows.append(
+            {"variant": variant["name"], "final": final, "difference": differences, "reaches": reaches(variant, reference, primary)}
+        )
     tested = [row["difference"].get(primary) for row in rows]
     for row, p in zip(rows, holm([d.p if d else None for d in tested]), strict=True):
         row["p_holm"] = None if p is None else _round(p)
@@ -107,7 +110,8 @@ def table(record: Record) -> list[dict[str, Any]]:
     return rows
 
 
-def _difference(variant: dict[str, Any], reference: dict[str, Any], measure: str) -> Estimate | None:
+def difference(variant: dict[str, Any], reference: dict[str, Any], measure: str) -> Estimate | None:
+    """variant - reference at their last steps, over the seeds that both have; None where they have none."""
     ours, theirs = by_seed(variant, measure), by_seed(reference, measure)
     seeds = [seed for seed in ours if seed in theirs]
     return paired([ours[s] for s in seeds], [theirs[s] for s in seeds]) if seeds else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 from diptych.ablation.measures import MEASURES
+from diptych.ablation.summary import Record, difference
 from diptych.statistics import SURE, p_text
-
-Record = dict[str, Any]
 
 
 def findings(record: Record) -> list[str]:
@@ -50,6 +50,54 @@ def _reached(row: dict[str, Any], is_reference: bool, reference: str) -> str:
         return f" It does not reach the final value of {reference}."
     share = f" ({100 * found['step'] / found['of']:.0f} % of its {found['of']} steps)"
     return f" It reaches the final value of {reference} by step {found['step']}{share}."
+
+
+Order = Literal["the same", "not shown", "the opposite", "not run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What became of a claim of the paper: `order` is what these seeds show, `shown` the difference of the first measure."""
+
+    better: str
+    worse: str
+    paper: str
+    shown: str
+    order: Order
+
+    @property
+    def sentence(self) -> str:
+        told = {
+            "the same": "the paper's order",
+            "not shown": "these seeds do not show the paper's order, nor the opposite",
+            "the opposite": "the opposite order: this differs from the paper",
+            "not run": "not finished",
+        }
+        here = f"Here {self.shown}: " if self.shown else "Here "
+        return f"The paper has {self.better} above {self.worse} ({self.paper}). {here}{told[self.order]}."
+
+
+def verdicts(record: Record) -> list[Verdict]:
+    """The suite's claims, each with the difference on common seeds. `the same` and `the opposite`: its 95 % interval is on one side
+    of zero (claims are stated before anything runs; intervals are not corrected for their number)."""
+    variants = {variant["name"]: variant for variant in record["variants"]}
+    measure = record["measures"][0]
+    found = []
+    for claim in record.get("claims", []):
+        better, worse = variants[claim["better"]], variants[claim["worse"]]
+        gap = difference(better, worse, measure)
+        words = ""
+        order: Order = "not run"
+        if gap is not None:
+            words = f"{MEASURES[measure].label} {MEASURES[measure].show(gap.mean, signed=True)}"
+            order = "not shown"
+            if gap.low is None or gap.high is None:
+                words += " (one seed, no interval)"
+            else:
+                words += f" ({interval_only(measure, dataclasses.asdict(gap), signed=True)})"
+                order = "the same" if gap.low > 0 else "the opposite" if gap.high < 0 else "not shown"
+        found.append(Verdict(better["label"], worse["label"], claim["paper"], words, order))
+    return found
 
 
 def interval_text(measure: str, found: dict[str, Any]) -> str:
