@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import numpy as np
 import PIL.Image
@@ -16,7 +17,9 @@ from diptych.data.records import open_source
 from diptych.document import Document, Image, Text
 from diptych.evaluation.storyboard import Judged, reward_columns
 from diptych.rewards import BUILT_IN, RewardBatch, RewardError, call_rewards, load_reward
+from diptych.rewards.base import merge
 from diptych.rewards.format import format as format_reward
+from diptych.rewards.protocol import Context, Progress
 from diptych.worlds.storyboard.oracle import judge
 from diptych.worlds.storyboard.tasks import task_stream
 
@@ -61,6 +64,81 @@ def test_protocol():
     assert result.documents_apply.tolist() == [[True, True]]
     assert result.missing == {"mine": 0.0}
     assert result.errors == {}
+
+
+# Functions as TRL's documentation has them, written without Diptych in mind.
+
+
+def thinks(completions, **kwargs):
+    return [1.0 if re.match(r"^<think>.*</think>", messages[0]["content"], re.DOTALL) else 0.0 for messages in completions]
+
+
+def is_accurate(completions, solution, log_extra=None, log_metric=None, **kwargs):
+    found = [messages[0]["content"].split()[-1] for messages in completions]
+    if log_extra:
+        log_extra("extracted", found)
+    right = [float(a == b) for a, b in zip(found, solution, strict=True)]
+    if log_metric:
+        log_metric("accuracy", sum(right) / len(right))
+    return right
+
+
+def is_short(completion_ids, **kwargs):
+    return [-float(len(ids)) for ids in completion_ids]
+
+
+def grows(prompts, completions, trainer_state, **kwargs):
+    return [trainer_state.global_step / trainer_state.max_steps for _ in completions]
+
+
+def test_functions_written_for_trl_run_unchanged():
+    names = ("thinks", "is_accurate", "is_short", "grows")
+    configs = [RewardConfig(name=name, content="text") for name in names]
+    completions = [Document((Text("<think>\nhm </think> so"), Image(WHITE), Text("it is 3"))), Document((Text("it is 4"),))]
+    columns = {"solution": ["3", "3"], "truncated": [False, False]}
+    context = Context(Progress(3, 12), [[5, 6, -1, -1, 7], [5]])
+    functions = [(config, globals()[config.name]) for config in configs]
+    result = call_rewards(functions, PROMPTS, completions, columns, context)
+    assert result.documents.tolist() == [[1, 0], [1, 0], [-5, -1], [0.25, 0.25]]
+    assert set(result.missing.values()) == {0}
+    assert result.metrics == {"is_accurate/accuracy": [0.5]}
+    assert result.extras == {"is_accurate/extracted": ["3", "4"]}
+    outside = call_rewards(functions[2:3], PROMPTS, completions, columns)  # no training, no ids
+    assert "completion_ids" in outside.errors["is_short"]
+
+
+def test_a_text_reward_sees_a_mark_for_each_picture():
+    seen = []
+
+    def reward(prompts, completions):
+        seen.extend([prompts, completions])
+        return [0.0, 0.0]
+
+    call_rewards([(RewardConfig(name="mine", content="text"), reward)], PROMPTS, COMPLETIONS, {})
+    assert [messages[0]["content"] for messages in seen[0]] == ["draw <image>", "tell"]
+    assert [messages[0]["content"] for messages in seen[1]] == ["a <image> b", "c"]
+
+
+def test_logged_values_are_checked_and_merged():
+    def logs(completions, log_metric, log_extra, **_):
+        log_metric("x", len(completions))
+        log_extra("y", [len(messages[0]["content"]) for messages in completions])
+        return [0.0] * len(completions)
+
+    def wrong(log_extra, **_):
+        log_extra("y", [1, 2, 3])
+
+    def taken(log_metric, **_):
+        log_metric("mean", 1)
+
+    batches = [call_rewards([(RewardConfig(name="a"), logs)], PROMPTS[:n], COMPLETIONS[:n], {}) for n in (2, 1)]
+    merged = merge(batches)
+    assert merged.metrics == {"a/x": [2.0, 1.0]}
+    assert merged.extras == {"a/y": [3, 1, 3]}
+    for function, message in ((wrong, "got 3 values for 2 documents"), (taken, "every reward logs mean, std, missing itself")):
+        result = call_rewards([(RewardConfig(name="a"), function)], PROMPTS, COMPLETIONS, {})
+        assert result.missing == {"a": 1.0}
+        assert message in result.errors["a"]
 
 
 def test_values_of_documents_and_steps_stand_in_their_places():

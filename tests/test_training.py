@@ -261,6 +261,19 @@ def test_groups_without_spread_are_sampled_again(tiny_folder, tmp_path):
     assert again.rewards.steps.shape[:2] == flat.rewards.steps.shape[:2]
 
 
+def test_a_function_written_for_trl_trains_and_logs(tiny_folder, tmp_path, tiny_model):
+    config = grpo_config(
+        tiny_folder, tmp_path / "run", max_steps=2, rollout_batch_size=1, rewards=[{"name": "toy_rewards:as_for_trl", "content": "text"}]
+    )
+    grpo(config)
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [line["rewards/toy_rewards:as_for_trl/progress"] for line in lines] == [0.0, 0.5]  # steps that are done
+    for record in read_jsonl(tmp_path / "run" / "samples" / "step_2.jsonl"):
+        codes, pictures = (record["extra"][f"toy_rewards:as_for_trl/{name}"] for name in ("codes", "pictures"))
+        assert pictures == sum(block["type"] == "image" for block in record["answer"])
+        assert codes == pictures * tiny_model.image_spec.num_positions
+
+
 def test_batches_and_a_thread_of_their_own_change_no_document_and_no_reward(tiny_folder, tmp_path):
     """Sampled two prompts at a time, rewarded in the background or not: the same rollouts, values and shares of missing ones."""
     rewards = [{"name": "format"}, {"name": "toy_rewards:per_step"}]

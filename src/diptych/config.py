@@ -124,6 +124,9 @@ class RewardConfig(Config):
     scale: float = Field(1.0, gt=0, description="the raw value is divided by this after `shift` is subtracted")
     shift: float = 0.0
     modality: Literal["text", "image", "both"] = "both"
+    content: Literal["blocks", "text"] = Field(
+        "blocks", description="what the function sees: text and image blocks, or one string (TRL's own functions)"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="of the reward itself, such as a judge's server and model")
 
     @model_validator(mode="after")
@@ -134,11 +137,10 @@ class RewardConfig(Config):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_empty_options(self, handler: Any) -> dict[str, Any]:
-        found = handler(self)
-        if not self.options:
-            found.pop("options", None)  # so that runs saved before there were options resume
-        return found
+    def _without_what_is_new(self, handler: Any) -> dict[str, Any]:
+        """Fields that are younger than some saved runs stand in the configuration only where they are used, so that these resume."""
+        new = {"options": {}, "content": "blocks"}
+        return {name: value for name, value in handler(self).items() if name not in new or value != new[name]}
 
 
 class ModalityConfig(Config):

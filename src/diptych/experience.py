@@ -22,9 +22,11 @@ from diptych.document import to_json_blocks
 from diptych.models import UnifiedModel
 from diptych.rewards import RewardBatch, RewardError, call_rewards
 from diptych.rewards.base import merge
+from diptych.rewards.protocol import Context, Progress
 from diptych.runtime import generator, rank, world_size
 from diptych.sampling.engine import sample
 from diptych.sampling.rollout import Rollout
+from diptych.tokens import Modality
 
 RewardFunctions = Sequence[tuple[Any, Callable[..., Any]]]
 
@@ -92,9 +94,16 @@ def _collect_once(
         keys = sorted({key for record in records for key in record.columns})
         columns: dict[str, list[Any]] = {key: [record.columns.get(key) for record in repeated] for key in keys}
         columns["truncated"] = [rollout.truncated for rollout in rollouts]
-        call = submit(call_rewards, reward_functions, [r.prompt for r in repeated], [r.document for r in rollouts], columns)
+        context = Context(Progress(stream[0], config.max_steps), [_chosen_ids(rollout) for rollout in rollouts])
+        call = submit(call_rewards, reward_functions, [r.prompt for r in repeated], [r.document for r in rollouts], columns, context)
         found = Sampled(found.records + repeated, found.rollouts + rollouts, [*found.calls, call])
     return found
+
+
+def _chosen_ids(rollout: Rollout) -> list[int]:
+    """The answer for `completion_ids`: text tokens, and -1 for each position of a picture, without what was forced."""
+    row = rollout.row
+    return row.text_ids.masked_fill(row.modality == Modality.IMAGE, -1)[row.completion_mask].tolist()
 
 
 @contextlib.contextmanager
@@ -152,6 +161,7 @@ def _replace_groups(old: Experience, groups: list[int], new: Experience, group_s
     rewards = merge([old.rewards, new.rewards])
     kept = dataclasses.replace(
         rewards,
+        extras={name: [values[i] for i in source] for name, values in rewards.extras.items()},
         missing={name: max(share, new.rewards.missing[name]) for name, share in old.rewards.missing.items()},
         **{name: getattr(rewards, name)[:, source] for name in ("steps", "applies", "documents", "documents_apply")},
     )
@@ -174,6 +184,7 @@ def reward_metrics(experience: Experience, config: GRPOConfig) -> dict[str, floa
             metrics[f"rewards/{reward.name}/std"] = float(used.std()) if len(used) > 1 else 0.0
         metrics[f"rewards/{reward.name}/missing"] = rewards.missing[reward.name]
     metrics |= {f"rewards/{fault}": float(count) for fault, count in rewards.faults.items()}
+    metrics |= {f"rewards/{name}": sum(found) / len(found) for name, found in rewards.metrics.items()}
     weights = torch.tensor([reward.weight for reward in config.rewards])
     total = (values * weights[:, None]).sum(0)[~missing.any(0)]
     if len(total):
@@ -203,4 +214,10 @@ def sample_records(experience: Experience, group_size: int, num_groups: int = 1)
             {"prompt": to_json_blocks(experience.records[b].prompt), "answer": to_json_blocks(rollout.document),
              "steps": steps, "document": whole}
         )  # fmt: skip
+        if rewards.extras:
+            records[-1]["extra"] = {name: _plain(values[b]) for name, values in rewards.extras.items()}
     return records
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)

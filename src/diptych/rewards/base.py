@@ -1,8 +1,9 @@
 """Calling rewards so that none can lie: what fails or is not finite is *missing*, never 0 and never random.
 
 A reward is called as `reward(prompts=..., completions=..., **columns)` with messages whose content is a list of text
-and image blocks. It returns, for each sample, a float or None (TRL), or a list with a float or None for each step of
-the document (ours). None means "says nothing about this"; NaN, infinity and exceptions mean "missing".
+and image blocks, or a string where the recipe says `content: text` (see `protocol.py`). It returns, for each sample, a float
+or None (TRL), or a list with a float or None for each step of the document (ours). None means "says nothing about this";
+NaN, infinity and exceptions mean "missing".
 
 A recipe's `options` reach a class as the keywords with which it is made, once, and a function as keywords of every call.
 """
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor
 
 from diptych.config import RewardConfig
-from diptych.document import Document, to_message
+from diptych.document import Document
+from diptych.rewards.protocol import Context, Notes, conversation, keywords
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,7 @@ class RewardBatch:
     documents: (R, B) float32 of rewards that speak of the whole document, NaN where missing; documents_apply: (R, B).
     missing: name -> share of the values it owed that are missing. errors: name -> the last error.
     faults: "name/cause" -> missing values, of rewards that say why.
+    metrics: "name/metric" -> what a function logged, a number for each time. extras: "name/column" -> B values.
     """
 
     steps: Tensor
@@ -104,6 +107,8 @@ class RewardBatch:
     missing: dict[str, float]
     errors: dict[str, str]
     faults: dict[str, int] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    extras: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def owed(self) -> list[int]:
@@ -127,7 +132,15 @@ def merge(batches: Sequence[RewardBatch]) -> RewardBatch:
         missing[name] = lost / max(1, sum(batch.owed[r] for batch in batches))
     errors = {name: error for batch in batches for name, error in batch.errors.items()}
     faults: Counter[str] = sum((Counter(batch.faults) for batch in batches), Counter())
-    return RewardBatch(joined("steps"), joined("applies"), joined("documents"), joined("documents_apply"), missing, errors, dict(faults))
+    metrics: dict[str, list[float]] = {}
+    for batch in batches:
+        for name, values in batch.metrics.items():
+            metrics.setdefault(name, []).extend(values)
+    columns = {name: None for batch in batches for name in batch.extras}
+    extras = {name: [v for batch in batches for v in batch.extras.get(name) or [None] * batch.documents.shape[1]] for name in columns}
+    return RewardBatch(
+        joined("steps"), joined("applies"), joined("documents"), joined("documents_apply"), missing, errors, dict(faults), metrics, extras
+    )  # fmt: skip
 
 
 def load_reward(name: str) -> Callable[..., Any]:
@@ -181,24 +194,32 @@ def call_rewards(
     prompts: Sequence[Document],
     completions: Sequence[Document],
     columns: dict[str, list[Any]],
+    context: Context | None = None,
 ) -> RewardBatch:
-    """Calls every reward once on the whole batch.
+    """Calls every reward once on the whole batch; `context` is what a training knows beside it.
 
     Raises RewardError where a reward returns the wrong number of values: that is a fault in its code, not bad luck; and
     ValueError for options that a reward does not take.
     """
-    asked = [[to_message("user", document)] for document in prompts]
-    answers = [[to_message("assistant", document)] for document in completions]
+    seen = {
+        content: {
+            "prompts": [conversation("user", document, content) for document in prompts],
+            "completions": [conversation("assistant", document, content) for document in completions],
+        }
+        for content in {config.content for config, _ in rewards}
+    }
     sizes = [len(document) for document in completions]
     shape = (len(rewards), len(completions), max([1, *sizes]))
     steps, applies = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
     documents, documents_apply = torch.zeros(shape[:2]), torch.zeros(shape[:2], dtype=torch.bool)
     missing, errors = {}, {}
     faults: dict[str, int] = {}
+    metrics, extras = dict[str, list[float]](), dict[str, list[Any]]()
     for r, (config, function) in enumerate(rewards):
         function = configured(config, function)
+        notes = Notes(len(completions))
         try:
-            returned = function(prompts=asked, completions=answers, **columns)
+            returned = function(**seen[config.content], **{**keywords(function, context, notes), **columns})
             if inspect.isawaitable(returned):
                 returned = asyncio.run(_wait(returned))
             if inspect.isgenerator(returned):
@@ -225,7 +246,9 @@ def call_rewards(
             faults |= {f"{config.name}/{cause}": count for cause, count in causes.items()}
             if causes:
                 errors.setdefault(config.name, shown)
-    return RewardBatch(steps, applies, documents, documents_apply, missing, errors, faults)
+        metrics |= {f"{config.name}/{name}": values for name, values in notes.metrics.items()}
+        extras |= {f"{config.name}/{name}": values for name, values in notes.extras.items()}
+    return RewardBatch(steps, applies, documents, documents_apply, missing, errors, faults, metrics, extras)
 
 
 class _AllMissing:
