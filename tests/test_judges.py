@@ -732,8 +732,6 @@ def test_one_judge_serves_many_event_loops():
 @pytest.mark.slow
 def test_a_real_server_with_a_random_model_gives_no_value(tmp_path):
     """`transformers serve` on a toy Janus-Pro: it takes our requests, pictures included, and what it babbles is no verdict."""
-    pytest.importorskip("fastapi", reason="needs the packages of transformers[serving]")
-    pytest.importorskip("uvicorn", reason="needs the packages of transformers[serving]")
     model = str(make_janus(tmp_path / "janus"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
