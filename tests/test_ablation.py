@@ -524,6 +524,16 @@ def test_words_and_p_values(record):
     assert words.p_text(0.0004) == "below 0.001"
 
 
+def test_measures_beside_the_first_are_told_where_their_interval_is_off_zero(record):
+    outcome = record["variants"][1]
+    outcome["values"]["sampled/score"] = [
+        [row[0], row[1], 0.15 + 0.01 * seed] for seed, row in enumerate(outcome["values"]["sampled/score"])
+    ]
+    record["table"] = json.loads(json.dumps(summary.table(record)))
+    _, said = words.findings(record)  # -0.10 -0.09 -0.08: mean -0.09, s = 0.01, half = 4.3027 * 0.01 / sqrt(3) = 0.02484
+    assert said.endswith(" Not tested, with an interval on one side of zero: score, sampled -9.0 (-11.5 to -6.5).")
+
+
 @pytest.mark.parametrize(
     ("better", "noise", "order", "shown"),
     [

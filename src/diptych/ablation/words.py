@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from diptych.ablation.measures import MEASURES
@@ -26,8 +27,20 @@ def findings(record: Record) -> list[str]:
         sentence = f"{labels[name]}: {measure.label} {interval_text(measure.name, final)}"
         if row["difference"].get(measure.name):
             sentence += f"; {_compared(measure.name, row, labels[record['reference']])}"
-        said.append(sentence + "." + _reached(row, name == record["reference"], labels[record["reference"]]))
+        reached = _reached(row, name == record["reference"], labels[record["reference"]])
+        said.append(sentence + "." + reached + _beside(row, record["measures"][1:]))
     return said
+
+
+def _beside(row: dict[str, Any], measures: Sequence[str]) -> str:
+    """The other measures whose difference from the reference has an interval on one side of zero. They are not tested."""
+    found = []
+    for measure in measures:
+        difference = row["difference"].get(measure)
+        if difference and difference["n"] > 1 and (difference["low"] > 0 or difference["high"] < 0):
+            shown = MEASURES[measure].show(difference["mean"], signed=True)
+            found.append(f"{MEASURES[measure].label} {shown} ({interval_only(measure, difference, signed=True)})")
+    return f" Not tested, with an interval on one side of zero: {'; '.join(found)}." if found else ""
 
 
 def _compared(measure: str, row: dict[str, Any], reference: str) -> str:
