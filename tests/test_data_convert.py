@@ -550,7 +550,66 @@ def test_exclusion_of_videos(tmp_path):
         converted(
             "activitynet", tmp_path / "out", PUBLISHED / "activitynet.json", media=tmp_path / "videos", exclude=[tmp_path / "val.json"]
         )
-    assert Exclusion({"one"}).reason(("v_one", "one"), ()) == "id one is in the exclusion list"
+    assert Exclusion({("", "one")}).reason("activitynet", ("v_one", "one"), ()) == "id one is in the exclusion list"
+
+
+INTERLEAVEDBENCH = [
+    {"id": "wikihow_next_step_0_000123", "image": ["wiki_images_test/000124_0_0.png"], "task_name": "wikihow_next_step",
+     "conversations": [{"from": "human", "value": "Continue. <image>"}]},
+    {"id": "activity_5", "image": ["activity/v_abc_1.png", "activity/v_-1_4567890_2/12.jpg"], "task_name": "activity_generation"},
+    {"id": "storytelling_9", "image": ["vist/4567890.jpg", "images/881.png"], "task_name": "storytelling_generation"},
+]  # fmt: skip
+OPENING = [{"total_uid": "0901007", "meta_task_id": "9", "subtask_id": "1", "data_id": "7", "conversations": [
+    {"output": [{"image": "0901007-o-0.jpg", "text": "Mix."}, {"image": "1.jpg", "text": None}]}]}]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("source", "id", "excluded"),
+    [
+        ("wikihow", "000123", True),  # the article, as the record's id says
+        ("wikihow", "123", True),
+        ("wikihow", "000124", True),  # the article, as the picture's name says
+        ("wikihow", "000124_0_0", True),
+        ("wikihow", "000124_0_0.png", True),
+        ("wikihow", "000125", False),
+        ("messages", "000123", False),  # a number of another data set
+        ("messages", "wikihow_next_step_0_000123", True),
+        ("activitynet", "v_abc", True),
+        ("activitynet", "v_-1_4567890", True),  # numbers in YouTube's own ids
+        ("openstory", "-1_4567890", True),  # the same video in another data set
+        ("activitynet", "v_abcd", False),
+        ("vist", "4567890", True),  # a photograph
+        ("emova", "4567890", False),
+        ("vist", "881", False),
+        ("vist", "7", False),  # OpenING's `data_id`
+        ("messages", "7", False),
+        ("messages", "1", False),
+        ("comm", "0901007-o-0", True),
+    ],
+)
+def test_what_benchmarks_say_of_their_sources(tmp_path, source, id, excluded):
+    (tmp_path / "interleaved_bench.json").write_text(json.dumps(INTERLEAVEDBENCH))
+    (tmp_path / "test_data.jsonl").write_text(json.dumps(OPENING[0]) + "\n")
+    exclusion = Exclusion.load([tmp_path], Problems())
+    assert (exclusion.reason(source, [id], ()) is not None) == excluded
+
+
+def test_names_of_a_benchmarks_pictures(tmp_path):
+    """Where its lists say nothing, a benchmark's picture files do."""
+    for name in ("wiki_images_test/000123_0_0.png", "v_abc/7.png", "3.png", "image_4.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        PIL.Image.new("RGB", (9, 9)).save(tmp_path / name)
+    assert Exclusion.load([tmp_path], Problems()).ids == {
+        ("wikihow", "000123_0_0.png"), ("wikihow", "000123_0_0"), ("wikihow", "000123"), ("wikihow", "123"), ("", "v_abc"), ("", "abc"),
+    }  # fmt: skip
+
+
+def test_numbers_name_their_source(tmp_path):
+    """Records of ours, a list that is keyed, and a list of the user's: a number counts where its source is known, or the user says it."""
+    lists = {"records.jsonl": '{"source": "emova", "id": "12"}', "keyed.json": '{"5": {"story_id": "6"}}', "own.txt": "33\n"}
+    for name, content in lists.items():
+        (tmp_path / name).write_text(content)
+    assert Exclusion.load([tmp_path], Problems()).ids == {("emova", "12"), ("vist", "6"), ("", "33")}
 
 
 # --- records -----------------------------------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ def test_source_ids_by_hand():
 
 @pytest.mark.parametrize("listed", ["033313", 33313])
 def test_exclusion_of_an_article_with_and_without_zeros(tmp_path, listed):
-    (tmp_path / "data.json").write_text(json.dumps([{"source_id": listed}]))
+    (tmp_path / "data.json").write_text(json.dumps([{"article_id": listed}]))
     with pytest.raises(ValueError, match=r"nothing of .* was kept; skipped: .*'excluded': 2"):
         converted(
             "wikihow", tmp_path / "out", VISUALHOW, media=pictures_of_visualhow(tmp_path / "images"), exclude=[tmp_path / "data.json"]

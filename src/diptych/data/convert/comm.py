@@ -18,6 +18,7 @@ import torch
 from diptych.data.convert.draft import Block, Draft, Options, document
 from diptych.data.convert.pictures import Picture
 from diptych.data.problems import Problems
+from diptych.data.source_ids import names_of
 
 PROMPT = "Explain step by step, with pictures: {title}"
 
@@ -43,7 +44,13 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
             continue
         asked = options.instruction(PROMPT, title=title)
         columns = {"dataset_type": str(item.get("dataset_type", ""))}
-        yield Draft(id or f"item-{number}", where, document((asked,), tuple(told)), (id, *names), columns=columns)
+        yield Draft(
+            id or f"item-{number}",
+            where,
+            document((asked,), tuple(told)),
+            (id, *(name for path in names for name in names_of(path))),
+            columns=columns,
+        )
 
 
 def _steps(item: dict[str, Any], pictures: Any, most: int) -> tuple[str, list[Block], list[str]]:

@@ -139,7 +139,8 @@ class _Job:
                         return skip("missing picture", error)
                     except ValueError as error:
                         return skip("unreadable picture", error)
-        reason = self.exclusion.reason((draft.id, *draft.source_ids), (pixels for pixels, _, _ in opened))
+        source = str(draft.columns.get("source", name))
+        reason = self.exclusion.reason(source, (draft.id, *draft.source_ids), (pixels for pixels, _, _ in opened))
         if reason is not None:
             return skip("excluded", reason)
         pictures = [encode(*picture, options.image_size) for picture in opened]
