@@ -176,7 +176,7 @@ def test_journeydb(tmp_path, packed):
                 archive.add(path, arcname=path.name)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     report, lines = converted("journeydb", tmp_path / "out", split)
-    assert [texts(line, 0) for line in lines] == [["A red fox in the snow."], ["a small house people"], ["A boat."]]
+    assert [texts(line, 0) for line in lines] == [["A red fox in the snow."], ["a small house"], ["A boat."]]
     assert all(texts(line) == ["*"] and line["license"].startswith("JourneyDB terms") for line in lines)
     assert report["skipped"] == {"broken line": 1, "duplicate id": 1, "missing picture": 1, "not a record": 1}
 
@@ -185,6 +185,31 @@ def test_captions_of_journeydb():
     assert caption({"prompt": "<https://s.mj.run/ab> a fox,  red --ar 3:2 --stylize 500 --v 4"}) == "a fox, red"
     assert caption({"prompt": "x", "Task2": {"Caption": "A fox."}}) == "A fox."
     assert caption({"prompt": "a well-known -- almost --- road 3:2"}) == "a well-known -- almost --- road 3:2"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("a beach --no people --ar 3:2", "a beach"),  # what follows `no` is not in the picture
+        ("a beach --style raw", "a beach"),
+        ("a beach —ar 16:9", "a beach"),
+        ("a beach, at dusk –v4", "a beach, at dusk"),
+        ("a beach--AR 3:2", "a beach"),
+        ("--v 5 a beach", None),
+        ("a fox::2 snow:: , night", "a fox snow, night"),
+        ("a beach::2 people::-0.5", "a beach"),  # a negative weight is Midjourney's other way of saying no
+        ("a well -known, half-timbered - and old - house", "a well -known, half-timbered - and old - house"),
+        ("a tree — no leaves", "a tree — no leaves"),
+        ("a tree --nothing else", "a tree --nothing else"),  # no flag of theirs
+        ("a road—no end", "a road—no end"),
+    ],
+)
+def test_flags_end_a_prompt(prompt, text):
+    if text is None:
+        with pytest.raises(ValueError, match="neither a caption nor a prompt"):
+            caption({"prompt": prompt})
+    else:
+        assert caption({"prompt": prompt}) == text
 
 
 def test_emova(tmp_path):
