@@ -242,6 +242,22 @@ def test_vist(tmp_path):
     assert report["skipped"] == {"missing picture": 1, "not a record": 1}
 
 
+def test_numbers_of_pictures_hold_for_every_kind(tmp_path):
+    for photo in (100, 101, 102):
+        picture(photo).save(tmp_path / f"{photo}.png")
+    story = PUBLISHED / "train.story-in-sequence.json"  # one of its stories is whole, and has two pictures
+    for name, limits, cause in (("few", {"min_images": 3}, "too few pictures"), ("many", {"max_images": 1}, "too many pictures")):
+        with pytest.raises(ValueError, match=rf"nothing of .* was kept; skipped: .*'{cause}': 1"):
+            converted("vist", tmp_path / name, story, media=tmp_path, **limits)
+    rows = messages_file(tmp_path / "in", 2).read_text().splitlines()
+    two = json.loads(rows[1])
+    two["messages"][1]["content"] *= 8
+    (tmp_path / "in" / "rows.jsonl").write_text(f"{rows[0]}\n{json.dumps(two)}\n")
+    for limits, kept in (({}, ["m-0", "m-1"]), ({"min_images": 2}, ["m-1"]), ({"max_images": 7}, ["m-0"])):
+        _, lines = converted("messages", tmp_path / f"out-{len(kept)}-{kept[0]}", tmp_path / "in" / "rows.jsonl", **limits)
+        assert [line["id"] for line in lines] == kept
+
+
 def test_comm(tmp_path):
     def step(text: str, *names: str) -> list[dict]:
         return [{"type": "text", "content": text}, *({"type": "image", "image_path": n, "url": f"http://x/{n}"} for n in names)]

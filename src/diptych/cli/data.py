@@ -32,8 +32,10 @@ def convert(
     exclude: Annotated[list[Path] | None, typer.Option(help="a benchmark's pictures or ids, file or folder; may be repeated")] = None,
     prompt: Annotated[str | None, typer.Option(help="the request's text, with fields such as {title}; left out: the kind's own")] = None,
     image_size: Annotated[int | None, typer.Option(min=8, help="cut pictures square, so many pixels a side; left out: as they are")] = None,
-    min_images: Annotated[int | None, typer.Option(min=1, help="leave out documents with fewer; left out: the kind's own")] = None,
-    max_images: Annotated[int, typer.Option(min=1, help="pictures of one document (video, story and how-to kinds)")] = 6,
+    min_images: Annotated[int | None, typer.Option(min=1, help="leave out records with fewer; left out: the kind's own")] = None,
+    max_images: Annotated[
+        int | None, typer.Option(min=1, help="leave out records with more, or end them there (see docs/data.md); left out: end at 6")
+    ] = None,
     share: Annotated[float, typer.Option(min=0, max=1, help="a fixed random share of the records")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the share")] = 0,
     max_records: Annotated[int | None, typer.Option(min=1, help="stop after so many")] = None,

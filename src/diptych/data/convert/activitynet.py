@@ -33,7 +33,7 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             problems.report(where, "not a record", f"{type(error).__name__}: {error}", id)
             continue
-        chosen = chosen[: options.max_images]
+        chosen = chosen[: options.cut_at]
         if len(chosen) < (options.min_images or 1):
             problems.report(where, "too few pictures", f"{len(chosen)} events are left", id)
             continue

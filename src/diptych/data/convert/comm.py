@@ -35,7 +35,7 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
         where = f"{options.input}:item {number}"
         id = str(item.get("data_id", "")) if isinstance(item, dict) else ""
         try:
-            title, told, names = _steps(item, pictures, options.max_images)
+            title, told, names = _steps(item, pictures, options.cut_at)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             problems.report(where, "not a record", f"{type(error).__name__}: {error}", id)
             continue

@@ -129,6 +129,11 @@ class _Job:
             return
         if known is not None:
             return skip("duplicate id", f"{draft.id} stood in {known}")
+        number = sum(isinstance(block, tuple) for message in draft.messages for block in message.blocks)
+        if options.min_images is not None and number < options.min_images:
+            return skip("too few pictures", f"{number}")
+        if options.max_images is not None and number > options.max_images:
+            return skip("too many pictures", f"{number}")
         opened: list[tuple[PIL.Image.Image, bytes | None, str | None]] = []
         for message in draft.messages:
             for block in message.blocks:

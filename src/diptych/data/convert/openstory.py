@@ -39,7 +39,7 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
             videos.setdefault(video, []).append((time, key, caption, row.where))
     for video, shown in videos.items():
         shown.sort()
-        for window in _windows([s for s in shown if _has_frame(frames, video, s, problems)], least, options.max_images, problems):
+        for window in _windows([s for s in shown if _has_frame(frames, video, s, problems)], least, options.cut_at, problems):
             told: list[Block] = []
             for _, key, caption, _ in window:
                 path = _frame(frames, video, key)
