@@ -258,6 +258,15 @@ def test_numbers_of_pictures_hold_for_every_kind(tmp_path):
         assert [line["id"] for line in lines] == kept
 
 
+def test_stories_with_an_empty_sentence(tmp_path):
+    for photo in (100, 101, 102):
+        picture(photo).save(tmp_path / f"{photo}.png")
+    story = tmp_path / "story.json"
+    story.write_text((PUBLISHED / "train.story-in-sequence.json").read_text().replace("Tom was late.", " "))
+    with pytest.raises(ValueError, match=r"nothing of .* was kept; skipped: .*'empty step': 1"):
+        converted("vist", tmp_path / "out", story, media=tmp_path)
+
+
 def test_comm(tmp_path):
     def step(text: str, *names: str) -> list[dict]:
         return [{"type": "text", "content": text}, *({"type": "image", "image_path": n, "url": f"http://x/{n}"} for n in names)]
@@ -787,6 +796,20 @@ def test_inspect_counts_and_shows(tiny_model, tmp_path):
     assert "http" not in page.replace("http-equiv", "")  # nothing is loaded from elsewhere
     with pytest.raises(ValueError, match="does not exist"):
         inspect_records(tmp_path / "none.jsonl")
+
+
+def test_empty_steps_are_left_out_and_reported(tmp_path):
+    rows = [json.loads(line) for line in messages_file(tmp_path, 4).read_text().splitlines()]
+    rows[1]["messages"][1]["content"].insert(0, {"type": "text", "text": ""})
+    rows[2]["messages"][1]["content"].append({"type": "text", "text": " \n"})
+    rows[3]["messages"][0]["content"] = [{"type": "text", "text": ""}, {"type": "image", "image": "3.png"}]  # no answer: no step
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = inspect_records(tmp_path / "rows.jsonl")
+    assert [(p.where.rsplit(":", 1)[1], p.cause, p.detail[:25]) for p in found.problems.found] == [
+        ("2", "empty step", "block 0 of message 2 is a"), ("3", "empty step", "block 1 of message 2 is a"),
+    ]  # fmt: skip
+    report, lines = converted("messages", tmp_path / "out", tmp_path / "rows.jsonl")
+    assert ([line["id"] for line in lines], report["skipped"]) == (["m-0", "m-3"], {"empty step": 2})
 
 
 def test_commands(tmp_path):

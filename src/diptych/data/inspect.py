@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from diptych.data.jsonl import Record, answer_places, make_record, missing_pictures
+from diptych.data.jsonl import Record, answer_places, empty_step, make_record, missing_pictures
 from diptych.data.problems import Problems
 from diptych.data.readers import json_lines
 from diptych.document import Document, Image
@@ -134,6 +134,8 @@ def _records(line: dict[str, Any], where: str, path: Path, problems: Problems, i
         if missing:
             problems.report(where, "missing picture", ", ".join(missing), id)
             return []
+        if empty := empty_step(line):
+            problems.report(where, "empty step", empty, id)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problems.report(where, "not a record", f"{type(error).__name__}: {error}", id)
         return []

@@ -27,7 +27,7 @@ import PIL.Image
 from diptych.data.convert.draft import Draft, Kind, Options
 from diptych.data.convert.pictures import MissingPicture, encode, load
 from diptych.data.exclude import Exclusion
-from diptych.data.jsonl import answer_places
+from diptych.data.jsonl import answer_places, empty_step
 from diptych.data.problems import Problem, Problems
 from diptych.data.sampling import is_sampled
 from diptych.runs import atomic_text, is_disk_full
@@ -156,6 +156,8 @@ class _Job:
             _check_messages(line)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return skip("not a record", error)
+        if empty := empty_step(line):
+            return skip("empty step", empty)
         for file, (raw, _) in zip(names, pictures, strict=True):
             self._write_picture(self.folder / file, raw)
         self.records.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
