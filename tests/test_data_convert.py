@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -29,6 +30,7 @@ from diptych.cli import app
 from diptych.data import JsonlFile, Mixture, Problems, open_source
 from diptych.data.convert import KINDS, Options, run
 from diptych.data.convert.activitynet import events
+from diptych.data.convert.job import _Job
 from diptych.data.convert.journeydb import caption
 from diptych.data.convert.pictures import frame_at
 from diptych.data.exclude import Exclusion, dhash
@@ -222,6 +224,16 @@ def test_emova(tmp_path):
     (line,) = lines
     assert [texts(line, i) for i in range(4)] == [["*", "What is this?"], ["A kettle."], ["Is it hot?"], ["Yes."]]
     assert report["skipped"] == dict.fromkeys(["missing picture", "no picture", "not a record", "speech", "unreadable picture"], 1)
+
+
+def test_emova_subsets_that_count_alike(tmp_path):
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cat."}]
+    picture(0).save(tmp_path / "0.png")
+    for subset in ("cats", "dogs"):
+        (tmp_path / "annotations" / f"{subset}.json").parent.mkdir(exist_ok=True)
+        (tmp_path / "annotations" / f"{subset}.json").write_text(json.dumps([{"id": "0", "image": "0.png", "conversations": turns}]))
+    report, lines = converted("emova", tmp_path / "out", tmp_path / "annotations")
+    assert ([line["id"] for line in lines], report["skipped"]) == (["cats/0", "dogs/0"], {})
 
 
 def test_emova_from_the_hub(tmp_path):
@@ -472,6 +484,37 @@ def test_killed_again_and_again_gives_the_same_bytes(tmp_path):
     assert said == ["", "going on behind 7 items, 7 of them kept", "going on behind 14 items, 13 of them kept"]
     assert tree(out) == tree(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_record_that_was_skipped_blocks_no_other(tmp_path, monkeypatch):
+    path = messages_file(tmp_path / "in", 4)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["messages"][1]["content"][0]["image"] = "gone.png"
+    for row in rows:
+        row["id"] = "a"
+    rows.append({**rows[3], "id": "b"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report, lines = converted("messages", tmp_path / "out", path)
+    assert [(line["id"], line["messages"][0]["content"][0]["text"]) for line in lines] == [("a", "draw 1"), ("b", "draw 3")]
+    assert [item["cause"] for item in report["items"]] == ["missing picture", "duplicate id", "duplicate id"]
+    assert all(item["detail"] == f"a stood in {path}:2" for item in report["items"][1:])
+    monkeypatch.setattr("diptych.data.convert.job.CHECKPOINT_DRAFTS", 1)
+    with monkeypatch.context() as patch:  # stopped at every place, and gone on with
+        for _ in range(6):
+            patch.setattr("diptych.data.convert.job._Job._checkpoint", stopping(_Job._checkpoint))
+            with contextlib.suppress(KeyboardInterrupt):
+                converted("messages", tmp_path / "again", path)
+    converted("messages", tmp_path / "again", path)
+    assert tree(tmp_path / "again") == tree(tmp_path / "out")
+
+
+def stopping(checkpoint):
+    def then_stop(self, done=False):
+        checkpoint(self, done)
+        if not done:
+            raise KeyboardInterrupt
+
+    return then_stop
 
 
 def test_a_second_run_is_the_same_and_does_nothing(tmp_path):

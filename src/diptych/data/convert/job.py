@@ -92,7 +92,7 @@ class _Job:
         self.problems = Problems(strict)
         self.seen = self.kept = self.num_images = self.not_sampled = self._written = 0
         self.done = False
-        self.ids: dict[str, str] = {}
+        self.ids: dict[str, str] = {}  # of the records that were kept, and where they stood
         self.problem_file = folder / "problems.jsonl"
         self._restore()
         self.records = (folder / "records.jsonl").open("ab")
@@ -107,28 +107,29 @@ class _Job:
             return
         to_pass, self.seen = self.seen, 0
         self.problems.muted = to_pass > 0
+        skipped = {(problem.where, problem.id) for problem in self.problems.found}
         for draft in kind.read(options, self.problems):
             if options.max_records is not None and self.kept >= options.max_records:
                 break
-            known = self.ids.get(draft.id)
-            self.ids.setdefault(draft.id, draft.where)
             if self.seen >= to_pass:
-                self._take(draft, known, name, kind, options)
+                self._take(draft, name, kind, options)
+            elif (draft.where, draft.id) not in skipped and is_sampled(draft.id, options.share, options.seed):
+                self.ids[draft.id] = draft.where
             self.seen += 1
             self.problems.muted = self.seen < to_pass
             if self.seen % CHECKPOINT_DRAFTS == 0 and self.seen > to_pass:
                 self._checkpoint()
         self._checkpoint(done=True)
 
-    def _take(self, draft: Draft, known: str | None, name: str, kind: Kind, options: Options) -> None:
+    def _take(self, draft: Draft, name: str, kind: Kind, options: Options) -> None:
         def skip(cause: str, detail: object = "") -> None:
             self.problems.report(draft.where, cause, detail, draft.id)
 
         if not is_sampled(draft.id, options.share, options.seed):
             self.not_sampled += 1
             return
-        if known is not None:
-            return skip("duplicate id", f"{draft.id} stood in {known}")
+        if draft.id in self.ids:
+            return skip("duplicate id", f"{draft.id} stood in {self.ids[draft.id]}")
         number = sum(isinstance(block, tuple) for message in draft.messages for block in message.blocks)
         if options.min_images is not None and number < options.min_images:
             return skip("too few pictures", f"{number}")
@@ -161,6 +162,7 @@ class _Job:
         for file, (raw, _) in zip(names, pictures, strict=True):
             self._write_picture(self.folder / file, raw)
         self.records.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self.ids[draft.id] = draft.where
         self.kept += 1
         self.num_images += len(names)
 
