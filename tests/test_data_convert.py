@@ -165,6 +165,20 @@ def test_openstory(tmp_path):
     assert report["skipped"] == {"too few pictures": 2, "annotation of another frame": 1, "missing picture": 1, "not a record": 1}
 
 
+def test_openstory_windows_span_no_missing_frame(tmp_path):
+    keys = [f"abcdefghijk_keyframe_00-00-{i:02}-000" for i in range(12)]
+    rows = [{"__key__": key, "video_id": "abcdefghijk", "time_stamp": key[-12:], "json": {"caption": "" if i == 8 else f"c{i}"}}
+            for i, key in enumerate(keys)]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "story-0.parquet")
+    (tmp_path / "frames").mkdir()
+    for i in set(range(12)) - {2, 3}:
+        picture(i).save(tmp_path / "frames" / f"{keys[i]}.jpg")
+    report, lines = converted("openstory", tmp_path / "out", tmp_path, media=tmp_path / "frames")
+    # c0 c1 | c4 c5 c6 c7 | c9 c10 c11: without frames 2 and 3, and without a caption of 8
+    assert [texts(line)[::2] for line in lines] == [["c4", "c5", "c6", "c7"], ["c9", "c10", "c11"]]
+    assert report["skipped"] == {"missing picture": 2, "too few pictures": 2, "not a record": 1}
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_journeydb(tmp_path, packed):
     split = tmp_path / "train"
