@@ -124,6 +124,17 @@ def test_events_by_hand():
     assert [s for _, _, s in events(entry)] == ["a", "c"]
 
 
+def test_events_past_the_end_of_a_video(tmp_path):
+    video(tmp_path / "videos" / "v_a.mp4")
+    timestamps, sentences = [[0, 4], [6, 8], [10, 30], [20, 25]], ["one", "two", "three", "four"]
+    (tmp_path / "a.json").write_text(json.dumps({"v_a": {"duration": 12.0, "timestamps": timestamps, "sentences": sentences}}))
+    report, (line,) = converted("activitynet", tmp_path / "out", tmp_path / "a.json", media=tmp_path / "videos")
+    assert texts(line)[::2] == ["one", "two", "three"]
+    pictures = [tmp_path / "out" / block["image"] for block in line["messages"][1]["content"] if block["type"] == "image"]
+    assert [second_of(p) for p in pictures] == [2, 7, 11]  # the third is cut at 12
+    assert [(item["where"], item["cause"]) for item in report["items"]] == [(f"{tmp_path / 'a.json'}:v_a:event 4", "event past the end")]
+
+
 def test_frames_of_a_video(tmp_path):
     path = video(tmp_path / "a.mp4", seconds=6)
     for seconds in (0.0, 2.6, 5.9):
