@@ -580,8 +580,10 @@ def test_full_disk(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.partial").rglob(".tmp-*"))
     monkeypatch.undo()
-    report, _ = converted("messages", tmp_path / "out", path)
+    said: list[str] = []
+    report, _ = converted("messages", tmp_path / "out", path, log=said.append)
     assert report["kept"] == 4
+    assert said == ["going on behind 0 items, 0 of them kept"]  # and does not take itself for another command
 
 
 def test_two_processes_do_not_write_the_same_folder(tmp_path):

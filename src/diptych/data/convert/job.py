@@ -4,8 +4,8 @@ FOLDER/records.jsonl   FOLDER/images/ab/ab12....jpg   FOLDER/report.json
 
 1. Everything is written to FOLDER.partial, which becomes FOLDER by one rename when all is done: FOLDER is never half-written.
 2. Pictures are named by a hash of their bytes and appear by a rename, so one that is written twice is the same file.
-3. Every `CHECKPOINT_DRAFTS` drafts the lengths of the files are noted. A job that goes on cuts them there, and passes the drafts that
-   were seen, which is quick: pictures are opened for new drafts only.
+3. At the start and every `CHECKPOINT_DRAFTS` drafts the lengths of the files are noted. A job that goes on cuts them there, and
+   passes the drafts that were seen, which is quick: pictures are opened for new drafts only.
 """
 
 from __future__ import annotations
@@ -97,6 +97,8 @@ class _Job:
         self._restore()
         self.records = (folder / "records.jsonl").open("ab")
         self.listed = self.problem_file.open("ab")
+        if not self.seen:
+            self._checkpoint()  # so that the same command knows its own beginning, should the disk be full soon
 
     def close(self) -> None:
         self.records.close()
@@ -198,8 +200,8 @@ class _Job:
         except (OSError, ValueError):
             state = {}
         if state.get("settings") != self.settings:
-            if any(self.folder.glob("*.json*")):
-                self.log(f"{self.folder} holds the beginning of another conversion, or too little to go on with: starting over")
+            if any(path.stat().st_size for path in self.folder.glob("*.json*")):
+                self.log(f"{self.folder} holds the beginning of another conversion: starting over")
             for path in self.folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
