@@ -783,9 +783,6 @@ def test_old_files_split_as_before(tmp_path):
             assert [source[i].prompt.text for i in range(len(expected) + 1)] == [*expected, expected[0]]
             assert source.size == len(expected)
     assert open_source(str(path), 30).size == 29
-    (tmp_path / "a.parquet").touch()
-    with pytest.raises(ValueError, match="has no random access; make records of it first: diptych data convert"):
-        open_source(str(tmp_path / "a.parquet"))
 
 
 def test_missing_pictures_far_down_are_found_when_the_file_is_opened(tmp_path, monkeypatch):

@@ -88,7 +88,7 @@ class RunConfig(Config):
 
 
 class MixtureSource(Config):
-    """One data set of a mixture: a JSONL file of records, or a built-in source such as `storyboard:interleaved`."""
+    """One data set of a mixture: a file, folder or pattern of files (docs/data.md), or a built-in one such as `storyboard:interleaved`."""
 
     name: str
     weight: float = Field(1.0, gt=0)

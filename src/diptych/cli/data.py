@@ -56,15 +56,15 @@ def convert(
 
 @data_app.command(epilog="Example: diptych data inspect data/activitynet/records.jsonl --model storyboard --out page.html")
 def inspect(
-    file: Annotated[Path, typer.Argument(help="a .jsonl file of records")],
+    file: Annotated[Path, typer.Argument(help="records, as training reads them: a file, folder or pattern of files, or storyboard:...")],
     model: Annotated[str | None, typer.Option(help="count tokens for this model: packaged name, checkpoint folder or hub id")] = None,
     out: Annotated[Path | None, typer.Option(help="also write a page with a sample of the records to this .html file")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="records on the page")] = 12,
-    max_lines: Annotated[int | None, typer.Option(min=1, help="read only the first so many lines")] = None,
+    max_lines: Annotated[int | None, typer.Option(min=1, help="read only the first so many lines or rows")] = None,
     seed: int = 0,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """What is in a file of records and what is wrong with it; every picture is opened. Exits with 1 on problems."""
+    """What is in a data set and what is wrong with it; every picture is opened. Exits with 1 on problems."""
     from diptych.data.inspect import inspect_records, render_lines, summary
     from diptych.models import load_model
     from diptych.report.records import records_page
