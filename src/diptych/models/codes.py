@@ -78,7 +78,7 @@ def tokenizer_hash(model: UnifiedModel) -> str:
 
 def _hash(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(flat.numpy(), digest_size=16, person=_kind(tensor)).hexdigest()
+    return hashlib.blake2b(flat.numpy().tobytes(), digest_size=16, person=_kind(tensor)).hexdigest()
 
 
 def _kind(tensor: Tensor) -> bytes:
