@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -29,6 +30,7 @@ from diptych.cli import app
 from diptych.data import JsonlFile, Mixture, Problems, open_source
 from diptych.data.convert import KINDS, Options, run
 from diptych.data.convert.activitynet import events
+from diptych.data.convert.job import _Job
 from diptych.data.convert.journeydb import caption
 from diptych.data.convert.pictures import frame_at
 from diptych.data.exclude import Exclusion, dhash
@@ -122,6 +124,17 @@ def test_events_by_hand():
     assert [s for _, _, s in events(entry)] == ["a", "c"]
 
 
+def test_events_past_the_end_of_a_video(tmp_path):
+    video(tmp_path / "videos" / "v_a.mp4")
+    timestamps, sentences = [[0, 4], [6, 8], [10, 30], [20, 25]], ["one", "two", "three", "four"]
+    (tmp_path / "a.json").write_text(json.dumps({"v_a": {"duration": 12.0, "timestamps": timestamps, "sentences": sentences}}))
+    report, (line,) = converted("activitynet", tmp_path / "out", tmp_path / "a.json", media=tmp_path / "videos")
+    assert texts(line)[::2] == ["one", "two", "three"]
+    pictures = [tmp_path / "out" / block["image"] for block in line["messages"][1]["content"] if block["type"] == "image"]
+    assert [second_of(p) for p in pictures] == [2, 7, 11]  # the third is cut at 12
+    assert [(item["where"], item["cause"]) for item in report["items"]] == [(f"{tmp_path / 'a.json'}:v_a:event 4", "event past the end")]
+
+
 def test_frames_of_a_video(tmp_path):
     path = video(tmp_path / "a.mp4", seconds=6)
     for seconds in (0.0, 2.6, 5.9):
@@ -163,6 +176,20 @@ def test_openstory(tmp_path):
     assert report["skipped"] == {"too few pictures": 2, "annotation of another frame": 1, "missing picture": 1, "not a record": 1}
 
 
+def test_openstory_windows_span_no_missing_frame(tmp_path):
+    keys = [f"abcdefghijk_keyframe_00-00-{i:02}-000" for i in range(12)]
+    rows = [{"__key__": key, "video_id": "abcdefghijk", "time_stamp": key[-12:], "json": {"caption": "" if i == 8 else f"c{i}"}}
+            for i, key in enumerate(keys)]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "story-0.parquet")
+    (tmp_path / "frames").mkdir()
+    for i in set(range(12)) - {2, 3}:
+        picture(i).save(tmp_path / "frames" / f"{keys[i]}.jpg")
+    report, lines = converted("openstory", tmp_path / "out", tmp_path, media=tmp_path / "frames")
+    # c0 c1 | c4 c5 c6 c7 | c9 c10 c11: without frames 2 and 3, and without a caption of 8
+    assert [texts(line)[::2] for line in lines] == [["c4", "c5", "c6", "c7"], ["c9", "c10", "c11"]]
+    assert report["skipped"] == {"missing picture": 2, "too few pictures": 2, "not a record": 1}
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_journeydb(tmp_path, packed):
     split = tmp_path / "train"
@@ -176,7 +203,7 @@ def test_journeydb(tmp_path, packed):
                 archive.add(path, arcname=path.name)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     report, lines = converted("journeydb", tmp_path / "out", split)
-    assert [texts(line, 0) for line in lines] == [["A red fox in the snow."], ["a small house people"], ["A boat."]]
+    assert [texts(line, 0) for line in lines] == [["A red fox in the snow."], ["a small house"], ["A boat."]]
     assert all(texts(line) == ["*"] and line["license"].startswith("JourneyDB terms") for line in lines)
     assert report["skipped"] == {"broken line": 1, "duplicate id": 1, "missing picture": 1, "not a record": 1}
 
@@ -185,6 +212,31 @@ def test_captions_of_journeydb():
     assert caption({"prompt": "<https://s.mj.run/ab> a fox,  red --ar 3:2 --stylize 500 --v 4"}) == "a fox, red"
     assert caption({"prompt": "x", "Task2": {"Caption": "A fox."}}) == "A fox."
     assert caption({"prompt": "a well-known -- almost --- road 3:2"}) == "a well-known -- almost --- road 3:2"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("a beach --no people --ar 3:2", "a beach"),  # what follows `no` is not in the picture
+        ("a beach --style raw", "a beach"),
+        ("a beach —ar 16:9", "a beach"),
+        ("a beach, at dusk –v4", "a beach, at dusk"),
+        ("a beach--AR 3:2", "a beach"),
+        ("--v 5 a beach", None),
+        ("a fox::2 snow:: , night", "a fox snow, night"),
+        ("a beach::2 people::-0.5", "a beach"),  # a negative weight is Midjourney's other way of saying no
+        ("a well -known, half-timbered - and old - house", "a well -known, half-timbered - and old - house"),
+        ("a tree — no leaves", "a tree — no leaves"),
+        ("a tree --nothing else", "a tree --nothing else"),  # no flag of theirs
+        ("a road—no end", "a road—no end"),
+    ],
+)
+def test_flags_end_a_prompt(prompt, text):
+    if text is None:
+        with pytest.raises(ValueError, match="neither a caption nor a prompt"):
+            caption({"prompt": prompt})
+    else:
+        assert caption({"prompt": prompt}) == text
 
 
 def test_emova(tmp_path):
@@ -197,6 +249,16 @@ def test_emova(tmp_path):
     (line,) = lines
     assert [texts(line, i) for i in range(4)] == [["*", "What is this?"], ["A kettle."], ["Is it hot?"], ["Yes."]]
     assert report["skipped"] == dict.fromkeys(["missing picture", "no picture", "not a record", "speech", "unreadable picture"], 1)
+
+
+def test_emova_subsets_that_count_alike(tmp_path):
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cat."}]
+    picture(0).save(tmp_path / "0.png")
+    for subset in ("cats", "dogs"):
+        (tmp_path / "annotations" / f"{subset}.json").parent.mkdir(exist_ok=True)
+        (tmp_path / "annotations" / f"{subset}.json").write_text(json.dumps([{"id": "0", "image": "0.png", "conversations": turns}]))
+    report, lines = converted("emova", tmp_path / "out", tmp_path / "annotations")
+    assert ([line["id"] for line in lines], report["skipped"]) == (["cats/0", "dogs/0"], {})
 
 
 def test_emova_from_the_hub(tmp_path):
@@ -215,6 +277,31 @@ def test_vist(tmp_path):
     report, (line,) = converted("vist", tmp_path / "out", PUBLISHED / "train.story-in-sequence.json", media=tmp_path)
     assert texts(line) == ["We met.", "*", "Tom was late.", "*"]
     assert report["skipped"] == {"missing picture": 1, "not a record": 1}
+
+
+def test_numbers_of_pictures_hold_for_every_kind(tmp_path):
+    for photo in (100, 101, 102):
+        picture(photo).save(tmp_path / f"{photo}.png")
+    story = PUBLISHED / "train.story-in-sequence.json"  # one of its stories is whole, and has two pictures
+    for name, limits, cause in (("few", {"min_images": 3}, "too few pictures"), ("many", {"max_images": 1}, "too many pictures")):
+        with pytest.raises(ValueError, match=rf"nothing of .* was kept; skipped: .*'{cause}': 1"):
+            converted("vist", tmp_path / name, story, media=tmp_path, **limits)
+    rows = messages_file(tmp_path / "in", 2).read_text().splitlines()
+    two = json.loads(rows[1])
+    two["messages"][1]["content"] *= 8
+    (tmp_path / "in" / "rows.jsonl").write_text(f"{rows[0]}\n{json.dumps(two)}\n")
+    for limits, kept in (({}, ["m-0", "m-1"]), ({"min_images": 2}, ["m-1"]), ({"max_images": 7}, ["m-0"])):
+        _, lines = converted("messages", tmp_path / f"out-{len(kept)}-{kept[0]}", tmp_path / "in" / "rows.jsonl", **limits)
+        assert [line["id"] for line in lines] == kept
+
+
+def test_stories_with_an_empty_sentence(tmp_path):
+    for photo in (100, 101, 102):
+        picture(photo).save(tmp_path / f"{photo}.png")
+    story = tmp_path / "story.json"
+    story.write_text((PUBLISHED / "train.story-in-sequence.json").read_text().replace("Tom was late.", " "))
+    with pytest.raises(ValueError, match=r"nothing of .* was kept; skipped: .*'empty step': 1"):
+        converted("vist", tmp_path / "out", story, media=tmp_path)
 
 
 def test_comm(tmp_path):
@@ -424,6 +511,37 @@ def test_killed_again_and_again_gives_the_same_bytes(tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_record_that_was_skipped_blocks_no_other(tmp_path, monkeypatch):
+    path = messages_file(tmp_path / "in", 4)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["messages"][1]["content"][0]["image"] = "gone.png"
+    for row in rows:
+        row["id"] = "a"
+    rows.append({**rows[3], "id": "b"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report, lines = converted("messages", tmp_path / "out", path)
+    assert [(line["id"], line["messages"][0]["content"][0]["text"]) for line in lines] == [("a", "draw 1"), ("b", "draw 3")]
+    assert [item["cause"] for item in report["items"]] == ["missing picture", "duplicate id", "duplicate id"]
+    assert all(item["detail"] == f"a stood in {path}:2" for item in report["items"][1:])
+    monkeypatch.setattr("diptych.data.convert.job.CHECKPOINT_DRAFTS", 1)
+    with monkeypatch.context() as patch:  # stopped at every place, and gone on with
+        for _ in range(6):
+            patch.setattr("diptych.data.convert.job._Job._checkpoint", stopping(_Job._checkpoint))
+            with contextlib.suppress(KeyboardInterrupt):
+                converted("messages", tmp_path / "again", path)
+    converted("messages", tmp_path / "again", path)
+    assert tree(tmp_path / "again") == tree(tmp_path / "out")
+
+
+def stopping(checkpoint):
+    def then_stop(self, done=False):
+        checkpoint(self, done)
+        if not done:
+            raise KeyboardInterrupt
+
+    return then_stop
+
+
 def test_a_second_run_is_the_same_and_does_nothing(tmp_path):
     path = messages_file(tmp_path / "in", 4)
     converted("messages", tmp_path / "a", path)
@@ -462,8 +580,10 @@ def test_full_disk(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.partial").rglob(".tmp-*"))
     monkeypatch.undo()
-    report, _ = converted("messages", tmp_path / "out", path)
+    said: list[str] = []
+    report, _ = converted("messages", tmp_path / "out", path, log=said.append)
     assert report["kept"] == 4
+    assert said == ["going on behind 0 items, 0 of them kept"]  # and does not take itself for another command
 
 
 def test_two_processes_do_not_write_the_same_folder(tmp_path):
@@ -550,7 +670,66 @@ def test_exclusion_of_videos(tmp_path):
         converted(
             "activitynet", tmp_path / "out", PUBLISHED / "activitynet.json", media=tmp_path / "videos", exclude=[tmp_path / "val.json"]
         )
-    assert Exclusion({"one"}).reason(("v_one", "one"), ()) == "id one is in the exclusion list"
+    assert Exclusion({("", "one")}).reason("activitynet", ("v_one", "one"), ()) == "id one is in the exclusion list"
+
+
+INTERLEAVEDBENCH = [
+    {"id": "wikihow_next_step_0_000123", "image": ["wiki_images_test/000124_0_0.png"], "task_name": "wikihow_next_step",
+     "conversations": [{"from": "human", "value": "Continue. <image>"}]},
+    {"id": "activity_5", "image": ["activity/v_abc_1.png", "activity/v_-1_4567890_2/12.jpg"], "task_name": "activity_generation"},
+    {"id": "storytelling_9", "image": ["vist/4567890.jpg", "images/881.png"], "task_name": "storytelling_generation"},
+]  # fmt: skip
+OPENING = [{"total_uid": "0901007", "meta_task_id": "9", "subtask_id": "1", "data_id": "7", "conversations": [
+    {"output": [{"image": "0901007-o-0.jpg", "text": "Mix."}, {"image": "1.jpg", "text": None}]}]}]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("source", "id", "excluded"),
+    [
+        ("wikihow", "000123", True),  # the article, as the record's id says
+        ("wikihow", "123", True),
+        ("wikihow", "000124", True),  # the article, as the picture's name says
+        ("wikihow", "000124_0_0", True),
+        ("wikihow", "000124_0_0.png", True),
+        ("wikihow", "000125", False),
+        ("messages", "000123", False),  # a number of another data set
+        ("messages", "wikihow_next_step_0_000123", True),
+        ("activitynet", "v_abc", True),
+        ("activitynet", "v_-1_4567890", True),  # numbers in YouTube's own ids
+        ("openstory", "-1_4567890", True),  # the same video in another data set
+        ("activitynet", "v_abcd", False),
+        ("vist", "4567890", True),  # a photograph
+        ("emova", "4567890", False),
+        ("vist", "881", False),
+        ("vist", "7", False),  # OpenING's `data_id`
+        ("messages", "7", False),
+        ("messages", "1", False),
+        ("comm", "0901007-o-0", True),
+    ],
+)
+def test_what_benchmarks_say_of_their_sources(tmp_path, source, id, excluded):
+    (tmp_path / "interleaved_bench.json").write_text(json.dumps(INTERLEAVEDBENCH))
+    (tmp_path / "test_data.jsonl").write_text(json.dumps(OPENING[0]) + "\n")
+    exclusion = Exclusion.load([tmp_path], Problems())
+    assert (exclusion.reason(source, [id], ()) is not None) == excluded
+
+
+def test_names_of_a_benchmarks_pictures(tmp_path):
+    """Where its lists say nothing, a benchmark's picture files do."""
+    for name in ("wiki_images_test/000123_0_0.png", "v_abc/7.png", "3.png", "image_4.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        PIL.Image.new("RGB", (9, 9)).save(tmp_path / name)
+    assert Exclusion.load([tmp_path], Problems()).ids == {
+        ("wikihow", "000123_0_0.png"), ("wikihow", "000123_0_0"), ("wikihow", "000123"), ("wikihow", "123"), ("", "v_abc"), ("", "abc"),
+    }  # fmt: skip
+
+
+def test_numbers_name_their_source(tmp_path):
+    """Records of ours, a list that is keyed, and a list of the user's: a number counts where its source is known, or the user says it."""
+    lists = {"records.jsonl": '{"source": "emova", "id": "12"}', "keyed.json": '{"5": {"story_id": "6"}}', "own.txt": "33\n"}
+    for name, content in lists.items():
+        (tmp_path / name).write_text(content)
+    assert Exclusion.load([tmp_path], Problems()).ids == {("emova", "12"), ("vist", "6"), ("", "33")}
 
 
 # --- records -----------------------------------------------------------------------------------------------------------------
@@ -604,9 +783,6 @@ def test_old_files_split_as_before(tmp_path):
             assert [source[i].prompt.text for i in range(len(expected) + 1)] == [*expected, expected[0]]
             assert source.size == len(expected)
     assert open_source(str(path), 30).size == 29
-    (tmp_path / "a.parquet").touch()
-    with pytest.raises(ValueError, match="has no random access; make records of it first: diptych data convert"):
-        open_source(str(tmp_path / "a.parquet"))
 
 
 def test_missing_pictures_far_down_are_found_when_the_file_is_opened(tmp_path, monkeypatch):
@@ -687,6 +863,20 @@ def test_inspect_counts_and_shows(tiny_model, tmp_path):
     assert "http" not in page.replace("http-equiv", "")  # nothing is loaded from elsewhere
     with pytest.raises(ValueError, match="does not exist"):
         inspect_records(tmp_path / "none.jsonl")
+
+
+def test_empty_steps_are_left_out_and_reported(tmp_path):
+    rows = [json.loads(line) for line in messages_file(tmp_path, 4).read_text().splitlines()]
+    rows[1]["messages"][1]["content"].insert(0, {"type": "text", "text": ""})
+    rows[2]["messages"][1]["content"].append({"type": "text", "text": " \n"})
+    rows[3]["messages"][0]["content"] = [{"type": "text", "text": ""}, {"type": "image", "image": "3.png"}]  # no answer: no step
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = inspect_records(tmp_path / "rows.jsonl")
+    assert [(p.where.rsplit(":", 1)[1], p.cause, p.detail[:25]) for p in found.problems.found] == [
+        ("2", "empty step", "block 0 of message 2 is a"), ("3", "empty step", "block 1 of message 2 is a"),
+    ]  # fmt: skip
+    report, lines = converted("messages", tmp_path / "out", tmp_path / "rows.jsonl")
+    assert ([line["id"] for line in lines], report["skipped"]) == (["m-0", "m-3"], {"empty step": 2})
 
 
 def test_commands(tmp_path):

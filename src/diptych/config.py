@@ -85,10 +85,18 @@ class RunConfig(Config):
     lora: LoraConfig | None = Field(None, description="train adapters; None: train all but the image tokenizer")
     gradient_checkpointing: bool = False
     image_size: int | None = Field(None, ge=1, description="pixels a side of drawn pictures (Emu3); None: the family's own")
+    code_cache: str | None = Field(None, description="folder for the codes of data sets' pictures; None: encoded at every use")
+
+    @model_serializer(mode="wrap")
+    def _without_cache(self, handler: Any) -> dict[str, Any]:
+        found = handler(self)
+        if self.code_cache is None:
+            found.pop("code_cache", None)  # so that runs saved before there was one resume
+        return found
 
 
 class MixtureSource(Config):
-    """One data set of a mixture: a JSONL file of records, or a built-in source such as `storyboard:interleaved`."""
+    """One data set of a mixture: a file, folder or pattern of files (docs/data.md), or a built-in one such as `storyboard:interleaved`."""
 
     name: str
     weight: float = Field(1.0, gt=0)

@@ -32,8 +32,10 @@ def convert(
     exclude: Annotated[list[Path] | None, typer.Option(help="a benchmark's pictures or ids, file or folder; may be repeated")] = None,
     prompt: Annotated[str | None, typer.Option(help="the request's text, with fields such as {title}; left out: the kind's own")] = None,
     image_size: Annotated[int | None, typer.Option(min=8, help="cut pictures square, so many pixels a side; left out: as they are")] = None,
-    min_images: Annotated[int | None, typer.Option(min=1, help="leave out documents with fewer; left out: the kind's own")] = None,
-    max_images: Annotated[int, typer.Option(min=1, help="pictures of one document (video, story and how-to kinds)")] = 6,
+    min_images: Annotated[int | None, typer.Option(min=1, help="leave out records with fewer; left out: the kind's own")] = None,
+    max_images: Annotated[
+        int | None, typer.Option(min=1, help="leave out records with more, or end them there (see docs/data.md); left out: end at 6")
+    ] = None,
     share: Annotated[float, typer.Option(min=0, max=1, help="a fixed random share of the records")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the share")] = 0,
     max_records: Annotated[int | None, typer.Option(min=1, help="stop after so many")] = None,
@@ -54,15 +56,15 @@ def convert(
 
 @data_app.command(epilog="Example: diptych data inspect data/activitynet/records.jsonl --model storyboard --out page.html")
 def inspect(
-    file: Annotated[Path, typer.Argument(help="a .jsonl file of records")],
+    file: Annotated[Path, typer.Argument(help="records, as training reads them: a file, folder or pattern of files, or storyboard:...")],
     model: Annotated[str | None, typer.Option(help="count tokens for this model: packaged name, checkpoint folder or hub id")] = None,
     out: Annotated[Path | None, typer.Option(help="also write a page with a sample of the records to this .html file")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="records on the page")] = 12,
-    max_lines: Annotated[int | None, typer.Option(min=1, help="read only the first so many lines")] = None,
+    max_lines: Annotated[int | None, typer.Option(min=1, help="read only the first so many lines or rows")] = None,
     seed: int = 0,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """What is in a file of records and what is wrong with it; every picture is opened. Exits with 1 on problems."""
+    """What is in a data set and what is wrong with it; every picture is opened. Exits with 1 on problems."""
     from diptych.data.inspect import inspect_records, render_lines, summary
     from diptych.models import load_model
     from diptych.report.records import records_page

@@ -1,4 +1,4 @@
-"""Keeping benchmarks out of training data: by source id, and by a perceptual hash of pictures.
+"""Keeping benchmarks out of training data: by source id (`source_ids`), and by a perceptual hash of pictures.
 
 The hash (dHash, 64 bits): the picture in grey at 9 x 8 pixels; a bit says whether a pixel is brighter than its right neighbour. It
 survives scaling, JPEG and changes of brightness. Whole pictures and their central squares are both compared, because converters crop.
@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
 
 from diptych.data.problems import Problems
 from diptych.data.readers import read_rows
+from diptych.data.source_ids import ENDINGS as PICTURES
+from diptych.data.source_ids import Id, ids_in, ids_of_picture, is_small
 from diptych.document import open_image
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 LISTS = (".json", ".jsonl", ".parquet")
-ID_KEYS = ("id", "data_id", "video_id", "story_id", "photo_flickr_id", "orig_id", "source_id", "image_id")
 MAX_DISTANCE = 4  # of 64 bits; unrelated pictures differ by about 32, with a standard deviation of about 4 to 8
 FLAT = 6  # grey levels: pictures with less contrast than this have no pattern to compare
 
@@ -47,17 +46,17 @@ def hashes(picture: PIL.Image.Image) -> set[int]:
 
 
 class Exclusion:
-    """Ids and pictures that training data may not contain."""
+    """Ids and pictures that training data may not contain. `ids`: (source, id); the source is empty where it may be any."""
 
-    def __init__(self, ids: Iterable[str] = (), pictures: Iterable[int] = (), max_distance: int = MAX_DISTANCE) -> None:
+    def __init__(self, ids: Iterable[Id] = (), pictures: Iterable[int] = (), max_distance: int = MAX_DISTANCE) -> None:
         self.ids = frozenset(ids)
         self.pictures = np.array(sorted(set(pictures)), dtype=np.uint64)  # (N,)
         self.max_distance = max_distance
 
-    def reason(self, ids: Iterable[str], pictures: Iterable[PIL.Image.Image]) -> str | None:
-        """Why a record with these ids and pictures is left out; None where it may stay."""
+    def reason(self, source: str, ids: Iterable[str], pictures: Iterable[PIL.Image.Image]) -> str | None:
+        """Why a record of `source` with these ids and pictures is left out; None where it may stay."""
         for id in ids:
-            if id in self.ids:
+            if ("", id) in self.ids or (source, id) in self.ids:
                 return f"id {id} is in the exclusion list"
         if len(self.pictures) == 0:
             return None
@@ -70,14 +69,15 @@ class Exclusion:
 
     @classmethod
     def load(cls, paths: Iterable[Path], problems: Problems, max_distance: int = MAX_DISTANCE) -> Exclusion:
-        """From files and folders (searched below): pictures, `.txt` with an id a line, and JSON, JSONL or parquet files with ids.
+        """From files and folders (searched below): pictures, `.txt` with an id a line, and JSON, JSONL or parquet files.
 
-        In those an id is the value of `id`, `data_id`, `video_id`, `story_id`, ... at any depth, and, of a JSON object that is
-        keyed by video, its keys. Paths of pictures in them are not followed: give the pictures' folder.
+        What an entry of those says of its source is in `source_ids.ids_in`; of a JSON object that is keyed by video, its keys are
+        ids too. Names of pictures are read as well; paths of pictures in lists are not followed: give the pictures' folder. A line of
+        a `.txt` is taken as it stands, for every source.
 
         Raises ValueError where a path does not exist or holds nothing of the kind.
         """
-        ids: set[str] = set()
+        ids: set[Id] = set()
         pictures: set[int] = set()
         for path in paths:
             if not path.exists():
@@ -87,12 +87,13 @@ class Exclusion:
             for file in files:
                 suffix = file.suffix.lower()
                 if suffix in PICTURES:
+                    ids |= set(ids_of_picture(file.relative_to(path.parent).as_posix()))
                     try:
                         pictures |= hashes(open_image(file))
                     except ValueError as error:
                         problems.report(str(file), "exclusion not read", error)
                 elif suffix == ".txt":
-                    ids |= {line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()}
+                    ids |= {("", line.strip()) for line in file.read_text(errors="replace").splitlines() if line.strip()}
                 elif suffix in LISTS:
                     ids |= set(_ids_of(file, problems))
             if len(ids) + len(pictures) == before:
@@ -102,27 +103,15 @@ class Exclusion:
         return cls(ids, pictures, max_distance)
 
 
-def _ids_of(file: Path, problems: Problems) -> Iterator[str]:
+def _ids_of(file: Path, problems: Problems) -> Iterator[Id]:
     if file.suffix.lower() == ".json":
         try:
             value = json.loads(file.read_bytes())
         except ValueError as error:
             return problems.report(str(file), "exclusion not read", error)
         if isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
-            yield from value  # ActivityNet: keyed by video
-        yield from _walk(value)
+            yield from (("", key) for key in value if not is_small(key))  # ActivityNet: keyed by video
+        yield from ids_in(value)
         return
     for row in read_rows(file, problems):
-        yield from _walk(row.value)
-
-
-def _walk(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if key in ID_KEYS and isinstance(inner, str | int) and not isinstance(inner, bool):
-                yield str(inner)
-            else:
-                yield from _walk(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _walk(inner)
+        yield from ids_in(row.value)

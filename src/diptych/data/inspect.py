@@ -1,23 +1,30 @@
-"""A look into a file of records: what is in it, what is wrong with it, how long its examples are for a model."""
+"""A look into records: what is in it, what is wrong with it, how long its examples are for a model."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from diptych.data.jsonl import Record, answer_places, make_record, missing_pictures
+from diptych.data.convert.messages import id_of, messages_of
+from diptych.data.convert.pictures import MissingPicture
+from diptych.data.jsonl import Record, answer_places, empty_step, make_record, missing_pictures
 from diptych.data.problems import Problems
-from diptych.data.readers import json_lines
-from diptych.document import Document, Image
+from diptych.data.readers import Row, json_lines, read_rows
+from diptych.data.records import has_records, open_source, record_files
+from diptych.data.rows import BROKEN, make_row_record, row_answers
+from diptych.document import Document, Image, Text
 from diptych.models import UnifiedModel
 from diptych.runtime import rng as make_rng
+
+ENDLESS = 1000  # records of a source without end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +65,11 @@ def inspect_records(
     max_lines: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Inspection:
-    """Reads a JSONL file of records and opens every picture (of the first `max_lines` lines). Broken lines are reported, not raised.
+    """Reads what `open_source` reads, and the compressed files that it refuses, and opens every picture (of the first `max_lines` rows).
 
-    Raises ValueError where the file does not exist or has no line.
+    Broken rows are reported, not raised. Of a `storyboard:` source, which has no end, 1,000 records are read where `max_lines` says
+    nothing. Raises ValueError where there is no such file, or nothing in it.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give the .jsonl file of records")
     problems = Problems()
     sources, licenses, sizes = Counter[str](), Counter[str](), Counter[str]()
     images, words, tokens = list[int](), list[int](), list[int]()
@@ -71,31 +77,29 @@ def inspect_records(
     kept: list[Sample] = []
     rng = make_rng(seed, 11)
     num_lines = num_records = num_prompts = 0
-    with path.open("rb") as stream:
-        for row in json_lines(stream, str(path), path.parent, problems):
-            if max_lines is not None and num_lines >= max_lines:
-                break
-            num_lines += 1
-            progress(num_lines)
-            for record in _records(row.value, row.where, path, problems, ids):
-                num_records += 1
-                num_prompts += record.answer is None
-                sources[record.source] += 1
-                licenses[record.license or "not given"] += 1
-                shown = [*record.prompt.images, *(record.answer.images if record.answer else [])]
-                sizes.update(f"{p.pixels.width} x {p.pixels.height}" for p in shown if p.pixels)
-                images.append(len(shown))
-                words.append(len(record.prompt.text.split()) + len(record.answer.text.split() if record.answer else []))
-                length, note = _num_tokens(model, record) if model else (None, "")
-                if note:
-                    problems.report(row.where, "cannot be encoded", note, record.id)
-                if length is not None:
-                    tokens.append(length)
-                sample = Sample(row.where, record, length, note)
-                if len(kept) < num_samples:
-                    kept.append(sample)
-                elif (place := int(rng.integers(num_records))) < num_samples:  # every record is shown with the same probability
-                    kept[place] = sample
+    rows = _rows(str(path), problems, ids, max_lines or ENDLESS)
+    for where, records in itertools.islice(rows, max_lines):
+        num_lines += 1
+        progress(num_lines)
+        for record in records:
+            num_records += 1
+            num_prompts += record.answer is None
+            sources[record.source] += 1
+            licenses[record.license or "not given"] += 1
+            shown = [*record.prompt.images, *(record.answer.images if record.answer else [])]
+            sizes.update(f"{p.pixels.width} x {p.pixels.height}" for p in shown if p.pixels)
+            images.append(len(shown))
+            words.append(len(record.prompt.text.split()) + len(record.answer.text.split() if record.answer else []))
+            length, note = _num_tokens(model, record) if model else (None, "")
+            if note:
+                problems.report(where, "cannot be encoded", note, record.id)
+            if length is not None:
+                tokens.append(length)
+            sample = Sample(where, record, length, note)
+            if len(kept) < num_samples:
+                kept.append(sample)
+            elif (place := int(rng.integers(num_records))) < num_samples:  # every record is shown with the same probability
+                kept[place] = sample
     if not num_lines and not problems.found:
         raise ValueError(f"{path} is empty; at least one record is needed")
     return Inspection(
@@ -123,17 +127,68 @@ def _sorted(counts: Counter[str]) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def _records(line: dict[str, Any], where: str, path: Path, problems: Problems, ids: dict[str, str]) -> list[Record]:
-    id = str(line.get("id", ""))
+def _rows(name: str, problems: Problems, ids: dict[str, str], endless: int) -> Iterator[tuple[str, list[Record]]]:
+    """Place and records of each row."""
+    if name.startswith("storyboard:"):
+        source = open_source(name, endless)
+        yield from ((f"{name}:{index + 1}", [source[index]]) for index in range(endless))
+        return
+    for path in (paths := record_files(name)):
+        if len(paths) == 1 and has_records(path):
+            with path.open("rb") as stream:
+                for row in json_lines(stream, str(path), path.parent, problems):
+                    yield row.where, _records(row.value, row.where, path, problems, ids)
+        else:
+            for row in read_rows(path, problems):
+                yield row.where, _row_records(row, name, problems, ids)
+
+
+def _row_records(row: Row, name: str, problems: Problems, ids: dict[str, str]) -> list[Record]:
+    """Of a row of a data set, as training reads it."""
+    id = id_of(row)
+    _note_id(id, row.where, problems, ids)
+    try:
+        answers = row_answers(row)
+        messages_of(row)
+    except BROKEN as error:
+        problems.report(row.where, "not a record", f"{type(error).__name__}: {error}", id)
+        return []
+    try:
+        records = [make_row_record(row, place, name) for place in answers]
+    except MissingPicture as error:
+        problems.report(row.where, "missing picture", error, id)
+        return []
+    except BROKEN as error:
+        problems.report(row.where, "unreadable picture", error, id)
+        return []
+    if any(_has_empty_step(record) for record in records):
+        problems.report(row.where, "empty step", "an answer has an empty text beside its pictures", id)
+    return records
+
+
+def _has_empty_step(record: Record) -> bool:
+    answer = record.answer
+    return answer is not None and bool(answer.images) and any(isinstance(s, Text) and not s.text.strip() for s in answer)
+
+
+def _note_id(id: str, where: str, problems: Problems, ids: dict[str, str]) -> None:
     if id and id in ids:
         problems.report(where, "duplicate id", f"{id} stood in {ids[id]}", id)
     ids.setdefault(id, where)
+
+
+def _records(line: dict[str, Any], where: str, path: Path, problems: Problems, ids: dict[str, str]) -> list[Record]:
+    """Of a line in our own form."""
+    id = str(line.get("id", ""))
+    _note_id(id, where, problems, ids)
     try:
         places = answer_places(line)
         missing = missing_pictures(line, path.parent)
         if missing:
             problems.report(where, "missing picture", ", ".join(missing), id)
             return []
+        if empty := empty_step(line):
+            problems.report(where, "empty step", empty, id)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problems.report(where, "not a record", f"{type(error).__name__}: {error}", id)
         return []

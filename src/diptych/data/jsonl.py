@@ -120,6 +120,17 @@ def make_record(line: dict[str, Any], place: int, path: Path) -> Record:
     return Record(prompt, answer, str(line.get("source", path)), columns, str(line.get("id", "")), str(line.get("license", "")))
 
 
+def empty_step(line: dict[str, Any]) -> str:
+    """Where an answer with pictures has an empty text, in words; empty where none has."""
+    for number, message in enumerate(line["messages"], start=1):
+        blocks = message["content"]
+        if message["role"] == "assistant" and isinstance(blocks, list) and any(block["type"] == "image" for block in blocks):
+            for index, block in enumerate(blocks):
+                if block["type"] == "text" and not block["text"].strip():
+                    return f"block {index} of message {number} is an empty text beside pictures"
+    return ""
+
+
 def missing_pictures(line: dict[str, Any], folder: Path) -> list[str]:
     """Paths of pictures that do not exist. Raises ValueError for a block that is none."""
     missing = []

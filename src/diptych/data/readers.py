@@ -5,6 +5,7 @@ What is broken is reported (`Problems`) and passed over. JSONL, parquet and tar 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import tarfile
@@ -87,21 +88,39 @@ def _json(path: Path, problems: Problems) -> Iterator[Row]:
         yield from _as_row(value, f"{path}:entry {number}", path.parent, problems)
 
 
-def _parquet(path: Path, problems: Problems, columns: Sequence[str] | None) -> Iterator[Row]:
+def check_pyarrow(path: Path) -> None:
+    """Raises ValueError where the extra is not installed."""
     try:
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow.parquet  # noqa: F401
     except ImportError as error:
         raise ValueError(f"reading {path} needs the extra: pip install 'diptych[data]'") from error
-    number = 0
+
+
+@contextlib.contextmanager
+def parquet(path: Path) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`. Raises ValueError, from the opening to the end of the reading, for a file that is broken."""
+    check_pyarrow(path)
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def _parquet(path: Path, problems: Problems, columns: Sequence[str] | None) -> Iterator[Row]:
+    check_pyarrow(path)
+    number = 0
+    try:
+        with parquet(path) as file:
             known = None if columns is None else [c for c in columns if c in file.schema_arrow.names]
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=known):
                 for value in batch.to_pylist():
                     number += 1
                     yield Row(value, f"{path}:row {number}", path.parent)
-    except (pyarrow.ArrowException, OSError) as error:
+    except ValueError as error:
         problems.report(f"{path}:row {number + 1}", "unreadable file", f"{error}; the rest of the file was not read")
 
 
@@ -120,16 +139,21 @@ def _samples(path: Path, problems: Problems) -> Iterator[Row]:
 def _grouped(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, bytes]]]:
     key, files = "", dict[str, bytes]()
     for name, content in tar_members(path, problems):
-        place = PurePosixPath(name)
-        stem, _, ending = place.name.partition(".")
-        found = str(place.with_name(stem)) if stem else name
+        found, ending = sample_name(name)
         if found != key and files:
             yield key, files
             files = {}
         key = found
-        files[ending.lower()] = content
+        files[ending] = content
     if files:
         yield key, files
+
+
+def sample_name(name: str) -> tuple[str, str]:
+    """Key and ending of a member: `a/b.seg.PNG` is ("a/b", "seg.png")."""
+    place = PurePosixPath(name)
+    stem, _, ending = place.name.partition(".")
+    return str(place.with_name(stem)) if stem else name, ending.lower()
 
 
 def tar_members(path: Path, problems: Problems) -> Iterator[tuple[str, bytes]]:

@@ -1,4 +1,4 @@
-"""One record for all data sets: a prompt, an answer, and columns for rewards; from JSONL files or the Storyboard world.
+"""One record for all data sets: a prompt, an answer, and columns for rewards; from files or the Storyboard world.
 
 A JSONL line:
 
@@ -13,12 +13,18 @@ prompt. An answer that is not to be trained says `"loss": false` beside its role
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from diptych.data.jsonl import JsonlFile, Record
+from diptych.data.readers import shards, suffix_of
+from diptych.data.rows import RowFile
 from diptych.runtime import rng as make_rng
 from diptych.worlds.storyboard import conversations
 from diptych.worlds.storyboard.scene import Split
@@ -36,19 +42,15 @@ class Source:
 
 
 def open_source(name: str, num_records: int | None = None, *, seed: int = 0, split: Split = "train") -> Source:
-    """A JSONL file, or `storyboard:interleaved|text_to_image|understanding|text|prompts`.
+    """A file, a folder or a pattern of files, or `storyboard:interleaved|text_to_image|understanding|text|prompts`.
 
-    Of a file, every 20th line is for validation. Raises ValueError for an unknown name, a missing or empty file, or a broken line
-    (with file and line number).
+    A JSONL file holds records as above. Parquet, tar and JSON files, folders of files, and patterns such as `data/train-*.parquet` hold
+    what `diptych data convert messages` reads. Every 20th line is for validation. Raises ValueError for an unknown name, a missing or
+    empty file, or a broken line (with file and line number).
     """
     if name.startswith("storyboard:"):
         return _storyboard(name, name.split(":", 1)[1], num_records, seed, split)
-    path = Path(name)
-    if not path.is_file():
-        raise ValueError(f"data set {name!r} does not exist; give a .jsonl file or one of: {', '.join(_storyboard_names())}")
-    if path.suffix.lower() in (".parquet", ".tar", ".tgz", ".gz"):
-        raise ValueError(f"{path} has no random access; make records of it first: diptych data convert messages {path} --out FOLDER")
-    file = JsonlFile(path, num_records)
+    file = _open_files(name, num_records)
     held_out = file.lines % 20 == 19
     if not held_out.any():
         held_out = file.lines == file.lines[-1]
@@ -56,6 +58,54 @@ def open_source(name: str, num_records: int | None = None, *, seed: int = 0, spl
     return Source(name, len(places), lambda index: file[int(places[index])])
 
 
+def _open_files(name: str, num_records: int | None) -> JsonlFile | RowFile:
+    files = record_files(name)
+    if len(files) == 1 and has_records(files[0]):
+        return JsonlFile(files[0], num_records)
+    return RowFile(files, name, num_records)
+
+
+def record_files(name: str) -> list[Path]:
+    """The files of a data set: a file, those of a folder (of a conversion's, its records), or what a pattern matches, by name.
+
+    Raises ValueError where there are none.
+    """
+    path = Path(name)
+    if (path / "records.jsonl").is_file():
+        return [path / "records.jsonl"]
+    if path.is_file():
+        return [path] if has_records(path) else shards(path)
+    if path.is_dir():
+        return shards(path)
+    if found := sorted(glob.glob(name)):
+        return [shard for match in found for shard in shards(Path(match))]
+    if _HUB_ID.fullmatch(name):
+        folder = name.rsplit("/", 1)[1]
+        raise ValueError(
+            f"data set {name!r} does not exist here, and training downloads nothing. If it is one of the hub, fetch it first: "
+            f"hf download {name} --repo-type dataset --revision COMMIT --local-dir {folder}; then give its files, such as "
+            f"'{folder}/data/train-*.parquet'"
+        )
+    raise ValueError(f"data set {name!r} does not exist; give a file or folder of records, or one of: {', '.join(_storyboard_names())}")
+
+
+def has_records(path: Path) -> bool:
+    """Whether a file is JSON lines with `messages`, whatever its name, if not that of another format; .json where its first line is one."""
+    suffix = suffix_of(path)
+    if suffix not in ("", ".json", ".jsonl") or path.suffix == ".gz":
+        return False
+    first = None
+    with path.open("rb") as stream:
+        if not stream.read(64).lstrip().startswith(b"["):
+            stream.seek(0)
+            with contextlib.suppress(ValueError):
+                first = json.loads(next((line for line in stream if line.strip()), b""))
+    if not isinstance(first, dict):
+        return suffix != ".json"
+    return "messages" in first or "prompt" not in first
+
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _KINDS = {"text_to_image": ("draw",), "understanding": ("describe", "question"), "text": ("event", "tell")}
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diptych.config import SamplingParams
 from diptych.document import Document, Image, Text
 from diptych.models.attention import Layout
+from diptych.models.codes import CodeCache
 from diptych.models.pixels import to_pixels
 from diptych.tokens import Modality, TokenBatch, TokenRow
 
@@ -98,6 +99,7 @@ class UnifiedModel(nn.Module, abc.ABC):
     vocab_size: int
     max_positions: int
     adapter: Any = None  # models.lora.LoraAdapter, where one is attached
+    code_cache: CodeCache | None = None
     _legal: Tensor | None = None
 
     # --- tensors -------------------------------------------------------------------------------------------------
@@ -279,8 +281,16 @@ class UnifiedModel(nn.Module, abc.ABC):
         if image.codes is not None:
             return image.codes
         assert image.pixels is not None
-        with torch.no_grad():
-            return self.encode_images(self.target_pixels(image.pixels)[None].to(self.device))[0].cpu()
+        return self.codes_of(self.target_pixels(image.pixels))
+
+    @torch.no_grad()
+    def codes_of(self, pixels: Tensor) -> Tensor:
+        """(num_positions, D) codes, on the CPU, of one picture as `encode_images` takes it; from `code_cache` where it is there."""
+
+        def encode() -> Tensor:
+            return self.encode_images(pixels[None].to(self.device))[0].cpu()
+
+        return encode() if self.code_cache is None else self.code_cache.codes(pixels, encode)
 
     def encode_segments(self, document: Document, *, answer: bool) -> TokenRow:
         """Segments to tokens. In an answer each segment is a step and everything but forced tokens is a choice."""

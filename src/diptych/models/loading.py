@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from diptych.config import RunConfig
 from diptych.models.base import UnifiedModel
+from diptych.models.codes import CodeCache
 from diptych.models.lora import DESCRIPTION, attach_lora, load_lora, read_description
 
 PACKAGED = ("storyboard",)
@@ -136,7 +137,10 @@ def open_policy(config: RunConfig, device: torch.device, checkpoint: Path | None
         )
     if config.gradient_checkpointing:
         enable_checkpointing(model)
-    return model.to(device)
+    model = model.to(device)
+    if config.code_cache is not None:
+        model.code_cache = CodeCache(Path(config.code_cache), model)
+    return model
 
 
 def enable_checkpointing(model: UnifiedModel) -> None:

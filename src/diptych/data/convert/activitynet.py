@@ -3,8 +3,9 @@
 Layout as published: one JSON object keyed by video id, `{"v_abc": {"duration": 82.7, "timestamps": [[0.8, 19.9], ...],
 "sentences": ["A man ...", " He ..."]}}` (train.json, val_1.json, val_2.json). --media: the videos, `v_abc.mp4` (or mkv, webm, ...).
 
-Our choices, where the paper is silent: events under a second are dropped; of two that overlap by more than 0.7 (IoU) the later is; the
-key frame is the one in the middle; the first --max-images events are kept.
+Our choices, where the paper is silent: events end where the video does (`duration`), and those that begin later are left out and counted;
+events under a second are dropped; of two that overlap by more than 0.7 (IoU) the later is; the key frame is the one in the middle; the
+first --max-images events are kept.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
     for id, entry in annotations.items():
         where = f"{options.input}:{id}"
         try:
-            chosen = events(entry)
+            chosen, past = events(entry), past_the_end(entry)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             problems.report(where, "not a record", f"{type(error).__name__}: {error}", id)
             continue
-        chosen = chosen[: options.max_images]
+        for number in past:
+            problems.report(f"{where}:event {number}", "event past the end", f"the video has {entry['duration']} seconds", id)
+        chosen = chosen[: options.cut_at]
         if len(chosen) < (options.min_images or 1):
             problems.report(where, "too few pictures", f"{len(chosen)} events are left", id)
             continue
@@ -49,16 +52,30 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
 
 
 def events(entry: dict[str, Any]) -> list[tuple[float, float, str]]:
-    """(start, end, sentence) in time order, without short and repeated ones."""
+    """(start, end, sentence) in time order, cut at the video's end, without short and repeated ones."""
     if len(entry["timestamps"]) != len(entry["sentences"]):
         raise ValueError(f"{len(entry['timestamps'])} timestamps and {len(entry['sentences'])} sentences")
-    found = [(float(start), float(end), str(s).strip()) for (start, end), s in zip(entry["timestamps"], entry["sentences"], strict=True)]
+    last = _duration(entry)
+    found = [
+        (float(start), min(float(end), last), str(s).strip())
+        for (start, end), s in zip(entry["timestamps"], entry["sentences"], strict=True)
+    ]
     kept: list[tuple[float, float, str]] = []
     for start, end, sentence in sorted(found, key=lambda event: event[:2]):
         repeated = any(_iou(start, end, a, b) > MAX_IOU for a, b, _ in kept)
         if sentence and end - start >= MIN_SECONDS and not repeated:
             kept.append((start, end, sentence))
     return kept
+
+
+def past_the_end(entry: dict[str, Any]) -> list[int]:
+    """Which events, counted from 1, begin when the video is over."""
+    last = _duration(entry)
+    return [number for number, (start, _) in enumerate(entry["timestamps"], start=1) if float(start) >= last]
+
+
+def _duration(entry: dict[str, Any]) -> float:
+    return float(entry.get("duration") or "inf")
 
 
 def _iou(a: float, b: float, c: float, d: float) -> float:

@@ -18,6 +18,7 @@ import torch
 from diptych.data.convert.draft import Block, Draft, Options, document
 from diptych.data.convert.pictures import Picture
 from diptych.data.problems import Problems
+from diptych.data.source_ids import names_of
 
 PROMPT = "Explain step by step, with pictures: {title}"
 
@@ -34,7 +35,7 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
         where = f"{options.input}:item {number}"
         id = str(item.get("data_id", "")) if isinstance(item, dict) else ""
         try:
-            title, told, names = _steps(item, pictures, options.max_images)
+            title, told, names = _steps(item, pictures, options.cut_at)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             problems.report(where, "not a record", f"{type(error).__name__}: {error}", id)
             continue
@@ -43,7 +44,13 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
             continue
         asked = options.instruction(PROMPT, title=title)
         columns = {"dataset_type": str(item.get("dataset_type", ""))}
-        yield Draft(id or f"item-{number}", where, document((asked,), tuple(told)), (id, *names), columns=columns)
+        yield Draft(
+            id or f"item-{number}",
+            where,
+            document((asked,), tuple(told)),
+            (id, *(name for path in names for name in names_of(path))),
+            columns=columns,
+        )
 
 
 def _steps(item: dict[str, Any], pictures: Any, most: int) -> tuple[str, list[Block], list[str]]:

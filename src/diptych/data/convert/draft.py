@@ -10,6 +10,7 @@ from typing import Any
 from diptych.data.convert.pictures import Picture
 from diptych.data.problems import Problems
 
+MAX_IMAGES = 6  # of a document that is cut
 Block = str | tuple[Picture]  # a text, or a picture in a tuple of one
 
 
@@ -34,18 +35,26 @@ class Draft:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the user asked for. `media`: the folder of pictures or videos that annotations point to. `prompt`: None: the kind's own."""
+    """What the user asked for. `media`: the folder of pictures or videos that annotations point to. `prompt`: None: the kind's own.
+
+    A record with fewer pictures than `min_images`, or more than `max_images`, is left out, of whatever kind. Kinds that make documents
+    of whole steps, or windows, end them at `cut_at` pictures.
+    """
 
     input: Path
     media: Path | None = None
     prompt: str | None = None
     min_images: int | None = None
-    max_images: int = 6
+    max_images: int | None = None
     license: str | None = None
     image_size: int | None = None
     share: float = 1.0
     seed: int = 0
     max_records: int | None = None
+
+    @property
+    def cut_at(self) -> int:
+        return MAX_IMAGES if self.max_images is None else self.max_images
 
     def media_folder(self, what: str) -> Path:
         """Raises ValueError where none was given, or it is no folder."""

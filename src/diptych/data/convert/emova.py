@@ -4,6 +4,8 @@ Layouts as published: the hub's parquet (`image` as bytes, `conversations`), and
 `annotations/SUBSET.json` with `{"id", "image": "SUBSET/0.png", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}` and
 picture paths relative to --media (left out: the folder above `annotations`).
 
+Of a folder's files each counts its ids anew, so `id` is then `SUBSET/ID`, SUBSET being the file's name.
+
 Rows with speech units or of the speech dialogues, and rows without a picture, are left out and counted. A conversation of several
 turns stays one record; each of its answers is trained. Which subsets the paper used is not published: choose files and --share.
 """
@@ -17,7 +19,7 @@ from typing import Any
 from diptych.data.convert.draft import Block, Draft, Message, Options
 from diptych.data.convert.pictures import Picture, resolve
 from diptych.data.problems import Problems
-from diptych.data.readers import read_rows
+from diptych.data.readers import Row, read_rows
 
 MARK = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -27,7 +29,8 @@ SPEECH = ("<|speech_", "user question text", "assistant response speech", "<audi
 def read(options: Options, problems: Problems) -> Iterator[Draft]:
     for number, row in enumerate(read_rows(options.input, problems)):
         value = row.value
-        id = str(value.get("id") or f"{options.input.stem}-{number}")
+        given = str(value.get("id") or f"{options.input.stem}-{number}")
+        id = f"{subset_of(row)}/{given}" if options.input.is_dir() and value.get("id") else given
         try:
             turns = [(ROLES[turn["from"]], str(turn["value"])) for turn in value["conversations"]]
             if any(mark in text for _, text in turns for mark in SPEECH):
@@ -42,7 +45,11 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
             problems.report(row.where, "not a record", f"{type(error).__name__}: {error}", id)
             continue
         names = [image for image in (value.get("image"),) if isinstance(image, str)]
-        yield Draft(id, row.where, messages, (id, *names))
+        yield Draft(id, row.where, messages, (given, *names))
+
+
+def subset_of(row: Row) -> str:
+    return Path(row.where.rpartition(":")[0]).stem
 
 
 def _root(folder: Path) -> Path:

@@ -4,8 +4,8 @@ FOLDER/records.jsonl   FOLDER/images/ab/ab12....jpg   FOLDER/report.json
 
 1. Everything is written to FOLDER.partial, which becomes FOLDER by one rename when all is done: FOLDER is never half-written.
 2. Pictures are named by a hash of their bytes and appear by a rename, so one that is written twice is the same file.
-3. Every `CHECKPOINT_DRAFTS` drafts the lengths of the files are noted. A job that goes on cuts them there, and passes the drafts that
-   were seen, which is quick: pictures are opened for new drafts only.
+3. At the start and every `CHECKPOINT_DRAFTS` drafts the lengths of the files are noted. A job that goes on cuts them there, and
+   passes the drafts that were seen, which is quick: pictures are opened for new drafts only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import PIL.Image
 from diptych.data.convert.draft import Draft, Kind, Options
 from diptych.data.convert.pictures import MissingPicture, encode, load
 from diptych.data.exclude import Exclusion
-from diptych.data.jsonl import answer_places
+from diptych.data.jsonl import answer_places, empty_step
 from diptych.data.problems import Problem, Problems
 from diptych.data.sampling import is_sampled
 from diptych.runs import atomic_text, is_disk_full
@@ -92,11 +92,13 @@ class _Job:
         self.problems = Problems(strict)
         self.seen = self.kept = self.num_images = self.not_sampled = self._written = 0
         self.done = False
-        self.ids: dict[str, str] = {}
+        self.ids: dict[str, str] = {}  # of the records that were kept, and where they stood
         self.problem_file = folder / "problems.jsonl"
         self._restore()
         self.records = (folder / "records.jsonl").open("ab")
         self.listed = self.problem_file.open("ab")
+        if not self.seen:
+            self._checkpoint()  # so that the same command knows its own beginning, should the disk be full soon
 
     def close(self) -> None:
         self.records.close()
@@ -107,28 +109,34 @@ class _Job:
             return
         to_pass, self.seen = self.seen, 0
         self.problems.muted = to_pass > 0
+        skipped = {(problem.where, problem.id) for problem in self.problems.found}
         for draft in kind.read(options, self.problems):
             if options.max_records is not None and self.kept >= options.max_records:
                 break
-            known = self.ids.get(draft.id)
-            self.ids.setdefault(draft.id, draft.where)
             if self.seen >= to_pass:
-                self._take(draft, known, name, kind, options)
+                self._take(draft, name, kind, options)
+            elif (draft.where, draft.id) not in skipped and is_sampled(draft.id, options.share, options.seed):
+                self.ids[draft.id] = draft.where
             self.seen += 1
             self.problems.muted = self.seen < to_pass
             if self.seen % CHECKPOINT_DRAFTS == 0 and self.seen > to_pass:
                 self._checkpoint()
         self._checkpoint(done=True)
 
-    def _take(self, draft: Draft, known: str | None, name: str, kind: Kind, options: Options) -> None:
+    def _take(self, draft: Draft, name: str, kind: Kind, options: Options) -> None:
         def skip(cause: str, detail: object = "") -> None:
             self.problems.report(draft.where, cause, detail, draft.id)
 
         if not is_sampled(draft.id, options.share, options.seed):
             self.not_sampled += 1
             return
-        if known is not None:
-            return skip("duplicate id", f"{draft.id} stood in {known}")
+        if draft.id in self.ids:
+            return skip("duplicate id", f"{draft.id} stood in {self.ids[draft.id]}")
+        number = sum(isinstance(block, tuple) for message in draft.messages for block in message.blocks)
+        if options.min_images is not None and number < options.min_images:
+            return skip("too few pictures", f"{number}")
+        if options.max_images is not None and number > options.max_images:
+            return skip("too many pictures", f"{number}")
         opened: list[tuple[PIL.Image.Image, bytes | None, str | None]] = []
         for message in draft.messages:
             for block in message.blocks:
@@ -139,7 +147,8 @@ class _Job:
                         return skip("missing picture", error)
                     except ValueError as error:
                         return skip("unreadable picture", error)
-        reason = self.exclusion.reason((draft.id, *draft.source_ids), (pixels for pixels, _, _ in opened))
+        source = str(draft.columns.get("source", name))
+        reason = self.exclusion.reason(source, (draft.id, *draft.source_ids), (pixels for pixels, _, _ in opened))
         if reason is not None:
             return skip("excluded", reason)
         pictures = [encode(*picture, options.image_size) for picture in opened]
@@ -150,9 +159,12 @@ class _Job:
             _check_messages(line)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return skip("not a record", error)
+        if empty := empty_step(line):
+            return skip("empty step", empty)
         for file, (raw, _) in zip(names, pictures, strict=True):
             self._write_picture(self.folder / file, raw)
         self.records.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self.ids[draft.id] = draft.where
         self.kept += 1
         self.num_images += len(names)
 
@@ -188,8 +200,8 @@ class _Job:
         except (OSError, ValueError):
             state = {}
         if state.get("settings") != self.settings:
-            if any(self.folder.glob("*.json*")):
-                self.log(f"{self.folder} holds the beginning of another conversion, or too little to go on with: starting over")
+            if any(path.stat().st_size for path in self.folder.glob("*.json*")):
+                self.log(f"{self.folder} holds the beginning of another conversion: starting over")
             for path in self.folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)

@@ -2,7 +2,8 @@
 
 Layout as published: a folder (`data/train`) with `train_anno_realease_repath.jsonl.tgz` (or `train_anno.jsonl.tgz`, or either one
 unpacked to `.jsonl`) and `imgs/000.tgz ... 199.tgz` (each may be unpacked to a folder). A line has `img_path` ("./012/ab.jpg"), `prompt`,
-and `Task2` with `Caption`, which may be absent: then the prompt is taken, without its `--flags` and web addresses.
+and `Task2` with `Caption`, which may be absent: then the prompt is taken, as far as its first flag of Midjourney's (`--ar`, `--no`, ...),
+without web addresses and weights (`fox::2`); what has a negative weight is not in the picture, and left out.
 
 Archives are streamed one after the other; captions of the pictures that --share keeps stay in memory.
 Its terms: non-commercial research, no redistribution.
@@ -24,7 +25,13 @@ from diptych.data.sampling import is_sampled
 
 ANNOTATIONS = ("*_anno_realease_repath.jsonl*", "*_anno_repath.jsonl*", "*_anno.jsonl*")
 PROMPT = "{caption}"
-_FLAGS = re.compile(r"\s--?[a-z]+\b(\s+[\d.:]+)?|https?://\S+|<https?://[^>]*>", re.IGNORECASE)
+FLAGS = (
+    "ar|aspect|beta|c|chaos|creative|cref|cw|draft|exp|fast|h|hd|height|ihd|iw|mp|niji|no|p|personalize|profile|public|q|quality|r|raw|relax|"
+    "repeat|s|sameseed|seed|sref|stealth|stop|style|stylize|sv|sw|test|testp|tile|turbo|upanime|upbeta|uplight|v|version|vibe|video|w|weird|width"
+)  # of Midjourney
+_FLAG = re.compile(rf"(?<!-)(?:--|(?<!\S)[—–])(?:{FLAGS})(?=[\s\d.]|$)", re.IGNORECASE)  # word processors make one dash of two
+_ADDRESS = re.compile(r"<https?://[^>]*>|https?://\S+", re.IGNORECASE)
+_WEIGHT = re.compile(r"::(-?\d*\.?\d+)?")
 
 
 def read(options: Options, problems: Problems) -> Iterator[Draft]:
@@ -60,11 +67,19 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
 
 def caption(line: dict[str, Any]) -> str:
     """Raises ValueError where nothing is left."""
-    text = (line.get("Task2") or {}).get("Caption") or _FLAGS.sub(" ", " " + line["prompt"])
+    text = (line.get("Task2") or {}).get("Caption") or words_of(line["prompt"])
     text = " ".join(str(text).split())
     if not text:
         raise ValueError("neither a caption nor a prompt")
     return text
+
+
+def words_of(prompt: str) -> str:
+    """A prompt for Midjourney without what is not its text."""
+    text = _FLAG.split(_ADDRESS.sub(" ", prompt), maxsplit=1)[0]
+    *pairs, last = _WEIGHT.split(text)  # text, weight, text, weight, ..., text
+    parts = [part for part, weight in zip(pairs[::2], pairs[1::2], strict=True) if float(weight or 1) > 0]
+    return " ".join(part.strip() for part in (*parts, last)).replace(" ,", ",")
 
 
 def _rows(path: Path, problems: Problems) -> Iterator[Row]:

@@ -22,31 +22,45 @@ USED = ("messages", "prompt", "completion", "images", "image", "id", "license")
 
 def read(options: Options, problems: Problems) -> Iterator[Draft]:
     for row in read_rows(options.input, problems):
-        given = next((row.value[key] for key in ("id", "__key__") if row.value.get(key) not in (None, "")), None)
-        id = str(given) if given is not None else row.where.rsplit("/", 1)[-1]
+        id = id_of(row)
         try:
-            messages = _messages(row)
+            messages = messages_of(row)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             text = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
             problems.report(row.where, "not a record", text, id)
             continue
-        columns = {key: value for key, value in row.value.items() if key not in USED and _is_plain(value)}
         license = row.value.get("license")
-        yield Draft(id, row.where, messages, license=str(license) if license else None, columns=columns)
+        yield Draft(id, row.where, messages, license=str(license) if license else None, columns=columns_of(row))
 
 
-def _messages(row: Row) -> tuple[Message, ...]:
-    value = row.value
+def id_of(row: Row) -> str:
+    """Its own, or the sample's key, or its place."""
+    given = next((row.value[key] for key in ("id", "__key__") if row.value.get(key) not in (None, "")), None)
+    return str(given) if given is not None else row.where.rsplit("/", 1)[-1]
+
+
+def columns_of(row: Row) -> dict[str, Any]:
+    """What reaches the rewards: columns that JSON can hold."""
+    return {key: value for key, value in row.value.items() if key not in USED and _is_plain(value)}
+
+
+def given_messages(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The conversation of a row, before its pictures are put in their places. Raises ValueError where there is none."""
     if "messages" in value:
-        given = value["messages"]
-    elif "prompt" in value:
-        given = [*_turns(value["prompt"], "user"), *_turns(value.get("completion") or [], "assistant")]
-    else:
-        raise ValueError(f"columns are {', '.join(value)}; `messages`, or `prompt` and `completion`, are needed")
+        return value["messages"]
+    if "prompt" in value:
+        return [*_turns(value["prompt"], "user"), *_turns(value.get("completion") or [], "assistant")]
+    raise ValueError(f"columns are {', '.join(value)}; `messages`, or `prompt` and `completion`, are needed")
+
+
+def messages_of(row: Row) -> tuple[Message, ...]:
+    """Raises ValueError for blocks that are none, and pictures without a place."""
+    value = row.value
     columns = value.get("images") or ([value["image"]] if value.get("image") is not None else [])
     waiting = list(columns)
     messages = tuple(
-        Message(message["role"], tuple(_blocks(message["content"], row, waiting)), _loss(message.get("loss"))) for message in given
+        Message(message["role"], tuple(_blocks(message["content"], row, waiting)), is_trained(message.get("loss")))
+        for message in given_messages(value)
     )
     if waiting and len(waiting) != len(columns):
         raise ValueError(f"{len(columns)} pictures are given and {len(columns) - len(waiting)} places for them")
@@ -59,7 +73,8 @@ def _turns(value: Any, role: str) -> list[dict[str, Any]]:
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
-def _loss(value: Any) -> bool:
+def is_trained(value: Any) -> bool:
+    """What `loss` at a message says."""
     if value is None or isinstance(value, bool):
         return value is not False
     raise ValueError(f"`loss` is {value!r}; it is true or false")

@@ -4,7 +4,8 @@ Layout as published: parquet shards with `__key__` ("VIDEOID_keyframe_HH-MM-SS-m
 with `caption`). `png` is a mask of instances and not the picture; the frames are not in the data set. --media: the frames, as the authors'
 script cuts them: `VIDEOID/VIDEOID_keyframe_HH-MM-SS-mmm.jpg` (or without the folder). Frames are found by their key, not by position.
 
-A key with "_override_" says that the frame took over the annotation of the one before it, so its caption is not its own: it is left out.
+A window never spans a key frame that is missing. A key with "_override_" says that the frame took over the annotation of the one before
+it, so its caption is not its own: it is left out, and those around it are neighbours.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from diptych.data.convert.draft import Block, Draft, Options, document
 from diptych.data.convert.pictures import find_file
 from diptych.data.problems import Problems
-from diptych.data.readers import Row, read_rows
+from diptych.data.readers import read_rows
 
 PROMPT = "Tell a story in {n} parts, each with a picture. It begins like this: {first}"
 MIN_IMAGES = 3
-Shown = tuple[str, str, str, str]  # time stamp, key, caption, where
+Shown = tuple[str, str, str, str]  # time stamp, key, caption (empty: it has none), where
 
 
 def read(options: Options, problems: Problems) -> Iterator[Draft]:
@@ -29,17 +31,22 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
     videos: dict[str, list[Shown]] = {}
     for row in read_rows(options.input, problems, columns=("__key__", "video_id", "time_stamp", "json")):
         try:
-            key, video, time, caption = _fields(row)
-        except (KeyError, TypeError, ValueError) as error:
-            problems.report(row.where, "not a record", f"{type(error).__name__}: {error}", str(row.value.get("__key__", "")))
+            key, video, time = (str(row.value[name]) for name in ("__key__", "video_id", "time_stamp"))
+        except KeyError as error:
+            problems.report(row.where, "not a record", f"KeyError: {error}", str(row.value.get("__key__", "")))
             continue
         if "_override_" in key:
             problems.report(row.where, "annotation of another frame", key, key)
-        else:
-            videos.setdefault(video, []).append((time, key, caption, row.where))
+            continue
+        caption = ""
+        try:
+            caption = _caption(row.value["json"])
+        except (KeyError, TypeError, ValueError) as error:
+            problems.report(row.where, "not a record", f"{type(error).__name__}: {error}", key)
+        videos.setdefault(video, []).append((time, key, caption, row.where))
     for video, shown in videos.items():
-        shown.sort()
-        for window in _windows([s for s in shown if _has_frame(frames, video, s, problems)], least, options.max_images, problems):
+        runs = _unbroken(frames, video, sorted(shown), problems)
+        for window in (window for run in runs for window in _windows(run, least, options.cut_at, problems)):
             told: list[Block] = []
             for _, key, caption, _ in window:
                 path = _frame(frames, video, key)
@@ -50,14 +57,13 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
             yield Draft(id, window[0][3], document((asked,), tuple(told)), (id, video), columns={"video_id": video})
 
 
-def _fields(row: Row) -> tuple[str, str, str, str]:
-    annotation = row.value["json"]
+def _caption(annotation: Any) -> str:
     if isinstance(annotation, str | bytes):
         annotation = json.loads(annotation)
     caption = annotation["caption"]
     if not isinstance(caption, str) or not caption.strip():
         raise ValueError("the caption is empty")
-    return str(row.value["__key__"]), str(row.value["video_id"]), str(row.value["time_stamp"]), caption.strip()
+    return caption.strip()
 
 
 def _frame(frames: Path, video: str, key: str) -> Path | None:
@@ -69,6 +75,19 @@ def _has_frame(frames: Path, video: str, shown: Shown, problems: Problems) -> bo
     if not found:
         problems.report(shown[3], "missing picture", f"{shown[1]}.jpg is not in {frames}", shown[1])
     return found
+
+
+def _unbroken(frames: Path, video: str, shown: list[Shown], problems: Problems) -> Iterator[list[Shown]]:
+    """Split where a frame or its caption is missing: the captions around it do not go on from each other."""
+    run: list[Shown] = []
+    for one in shown:
+        if one[2] and _has_frame(frames, video, one, problems):
+            run.append(one)
+        elif run:
+            yield run
+            run = []
+    if run:
+        yield run
 
 
 def _windows(shown: list[Shown], least: int, most: int, problems: Problems) -> Iterator[list[Shown]]:

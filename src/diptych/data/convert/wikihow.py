@@ -63,7 +63,7 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
     folder = options.media_folder("the downloaded pictures")
     found, missing = False, ""
     for guide in _guides(options.input, problems):
-        steps = _first_steps(guide.steps, options.max_images)
+        steps = _first_steps(guide.steps, options.cut_at)
         num_pictures = sum(bool(step.places) for step in steps)
         if num_pictures < (options.min_images or 1):
             problems.report(guide.where, "too few pictures", f"{num_pictures}", guide.id)

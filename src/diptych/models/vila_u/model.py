@@ -155,7 +155,7 @@ class VilaUModel(TokenizerModel):
         if image.codes is not None:
             return image.codes
         assert image.pixels is not None
-        return self.encode_images(self.prompt_pixels(image.pixels)[None].to(self.device))[0].cpu()
+        return self.codes_of(self.prompt_pixels(image.pixels))
 
     # --- files and training ---
     @property
