@@ -319,9 +319,74 @@ def test_breaker_by_hand():
     assert not breaker.is_open
 
 
+def test_how_long_it_is_worth_waiting_by_hand():
+    now = [5.0]
+    breaker = Breaker(1, 10, 25, clock=lambda: now[0])
+    breaker.record(False)  # opens at 5, so until 30
+    for at, worth, left in ((5, True, 10), (15, True, 10), (20, True, 10), (21, False, 10)):  # the next probe at 15, 25, 30, 31
+        now[0] = at
+        breaker.record(False)
+        assert (breaker.worth_waiting, breaker.until_probe) == (worth, left)
+    breaker.record(True)
+    now[0] = 100
+    breaker.record(False)  # opens anew
+    assert breaker.worth_waiting
+    breaker.record(False, passing=False)
+    assert not breaker.worth_waiting
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_what_is_wrong_with_one_request_is_no_sign_of_a_dead_server(status):
+    def reply(request):
+        number = int(re.search(r"part (\d+)<", texts_of(request))[1])
+        return error(status) if number < 16 else completion("Score: 80")
+
+    with serving(reply) as server:
+        found = judge("llm_text_critic", server, [story(n) for n in range(64)])
+        assert len(server.requests) == 64
+    assert found.faults == {"llm_text_critic/rejected": 16}
+    assert found.steps[0, :, 0].isnan().tolist() == [n < 16 for n in range(64)]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_is_wrong_with_all_requests_stops_them_without_waiting(status):
+    with serving(error(status)) as server:
+        began = time.perf_counter()
+        found = judge("llm_text_critic", server, [story(n) for n in range(20)], breaker_failures=3, concurrency=1)
+        assert time.perf_counter() - began < 5
+    assert found.faults == {"llm_text_critic/rejected": 3, "llm_text_critic/breaker": 17}
+
+
+def test_while_the_server_is_gone_the_others_wait_for_it():
+    began = []
+
+    def reply(_):
+        began.append(time.perf_counter())
+        return error(503) if time.perf_counter() - began[0] < 0.5 else completion("Score: 80")
+
+    options = {"breaker_failures": 2, "probe_seconds": 0.2, "retries": 0, "concurrency": 4}
+    with serving(reply) as server:
+        found = judge("llm_text_critic", server, [story(n) for n in range(30)], **options)
+    lost = found.faults.pop("llm_text_critic/overloaded")
+    assert found.faults == {}
+    assert 2 <= lost <= 4  # those that were on their way when it went; nothing is lost to the probes
+    assert found.steps[0, :, 0].isnan().sum() == lost
+    assert 4 <= len(began) <= 30 + 4  # and a probe every 0.2 seconds
+
+
+def test_the_wait_has_an_end():
+    with serving(error(500)) as server:
+        options = {"breaker_failures": 2, "probe_seconds": 0.2, "wait_seconds": 0.5, "retries": 0, "concurrency": 1}
+        began = time.perf_counter()
+        found = judge("llm_text_critic", server, [story(n) for n in range(10)], **options)
+        assert 0.4 <= time.perf_counter() - began < 3
+    assert found.faults == {"llm_text_critic/overloaded": 3, "llm_text_critic/breaker": 7}
+    assert len(server.requests) == 4  # two, and probes after 0.2 and 0.4 seconds
+
+
 def test_breaker_opens_and_closes_again():
     with serving(error(500)) as server:
-        options = {"breaker_failures": 2, "probe_seconds": 0.3, "retries": 0, "concurrency": 1}
+        options = {"breaker_failures": 2, "probe_seconds": 0.3, "wait_seconds": 0, "retries": 0, "concurrency": 1}
         found = judge("llm_text_critic", server, [story(n) for n in range(10)], **options)
         assert found.faults == {"llm_text_critic/overloaded": 2, "llm_text_critic/breaker": 8}
         assert len(server.requests) == 2

@@ -128,7 +128,8 @@ def judge_all(questions: Iterable[Question], options: dict[str, Any], file: Path
     """One answer for each question, in order. `options`: those of `JudgeOptions`.
 
     `file` (JSON lines) keeps every usable reply, so that nothing in it is asked again, whenever the scoring was stopped. Failures are not
-    kept: the same call asks them again. A value that is out of range, or not whole, makes the cause `out_of_range`.
+    kept: the same call asks them again. While the server is gone the rest waits for it, `wait_seconds` at most; what is left then has the
+    cause `breaker`. A value that is out of range, or not whole, makes the cause `out_of_range`.
 
     Raises ValueError for wrong options, and for a file of another kind.
     """

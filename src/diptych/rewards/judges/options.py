@@ -22,8 +22,11 @@ class JudgeOptions(Config):
     retries: int = Field(3, ge=0, description="after connection errors, 429 and 5xx; never after a time-out or an unusable reply")
     backoff_seconds: float = Field(0.5, ge=0, description="first pause; each next is twice as long, all times 0.5 to 1.5 at random")
     max_backoff_seconds: float = Field(30.0, ge=0, description="longest pause; where Retry-After asks for more there is no retry")
-    breaker_failures: int = Field(8, ge=1, description="so many failed requests in a row: later ones fail at once")
+    breaker_failures: int = Field(8, ge=1, description="so many failed requests in a row: no more are sent until one finds the server back")
     probe_seconds: float = Field(10.0, ge=0, description="after so long one request may try whether the server is back")
+    wait_seconds: float = Field(
+        60.0, ge=0, description="so long, in all, the others wait for the server to be back before they fail at once; 0: not at all"
+    )
     max_tokens: int = Field(1024, ge=1, description="of the reply; one that is cut off counts as unparsed")
     cache_size: int = Field(4096, ge=0, description="replies kept in memory")
     cache_dir: str | None = Field(None, description="a folder that keeps replies between runs; None: memory only")
