@@ -4,7 +4,7 @@ A request ends in a usable reply or in a cause:
 
 | cause | what happened |
 |---|---|
-| `timeout` | no complete reply within `timeout_seconds` |
+| `timeout` | no complete reply within `timeout_seconds`, after all retries |
 | `connection` | no connection, or it broke, after all retries |
 | `overloaded` | 429 or 5xx, after all retries |
 | `rejected` | another HTTP error: wrong model, key or request |
@@ -195,7 +195,7 @@ class JudgeClient:
             async with asyncio.timeout(self.options.timeout_seconds):
                 response = await server.chat.completions.with_raw_response.create(**self._request(question))
         except (TimeoutError, openai.APITimeoutError):
-            raise RequestError("timeout", f"no reply within {self.options.timeout_seconds:g} seconds") from None
+            raise RequestError("timeout", f"no reply within {self.options.timeout_seconds:g} seconds", retry=True) from None
         except openai.APIConnectionError as error:
             raise RequestError("connection", f"{error} ({error.__cause__!r:.160})", retry=True) from None
         except openai.APIStatusError as error:

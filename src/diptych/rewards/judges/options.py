@@ -19,7 +19,7 @@ class JudgeOptions(Config):
     api_key_env: str | None = Field(None, description="the environment variable that holds the key; None: none is sent")
     timeout_seconds: float = Field(60.0, gt=0, description="for one try, from sending to the last byte of the reply")
     concurrency: int = Field(8, ge=1, description="requests at the same time")
-    retries: int = Field(3, ge=0, description="after connection errors, 429 and 5xx; never after a time-out or an unusable reply")
+    retries: int = Field(3, ge=0, description="after time-outs, connection errors, 429 and 5xx; never after an unusable reply")
     backoff_seconds: float = Field(0.5, ge=0, description="first pause; each next is twice as long, all times 0.5 to 1.5 at random")
     max_backoff_seconds: float = Field(30.0, ge=0, description="longest pause; where Retry-After asks for more there is no retry")
     breaker_failures: int = Field(8, ge=1, description="so many failed requests in a row: no more are sent until one finds the server back")
