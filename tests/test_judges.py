@@ -36,8 +36,8 @@ from diptych.grpo import grpo
 from diptych.rewards import RewardBatch, RewardError, call_rewards, load_reward
 from diptych.rewards.base import ABOUT, BUILT_IN, JUDGES, SCORERS, configured, merge
 from diptych.rewards.judges.client import Breaker
-from diptych.rewards.judges.prompts import document_messages, picture_messages, text_critic_messages
-from diptych.rewards.judges.replies import UnusableReplyError, numbered_scores, one_score
+from diptych.rewards.judges.prompts import document_messages, picture_axes_messages, picture_messages, text_critic_messages
+from diptych.rewards.judges.replies import UnusableReplyError, mean_score, numbered_scores, one_score
 from diptych.runs import read_jsonl
 from diptych.warmup import checkpoint_of, warmup
 
@@ -193,6 +193,25 @@ def test_unified_reward_by_hand():
     assert found.applies[0].tolist() == [[False, True, False, True, False], [False, False, False, True, False]]
     assert found.steps[0, 0, [1, 3]].tolist() == [0.75, 0.375]  # (4 - 1) / 4 and (2.5 - 1) / 4
     assert all(texts_of(request).count("<picture>") == 1 for request in server.requests)
+
+
+ACS = "Alignment Score (1-5): 2.694700002670288\nCoherence Score (1-5): 2.371500015258789\nStyle Score (1-5): 2.802500009536743\n"
+
+
+def test_unified_reward_2_by_hand():
+    """The reply is the example in the model's repository: its mean is 2.6229, of 1..5."""
+    with serving(completion(ACS)) as server:
+        found = judge("unified_reward", server, version="v2")
+        assert found.steps[0, 0, [1, 3]].tolist() == pytest.approx([(2.6229 - 1) / 4] * 2, abs=1e-6)
+        assert "Style Score (1-5): X" in texts_of(server.requests[0])
+        other = judge("unified_reward", server, version="v1")
+        assert other.faults == {"unified_reward/unparsed": 2}  # what one version says is no verdict of the other
+        server.reply = lambda _: completion("Final Score: 4")
+        assert judge("unified_reward", server, [Document((Text("new"), RED))], version="v2").faults == {"unified_reward/unparsed": 1}
+        server.reply = lambda _: completion(f"It says:\n{ACS}")
+        assert judge("unified_reward", server, [Document((Text(ACS), RED))], version="v2").faults == {"unified_reward/unparsed": 1}
+        with pytest.raises(ValueError, match="version: Input should be 'v1' or 'v2'"):
+            judge("unified_reward", server, version="3")
 
 
 # --- faults --------------------------------------------------------------------------------------------------------------
@@ -492,7 +511,8 @@ def test_what_a_document_says_is_never_the_verdict():
 
 
 def test_the_document_stands_between_marks_that_it_cannot_contain():
-    for messages in (text_critic_messages(PROMPT, ATTACK), picture_messages(ATTACK, RED), document_messages(PROMPT, STORY)[0]):
+    pictures = (picture_messages(ATTACK, RED), picture_axes_messages(ATTACK, RED))
+    for messages in (text_critic_messages(PROMPT, ATTACK), *pictures, document_messages(PROMPT, STORY)[0]):
         text = texts_of({"messages": messages})
         (tag,) = set(re.findall(r"</(?:\w+ )?(?:\d+ )?([0-9a-f]{8})>", text))
         assert tag not in ATTACK
@@ -529,6 +549,23 @@ def test_one_score_by_hand(reply, value):
             one_score(reply, 0, 100, "a ball")
     else:
         assert one_score(reply, 0, 100, "a ball") == [value]
+
+
+@pytest.mark.parametrize(
+    ("reply", "value"),
+    [
+        ("**A Score (1-5):** 3\n**B Score (1-5):** 4\nB is fine.", 3.5), ("B Score: 1\nA Score: 2", 1.5), ("A Score: 6\nB Score: 4", None),
+        ("A Score: 3", "one line .* for each of A, B"), ("A Score: 3\nB Score: 4\nB Score: 4", "one line"), ("Score: 4", "one line"),
+        ("> A Score: 3\nB Score: 4", "one line"), ("A Score (1-10): 3\nB Score: 4", "one line"), ("A Score: 2.5\nB Score: 4", "announces"),
+        ("A Score: 3-4\nB Score: 4", "not a number"), ("A Score: 3 or 4\nB Score: 4", "not a number"),
+    ],
+)  # fmt: skip
+def test_mean_score_by_hand(reply, value):
+    if isinstance(value, str):
+        with pytest.raises(UnusableReplyError, match=value):
+            mean_score(reply, ("A", "B"), 1, 5, "it says A Score (1-5): 2.5")
+    else:
+        assert mean_score(reply, ("A", "B"), 1, 5, "a ball") == [value]
 
 
 def test_percent_is_out_of_a_hundred():

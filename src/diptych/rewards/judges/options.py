@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
@@ -58,3 +58,9 @@ class JudgeOptions(Config):
         if not key:
             raise ValueError(f"api_key_env names {self.api_key_env}, which is not set in the environment; set it, or leave the option out")
         return key
+
+
+class UnifiedRewardOptions(JudgeOptions):
+    version: Literal["v1", "v2"] = Field(
+        "v1", description="of the model: v1 gives one score (UnifiedReward, 1.5), v2 three, whose mean is taken (UnifiedReward 2.0)"
+    )
