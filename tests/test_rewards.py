@@ -214,6 +214,13 @@ def content(kinds: str) -> list[dict]:
         ("iti", 2, False, 1 / 2),  # the first follows nothing
         ("eiti", 2, False, 1 / 2),  # an empty text is no text
         ("tieii", 3, True, 1 / 6),  # 1 good of 3, halved
+        ("titie", 2, False, 2 / 3),  # an empty step is one more part: 2 of 3
+        ("etiti", 2, False, 2 / 3),
+        ("teiti", 2, False, 1 / 2),  # the picture behind it has no text, and that is one fault
+        ("tiee", 1, False, 1 / 3),
+        ("tieti", 2, False, 2 / 3),
+        ("te", 0, False, 0),
+        ("e", 0, False, 0),
         ("tt", 2, False, 0),
         ("", 2, False, 0),
         ("t", 0, False, 1),
@@ -232,6 +239,9 @@ def test_format_by_hand(kinds, wanted, truncated, value):
         ("titit", 2, True, 1),
         ("titi", 2, True, 2 / 3),  # the closing text is missing
         ("titie", 2, True, 2 / 3),  # an empty text closes nothing
+        ("titite", 2, True, 2 / 3),  # nor after another text
+        ("titiet", 2, True, 3 / 4),  # an empty step before the closing text
+        ("titie", 2, False, 2 / 3),  # nobody asked for it
         ("tit", 2, True, 2 / 3),  # the second picture is
         ("tititit", 2, True, 3 / 4),  # one picture too many
         ("titit", 2, False, 2 / 3),  # a text that nobody asked for

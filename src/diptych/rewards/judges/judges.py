@@ -125,10 +125,11 @@ class UnifiedReward(Judge):
         return found
 
     def _question(self, caption: str, picture: Image) -> Question:
-        limits = {"low": self.lowest, "high": self.highest, "judged": caption}
         if self.options.version == "v2":
-            return Question(picture_axes_messages(caption, picture), functools.partial(mean_score, axes=AXES, **limits))
-        return Question(picture_messages(caption, picture), functools.partial(one_score, **limits))
+            mean = functools.partial(mean_score, axes=AXES, low=self.lowest, high=self.highest, judged=caption)
+            return Question(picture_axes_messages(caption, picture), mean)
+        one = functools.partial(one_score, low=self.lowest, high=self.highest, judged=caption)
+        return Question(picture_messages(caption, picture), one)
 
 
 class DocumentJudge(Judge):

@@ -62,7 +62,8 @@ def one_score(reply: str, low: float, high: float, judged: str) -> list[float | 
     if any((match[2] and float(match[2]) != high) or (match[3] and high != 100) for match in verdicts):
         raise _unusable(text, f"a score out of something else than {high:g}")
     _refuse_announced(text, found, judged)
-    return [_in_range(*found, low, high)]
+    (value,) = found
+    return [_in_range(value, low, high)]
 
 
 def mean_score(reply: str, axes: Sequence[str], low: float, high: float, judged: str) -> list[float | None]:
