@@ -190,7 +190,7 @@ def test_text_critic_by_hand():
 def test_unified_reward_by_hand():
     with serving(lambda request: completion(f"Final Score: {4 if '>a ball<' in texts_of(request) else 2.5}")) as server:
         found = judge("unified_reward", server, [STORY, Document((RED, Text("x"), Text("last"), BLUE, BLUE))])
-    assert found.applies[0].tolist() == [[False, True, False, True, False], [False, False, False, True, False]]
+    assert found.applies[0].tolist() == [[False, True, False, True, False], [False, False, False, True, True]]
     assert found.steps[0, 0, [1, 3]].tolist() == [0.75, 0.375]  # (4 - 1) / 4 and (2.5 - 1) / 4
     assert all(texts_of(request).count("<picture>") == 1 for request in server.requests)
 

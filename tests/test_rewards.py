@@ -13,10 +13,11 @@ import torch
 from diptych.config import RewardConfig
 from diptych.credit import document_rewards
 from diptych.data.records import open_source
-from diptych.document import Document, Image, Text
+from diptych.document import Document, Image, Text, to_message
 from diptych.evaluation.storyboard import Judged, reward_columns
 from diptych.rewards import BUILT_IN, RewardBatch, RewardError, call_rewards, load_reward
 from diptych.rewards.format import format as format_reward
+from diptych.rewards.image_text import image_text
 from diptych.worlds.storyboard.oracle import judge
 from diptych.worlds.storyboard.tasks import task_stream
 
@@ -200,6 +201,20 @@ def content(kinds: str) -> list[dict]:
         "i": {"type": "image", "image": WHITE},
     }
     return [{"role": "assistant", "content": [blocks[kind] for kind in kinds]}]
+
+
+def test_image_text_gives_both_pictures_of_a_text_a_value():
+    picture = Image(PIL.Image.new("RGB", (96, 96), "red"))
+    other = Image(PIL.Image.new("RGB", (96, 96), "blue"))
+
+    def values(*segments):
+        return image_text([[to_message("assistant", Document(segments))]])[0]
+
+    said = Text("a red ball")
+    found = values(said, picture, other, Text(" "), other, said, other)
+    assert [value is None for value in found] == [True, False, False, True, True, True, False]
+    assert found[1] == pytest.approx(values(said, picture)[1], abs=1e-6)  # as where texts and pictures alternate
+    assert found[2] == pytest.approx(found[6], abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,20 @@ class Document:
         """All text segments, joined by a space."""
         return " ".join(segment.text for segment in self.segments if isinstance(segment, Text))
 
+    def captions(self) -> list[tuple[int, str, Image]]:
+        """(place, caption, picture) of each picture with a caption: the text before it, with nothing but pictures between.
+
+        A picture that has no text there, or an empty one, is left out.
+        """
+        found: list[tuple[int, str, Image]] = []
+        caption = ""
+        for place, segment in enumerate(self.segments):
+            if isinstance(segment, Text):
+                caption = segment.text
+            elif caption.strip():
+                found.append((place, caption, segment))
+        return found
+
     def to_blocks(self) -> list[dict[str, Any]]:
         """`[{"type": "text", "text": ...}, {"type": "image", "image": PIL image}, ...]`
 

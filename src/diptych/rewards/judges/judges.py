@@ -106,10 +106,10 @@ class LLMTextCritic(Judge):
 
 
 class UnifiedReward(Judge):
-    """`unified_reward`: each picture against the text just before it, and its quality, by a UnifiedReward model. Raw 1..5: one score, or
-    with `version: v2` the mean of three.
+    """`unified_reward`: each picture against its caption, and its quality, by a UnifiedReward model. Raw 1..5: one score, or with
+    `version: v2` the mean of three.
 
-    None for texts and for pictures without a text before them.
+    None for texts and for pictures without a caption.
     """
 
     name, lowest, highest = "unified_reward", 1.0, 5.0
@@ -117,12 +117,7 @@ class UnifiedReward(Judge):
     options_class = UnifiedRewardOptions
 
     def questions(self, prompt: Document, answer: Document) -> list[Asked]:
-        found: list[Asked] = []
-        for step, segment in enumerate(answer):
-            before = answer.segments[step - 1] if step else None
-            if isinstance(segment, Image) and isinstance(before, Text) and before.text.strip():
-                found.append(([step], self._question(before.text, segment)))
-        return found
+        return [([step], self._question(caption, picture)) for step, caption, picture in answer.captions()]
 
     def _question(self, caption: str, picture: Image) -> Question:
         if self.options.version == "v2":

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from diptych.config import Config, build
-from diptych.document import Document, Image, Text
+from diptych.document import Document, Image
 from diptych.runtime import pick_device
 
 logger = logging.getLogger(__name__)
@@ -163,10 +163,7 @@ class ImageScorer(ABC):
 
 
 class CaptionScorer(ImageScorer):
-    """A scorer of a picture against its caption: the text before it, with nothing but pictures between.
-
-    None for texts, and for pictures that no text, or an empty one, stands before.
-    """
+    """A scorer of a picture against its caption (`Document.captions`). None for texts, and for pictures without one."""
 
     @abstractmethod
     def scores(self, pairs: list[Pair]) -> Tensor:
@@ -187,13 +184,9 @@ class CaptionScorer(ImageScorer):
         for row, completion in enumerate(completions):
             document = Document.from_blocks(completion[-1]["content"])
             values.append([None] * len(document))
-            caption = ""
-            for step, segment in enumerate(document):
-                if isinstance(segment, Text):
-                    caption = segment.text.strip()
-                elif caption:
-                    pairs.append((caption, pixels_of(segment)))
-                    at.append((row, step))
+            for step, caption, image in document.captions():
+                pairs.append((caption.strip(), pixels_of(image)))
+                at.append((row, step))
         for (row, step), raw in zip(at, self.raw(pairs), strict=True):
             values[row][step] = self.rescaled(raw)
         return values
