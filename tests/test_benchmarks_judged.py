@@ -99,8 +99,9 @@ def test_answers_are_in_order_and_kept_at_once(tmp_path):
         again = judge_all(questions(20), server.options, file)
         assert [answer.values for answer in again] == [answer.values for answer in found]
         assert len(server.requests) == 20
-        judge_all(questions(1), {**server.options, "model": "another"}, file)  # is another question
-        assert len(server.requests) == 21
+        for other in ({"model": "another"}, {"revision": "another"}):  # are other questions
+            judge_all(questions(1), {**server.options, **other}, file)
+        assert len(server.requests) == 22
 
 
 def test_killed_in_the_middle_nothing_is_asked_twice(tmp_path):

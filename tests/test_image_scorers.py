@@ -526,7 +526,7 @@ def test_buffers_of_older_checkpoints_are_no_weights(toys, tmp_path):
     assert make("clip_score", folder).raw([pair]) == pytest.approx(make("clip_score", toys["clip"]).raw([pair]), abs=1e-6)
 
 
-def test_hub_ids(toys, monkeypatch):
+def test_hub_ids(toys, tmp_path, monkeypatch):
     asked = []
 
     def download(name, *, revision, allow_patterns):
@@ -537,12 +537,21 @@ def test_hub_ids(toys, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     scorer = make("clip_score", "org/some-clip", revision="abc123", low=0.1, clip=True, device="cpu")
-    assert scorer.about() == "clip_score: org/some-clip at revision abc123, float32 on cpu; value (raw - 0.1) / 0.3, clipped to 0..1"
-    make("image_reward", "org/some-reward")
+    assert scorer.about() == (
+        "clip_score: org/some-clip at revision abc123, float32 on cpu; raw cosine, -1..1, good pairs about 0.15..0.35; "
+        "value (raw - 0.1) / 0.3, clipped to 0..1"
+    )
+    assert "at revision" not in make("image_reward", "org/some-reward").about()
     assert asked == [
         ("org/some-clip", "abc123", ["*.json", "*.txt", "*.safetensors"]),
         ("org/some-reward", None, ["ImageReward.pt", "med_config.json"]),
     ]
+    commit = tmp_path / "models--org--some-clip" / "snapshots" / "1234abcd"  # as the hub's cache has it
+    commit.parent.mkdir(parents=True)
+    commit.symlink_to(toys["clip"])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(commit))
+    assert "org/some-clip at revision 1234abcd, float32" in make("clip_score", "org/some-clip", revision="main").about()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(ValueError, match="hub did not give a model of that name: 404"):
         make("pick_score", "org/nothing")
 

@@ -34,7 +34,7 @@ from diptych.config import GRPOConfig, RewardConfig, WarmupConfig, build, to_yam
 from diptych.document import Document, Image, Text, to_json_blocks, to_message
 from diptych.grpo import grpo
 from diptych.rewards import RewardBatch, RewardError, call_rewards, load_reward
-from diptych.rewards.base import ABOUT, BUILT_IN, JUDGES, SCORERS, configured, merge
+from diptych.rewards.base import ABOUT, BUILT_IN, JUDGES, SCORERS, about, configured, merge
 from diptych.rewards.judges.client import Breaker
 from diptych.rewards.judges.prompts import document_messages, picture_axes_messages, picture_messages, text_critic_messages
 from diptych.rewards.judges.replies import UnusableReplyError, mean_score, numbered_scores, one_score
@@ -717,6 +717,7 @@ def test_try_shows_what_was_sent_and_said(tmp_path, monkeypatch):
             command += ["--option", f"{name}={value}"]
         result = CliRunner().invoke(cli.app, command)
         assert result.exit_code == 0, result.output
+        assert f"toy (no revision named) behind {server.options['base_url']}; raw 0..10; value raw / 10" in result.output
         for part in ("tell a tale", "<picture 6x4>", "step 1 (text): 0.1000", "step 4 (picture): 0.4000", '"scores": {"1": 1'):
             assert part in result.output
         assert "base64" not in result.output
@@ -869,11 +870,41 @@ def test_too_many_missing_ones_stop_a_training_and_say_why(tiny_model, tmp_path)
             {
                 "model": str(tmp_path / "model"), "output_dir": str(tmp_path / "run"), "max_steps": 1, "num_generations": 2,
                 "prompts_per_step": 1, "num_threads": 1, "optim": {"lr": 1e-3}, "sampling": {"max_images": 1, "max_text_tokens": 4},
-                "rewards": [{"name": "document_judge", "options": server.options}],
+                "rewards": [{"name": "document_judge", "options": {**server.options, "revision": "a1b2"}}, {"name": "text_critic"}],
             },
         )  # fmt: skip
         with pytest.raises(RewardError, match=r"100% of the values of reward 'document_judge' are missing .* last error: refused"):
             grpo(config)
+        judge_told, critic_told = json.loads((tmp_path / "run" / "rewards.json").read_text())
+        assert judge_told == {
+            "name": "document_judge",
+            "about": f"document_judge: toy at revision a1b2 behind {server.options['base_url']}; raw 0..10; value raw / 10",
+        }
+        assert critic_told["about"].startswith("text_critic: each text, given the prompt")
+
+
+def test_every_reward_says_what_it_is():
+    def mine(completions, **_):
+        """Counts words.
+
+        In a way."""
+        return [1.0] * len(completions)
+
+    server = {"base_url": "http://localhost:1/v1", "model": "org/judge"}
+    for name, value in (("llm_text_critic", "raw 0..100; value raw / 100"), ("unified_reward", "raw 1..5; value (raw - 1) / 4")):
+        config = build(RewardConfig, {"name": name, "options": server})
+        expected = f"{name}: org/judge (no revision named) behind http://localhost:1/v1; {value}"
+        assert about(config, load_reward(name)) == expected
+    for name in BUILT_IN:
+        assert about(RewardConfig(name=name), load_reward(name)) == f"{name}: {ABOUT[name].judges}; value {ABOUT[name].values}; packaged"
+    assert about(RewardConfig(name="x:mine"), mine) == "x:mine: Counts words."
+
+
+def test_another_revision_is_asked_anew(tmp_path):
+    with serving(completion("Score: 80")) as server:
+        for revision, requests in (("one", 1), ("one", 1), ("two", 2), (None, 3)):
+            judge("llm_text_critic", server, [story(1)], cache_dir=str(tmp_path), revision=revision, concurrency=requests)
+            assert len(server.requests) == requests
 
 
 def test_one_judge_serves_many_event_loops():

@@ -42,13 +42,14 @@ def try_reward(
     from diptych.config import RewardConfig, build, parse_overrides
     from diptych.document import Text
     from diptych.rewards import call_rewards, load_reward
-    from diptych.rewards.base import configured
+    from diptych.rewards.base import about, configured
     from diptych.rewards.judges import Judge, transcript
 
     asked, answer = transcript.read_document(document, prompt)
     options, columns = (dict(parse_overrides([f"--{item}" for item in items or []])) for items in (option, column))
     config = build(RewardConfig, {"name": name, "options": options})
     reward = configured(config, load_reward(name))
+    console.print(about(config, load_reward(name)), markup=False, highlight=False, soft_wrap=True)
     if isinstance(reward, Judge):
         reward.listen = lambda question, reply: console.print(
             f"--- sent ---\n{transcript.sent(question)}\n--- said ---\n{transcript.said(reply)}\n",

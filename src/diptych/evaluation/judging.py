@@ -103,6 +103,7 @@ class _Kept:
 
     def key(self, question: Question) -> str:
         settings = {"model": self.settings.model, "max_tokens": self.settings.max_tokens, "extra_body": self.settings.extra_body}
+        settings |= {"revision": self.settings.revision} if self.settings.revision else {}
         return ReplyCache.key({**settings, "messages": question.messages})
 
     def find(self, key: str, question: Question) -> Answer | None:
@@ -220,7 +221,8 @@ class JudgedBenchmark(Benchmark):
                 yield from asked
 
         found = iter(judge_all(questions(), scoring.judge, scoring.folder / KEPT))
-        self._source = {"judge": scoring.judge["model"], "prompts": PROMPTS}
+        revision = f" at revision {scoring.judge['revision']}" if scoring.judge.get("revision") else ""
+        self._source = {"judge": f"{scoring.judge['model']}{revision}", "prompts": PROMPTS}
         scores = []
         for (item, place, answer), asked in zip(rows, counts, strict=True):
             told = list(islice(found, asked))

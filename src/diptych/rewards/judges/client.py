@@ -109,7 +109,8 @@ class JudgeClient:
 
     async def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """One answer for each question, in order. Equal questions are asked once; no failure of the server raises."""
-        keys = [self.cache.key(self._request(question)) for question in questions]
+        weights = {"revision": self.options.revision} if self.options.revision else {}  # replies of others are not remembered
+        keys = [self.cache.key(self._request(question) | weights) for question in questions]
         different = dict(zip(keys, questions, strict=True))
         answers = {key: self._remembered(key, question) for key, question in different.items()}
         missing = [key for key, answer in answers.items() if answer is None]

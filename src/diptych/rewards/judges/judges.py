@@ -46,6 +46,14 @@ class Judge(ABC):
         self._faults: Counter[str] = Counter()
         self._last = ""
 
+    def about(self) -> str:
+        """One line: the model and its revision, where it runs, and what a raw score becomes."""
+        given = self.options
+        revision = f"at revision {given.revision}" if given.revision else "(no revision named)"
+        span = self.highest - self.lowest
+        value = f"(raw - {self.lowest:g}) / {span:g}" if self.lowest else f"raw / {span:g}"
+        return f"{self.name}: {given.model} {revision} behind {given.base_url}; raw {self.lowest:g}..{self.highest:g}; value {value}"
+
     @abstractmethod
     def questions(self, prompt: Document, answer: Document) -> list[Asked]:
         """What is asked about one document."""

@@ -16,6 +16,7 @@ class JudgeOptions(Config):
 
     base_url: str = Field(description="of the server, as in http://localhost:8000/v1")
     model: str = Field(min_length=1, description="the name under which the server knows the model")
+    revision: str | None = Field(None, min_length=1, description="which weights the server has, in your words, such as a commit of the hub")
     api_key_env: str | None = Field(None, description="the environment variable that holds the key; None: none is sent")
     timeout_seconds: float = Field(60.0, gt=0, description="for one try, from sending to the last byte of the reply")
     concurrency: int = Field(8, ge=1, description="requests at the same time")

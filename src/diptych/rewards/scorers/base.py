@@ -63,6 +63,7 @@ class ImageScorer(ABC):
     """
 
     name: ClassVar[str]
+    raw_range: ClassVar[str]  # what a raw score is, and its range
     options_class: ClassVar[type[ScorerOptions]]
 
     def __init__(self, **options: Any) -> None:
@@ -74,6 +75,7 @@ class ImageScorer(ABC):
             raise ValueError(
                 f"reward {self.name!r}: dtype={self.options.dtype} needs a GPU; on the CPU only float32 is exact enough to rank"
             )
+        self.revision = self.options.revision  # of a hub id; the commit, once it is known
         self.num_truncated = 0  # captions that were cut to the model's length
         self._memory: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -87,12 +89,19 @@ class ImageScorer(ABC):
     def about(self) -> str:
         """One line: the model and its revision, where it runs, and what a raw score becomes."""
         given = self.options
-        revision = f" at revision {given.revision}" if given.revision else ""
+        revision = f" at revision {self.revision}" if self.revision else ""
         clipped = ", clipped to 0..1" if given.clip else ""
         return (
-            f"{self.name}: {given.model}{revision}, {given.dtype} on {self.device}; "
+            f"{self.name}: {given.model}{revision}, {given.dtype} on {self.device}; raw {self.raw_range}; "
             f"value (raw - {given.low:g}) / {given.high - given.low:g}{clipped}"
         )
+
+    def checkpoint(self, patterns: Sequence[str] = WEIGHTS_AND_CONFIG) -> Path:
+        """The folder of the model in the options. Of a hub id, the commit becomes the revision."""
+        folder = checkpoint_folder(self.options.model, self.options.revision, patterns)
+        if folder.parent.name == "snapshots":  # the hub's cache: models--org--name/snapshots/COMMIT
+            self.revision = folder.name
+        return folder
 
     @abstractmethod
     def load(self) -> None:

@@ -20,7 +20,6 @@ from diptych.rewards.scorers.base import (
     CaptionScorer,
     Pair,
     ScorerOptions,
-    checkpoint_folder,
     load_exactly,
 )
 
@@ -49,10 +48,11 @@ class ClipScore(CaptionScorer):
     """`clip_score`: cosine of a picture and its caption by a CLIP model of transformers. Raw -1..1, for good pairs about 0.15..0.35."""
 
     name = "clip_score"
+    raw_range = "cosine, -1..1, good pairs about 0.15..0.35"
     options_class: ClassVar[type[ScorerOptions]] = ClipOptions
 
     def load(self) -> None:
-        folder = checkpoint_folder(self.options.model, self.options.revision)
+        folder = self.checkpoint()
         check_type(folder, ("clip",))
         self.model = load_exactly(CLIPModel, folder).to(self.device, self.dtype)
         self.tokenizer = load_words(folder, self.model.config.text_config.vocab_size)
@@ -77,6 +77,7 @@ class PickScore(ClipScore):
     """`pick_score`: what people would pick, by PickScore (arXiv:2305.01569). Raw exp(logit_scale) * cosine, about 18..24."""
 
     name = "pick_score"
+    raw_range = "exp(logit_scale) * cosine, about 18..24"
     options_class = PickOptions
 
     def scores(self, pairs: list[Pair]) -> Tensor:
@@ -91,11 +92,12 @@ class HpsScore(ClipScore):
     """
 
     name = "hps"
+    raw_range = "cosine, about 0.2..0.35"
     options: HpsOptions
     options_class = HpsOptions
 
     def load(self) -> None:
-        folder = checkpoint_folder(self.options.model, self.options.revision)
+        folder = self.checkpoint()
         found, asked = read_config(folder).get("hps_version"), self.options.version
         if found != asked:
             held = "no converted HPS model" if found is None else f"HPS {found}"

@@ -72,11 +72,12 @@ class ImageReward(CaptionScorer):
     centred square of the picture at 224 pixels."""
 
     name = "image_reward"
+    raw_range = "about standard normal, most in -2..2"
     options: ImageRewardOptions
     options_class: ClassVar[type[ScorerOptions]] = ImageRewardOptions
 
     def load(self) -> None:
-        folder = checkpoint_folder(self.options.model, self.options.revision, (WEIGHTS, SETTINGS))
+        folder = self.checkpoint((WEIGHTS, SETTINGS))
         self.network = load_network(folder)
         self.network.to(self.device)
         for part in (self.network.vision, self.network.text):  # the head stays in float32, as in the package
