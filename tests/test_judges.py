@@ -35,6 +35,7 @@ from diptych.document import Document, Image, Text, to_json_blocks, to_message
 from diptych.grpo import grpo
 from diptych.rewards import RewardBatch, RewardError, call_rewards, load_reward
 from diptych.rewards.base import ABOUT, BUILT_IN, JUDGES, SCORERS, about, configured, merge
+from diptych.rewards.judges import transcript
 from diptych.rewards.judges.client import Breaker
 from diptych.rewards.judges.prompts import document_messages, picture_axes_messages, picture_messages, text_critic_messages
 from diptych.rewards.judges.replies import UnusableReplyError, mean_score, numbered_scores, one_score
@@ -737,6 +738,29 @@ def test_try_scores_with_the_packaged_ones_too(tmp_path, monkeypatch):
     file.write_text("{}")
     result = CliRunner().invoke(cli.app, ["rewards", "try", "format", "--document", str(file)])
     assert "a list of blocks is needed" in str(result.exception)
+
+
+def test_pictures_of_a_document_are_relative_to_its_file(tmp_path, monkeypatch):
+    for folder, image in (("there", RED), ("here", BLUE)):
+        (tmp_path / folder).mkdir()
+        image.pixels.save(tmp_path / folder / "a.png")
+    monkeypatch.chdir(tmp_path / "here")
+    picture, absolute = ({"type": "image", "image": path} for path in ("a.png", str(tmp_path / "here" / "a.png")))
+    blocks = [{"type": "text", "text": "x"}, picture, absolute, *to_json_blocks(STORY)[1:2]]
+    file = tmp_path / "there" / "answer.json"
+
+    def colours(document: Document) -> list[tuple[int, int, int]]:
+        return [image.pixels.getpixel((0, 0)) for image in document.images]
+
+    red, blue = (255, 0, 0), (0, 0, 255)
+    file.write_text(json.dumps(blocks))
+    assert colours(transcript.read_document(file)[1]) == [red, blue, red]
+    file.write_text(json.dumps([{"role": "user", "content": [picture]}, {"role": "assistant", "content": "text"}]))
+    asked, answer = transcript.read_document(file)
+    assert (colours(asked), answer.text) == ([red], "text")
+    (tmp_path / "there" / "a.png").unlink()  # the one in the working directory is another
+    with pytest.raises(ValueError, match=r"cannot read image .*there/a\.png"):
+        transcript.read_document(file)
 
 
 # --- a training ------------------------------------------------------------------------------------------------------------

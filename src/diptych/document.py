@@ -90,10 +90,11 @@ class Document:
         return blocks
 
     @classmethod
-    def from_blocks(cls, blocks: str | Sequence[dict[str, Any]]) -> Document:
+    def from_blocks(cls, blocks: str | Sequence[dict[str, Any]], folder: Path | None = None) -> Document:
         """The inverse of `to_blocks`; a plain string is one text segment.
 
-        An image may be a PIL image, a file path, or a `data:image/...;base64,` address.
+        An image may be a PIL image, a file path, or a `data:image/...;base64,` address. `folder`: what paths are relative to; by default
+        the working directory.
         """
         if isinstance(blocks, str):
             return cls((Text(blocks),))
@@ -103,7 +104,7 @@ class Document:
             if kind == "text" and isinstance(block.get("text"), str):
                 segments.append(Text(block["text"]))
             elif kind == "image" and block.get("image") is not None:
-                segments.append(Image(open_image(block["image"])))
+                segments.append(Image(open_image(block["image"], folder)))
             else:
                 raise ValueError(
                     f"block {index} is {block!r:.120}; allowed are {{'type': 'text', 'text': str}} and "
@@ -112,8 +113,8 @@ class Document:
         return cls(tuple(segments))
 
 
-def open_image(source: Any) -> PIL.Image.Image:
-    """An RGB image from a PIL image, a path or a base64 data address.
+def open_image(source: Any, folder: Path | None = None) -> PIL.Image.Image:
+    """An RGB image from a PIL image, a path (relative to `folder`, or to the working directory) or a base64 data address.
 
     Raises ValueError naming the source where it cannot be read.
     """
@@ -123,7 +124,7 @@ def open_image(source: Any) -> PIL.Image.Image:
         if isinstance(source, str) and source.startswith("data:image/"):
             stream: Any = io.BytesIO(base64.b64decode(source.split(",", 1)[1], validate=True))
         else:
-            stream = Path(source)
+            stream = (folder or Path()) / source
         with PIL.Image.open(stream) as image:
             return to_rgb(PIL.ImageOps.exif_transpose(image))
     except (OSError, ValueError, TypeError, IndexError, SyntaxError, PIL.Image.DecompressionBombError) as error:

@@ -5,6 +5,7 @@ A value is (raw - low) / (high - low). It is not clipped unless `clip` says so, 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import logging
@@ -56,10 +57,20 @@ class ScorerOptions(Config):
         return self
 
 
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What the model said of one picture, for people. `against`: what it was compared with."""
+
+    step: int
+    raw: float
+    against: str
+
+
 class ImageScorer(ABC):
     """A scorer that is made once for a recipe's entry. Safe to call from several threads: one runs, the others wait.
 
     The model is loaded, and asked about one grey picture, when the scorer is made: what cannot work fails before anything is sampled.
+    `listen`, if set, is called with every picture that was judged.
     """
 
     name: ClassVar[str]
@@ -75,6 +86,7 @@ class ImageScorer(ABC):
             raise ValueError(
                 f"reward {self.name!r}: dtype={self.options.dtype} needs a GPU; on the CPU only float32 is exact enough to rank"
             )
+        self.listen: Callable[[Judged], None] | None = None
         self.revision = self.options.revision  # of a hub id; the commit, once it is known
         self.num_truncated = 0  # captions that were cut to the model's length
         self._memory: OrderedDict[Hashable, Any] = OrderedDict()
@@ -172,7 +184,13 @@ class ImageScorer(ABC):
 
 
 class CaptionScorer(ImageScorer):
-    """A scorer of a picture against its caption (`Document.captions`). None for texts, and for pictures without one."""
+    """A scorer of a picture against its caption (`Document.captions`). None for texts, and for pictures without one.
+
+    `load` sets `tokenizer` and `max_tokens`, those of a caption that are read.
+    """
+
+    tokenizer: Any
+    max_tokens: int
 
     @abstractmethod
     def scores(self, pairs: list[Pair]) -> Tensor:
@@ -196,9 +214,17 @@ class CaptionScorer(ImageScorer):
             for step, caption, image in document.captions():
                 pairs.append((caption.strip(), pixels_of(image)))
                 at.append((row, step))
-        for (row, step), raw in zip(at, self.raw(pairs), strict=True):
+        for (row, step), (caption, _picture), raw in zip(at, pairs, self.raw(pairs), strict=True):
             values[row][step] = self.rescaled(raw)
+            if self.listen:
+                self.listen(Judged(step, raw, self.caption_as_read(caption)))
         return values
+
+    def caption_as_read(self, caption: str) -> str:
+        """The caption in quotation marks, and how much of it the model reads."""
+        count = len(self.tokenizer(caption)["input_ids"])
+        read = f"cut: {self.max_tokens} of its {count} tokens are read" if count > self.max_tokens else f"all {count} tokens are read"
+        return f"the caption {caption!r} ({read})"
 
 
 def pixels_of(image: Image) -> PIL.Image.Image:

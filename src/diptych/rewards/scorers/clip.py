@@ -56,6 +56,7 @@ class ClipScore(CaptionScorer):
         check_type(folder, ("clip",))
         self.model = load_exactly(CLIPModel, folder).to(self.device, self.dtype)
         self.tokenizer = load_words(folder, self.model.config.text_config.vocab_size)
+        self.max_tokens = self.model.config.text_config.max_position_embeddings
         self.load_images(folder)
 
     def load_images(self, folder: Path) -> None:
@@ -66,7 +67,7 @@ class ClipScore(CaptionScorer):
         return self.processor(pictures, return_tensors="pt")["pixel_values"]
 
     def scores(self, pairs: list[Pair]) -> Tensor:
-        ids, mask = self.token_ids(self.tokenizer, [caption for caption, _ in pairs], self.model.config.text_config.max_position_embeddings)
+        ids, mask = self.token_ids(self.tokenizer, [caption for caption, _ in pairs], self.max_tokens)
         pixels = self.pixel_values([picture for _, picture in pairs]).to(self.device, self.dtype)
         texts = self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output  # (N, E)
         images = self.model.get_image_features(pixel_values=pixels).pooler_output  # (N, E)

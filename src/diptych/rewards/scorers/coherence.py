@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPModel, Dinov2Model
 
 from diptych.document import Document, Image
-from diptych.rewards.scorers.base import ImageScorer, ScorerOptions, load_exactly, picture_key, pixels_of
+from diptych.rewards.scorers.base import ImageScorer, Judged, ScorerOptions, load_exactly, picture_key, pixels_of
 from diptych.rewards.scorers.clip import check_type, load_processor
 
 
@@ -65,7 +65,11 @@ class ImageCoherence(ImageScorer):
                 vector = next(vectors)
                 if earlier:
                     cosines = torch.stack(earlier) @ vector  # (num_earlier,)
-                    values[row][step] = self.rescaled(float(likeness(cosines, self.options.max_cosine).mean()))
+                    raw = float(likeness(cosines, self.options.max_cosine).mean())
+                    values[row][step] = self.rescaled(raw)
+                    if self.listen:
+                        told = ", ".join(f"{cosine:.4f}" for cosine in cosines.tolist())
+                        self.listen(Judged(step, raw, f"the earlier pictures, cosines {told}"))
                 earlier.append(vector)
         return values
 
