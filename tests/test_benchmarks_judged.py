@@ -99,8 +99,9 @@ def test_answers_are_in_order_and_kept_at_once(tmp_path):
         again = judge_all(questions(20), server.options, file)
         assert [answer.values for answer in again] == [answer.values for answer in found]
         assert len(server.requests) == 20
-        judge_all(questions(1), {**server.options, "model": "another"}, file)  # is another question
-        assert len(server.requests) == 21
+        for other in ({"model": "another"}, {"revision": "another"}):  # are other questions
+            judge_all(questions(1), {**server.options, **other}, file)
+        assert len(server.requests) == 22
 
 
 def test_killed_in_the_middle_nothing_is_asked_twice(tmp_path):
@@ -113,7 +114,7 @@ def test_killed_in_the_middle_nothing_is_asked_twice(tmp_path):
         return says(request, 3)
 
     with serving(reply) as server:
-        options = {**server.options, **PATIENCE, "concurrency": 1, "breaker_failures": 2}
+        options = {**server.options, **PATIENCE, "concurrency": 1, "breaker_failures": 2, "wait_seconds": 0}
         first = judge_all(questions(30), options, file)
         assert [answer.values for answer in first] == [[3.0]] * 7 + [None] * 23
         assert Counter(answer.cause for answer in first) == {None: 7, "connection": 2, "breaker": 21}
@@ -126,6 +127,28 @@ def test_killed_in_the_middle_nothing_is_asked_twice(tmp_path):
         assert [number_in(request) for request in server.requests[reached:]] == list(range(6, 30))
         assert answered == {**dict.fromkeys(range(30), 1), 6: 2}
     assert len({json.loads(line)["key"] for line in file.read_text().splitlines()}) == 30
+
+
+def test_requests_that_are_rejected_leave_the_others_alone(tmp_path):
+    with serving(lambda request: error(400) if number_in(request) < 16 else says(request, 3)) as server:
+        for _ in range(2):  # again, and the same ones are missing
+            found = judge_all(questions(64), {**server.options, **PATIENCE}, tmp_path / "kept.jsonl")
+            assert [answer.cause for answer in found] == ["rejected"] * 16 + [None] * 48
+        assert len(server.requests) == 64 + 16
+
+
+def test_while_the_server_is_gone_the_rest_waits_for_it(tmp_path):
+    gone, asked = [2, 3, 4], []  # two requests open the breaker, one probe fails
+
+    def reply(request):
+        asked.append(number_in(request))
+        return error(503) if len(asked) in gone else says(request, 3)
+
+    with serving(reply) as server:
+        options = {**server.options, **PATIENCE, "concurrency": 1, "breaker_failures": 2, "probe_seconds": 0.1}
+        found = judge_all(questions(30), options, tmp_path / "kept.jsonl")
+    assert [answer.cause for answer in found] == [None, "overloaded", "overloaded", *[None] * 27]
+    assert asked[:6] == [0, 1, 2, 3, 3, 4]
 
 
 REPLIES = {

@@ -45,6 +45,13 @@ def test_blocks_are_read_back():
     assert len(join([document, again, Document(())])) == 8
 
 
+def test_captions_by_hand():
+    a, b, c = (Image(picture(seed)) for seed in range(3))
+    document = Document((a, Text("one"), b, c, Text("skipped"), Text(" two "), a, Text(" "), b, Text("last")))
+    assert document.captions() == [(2, "one", b), (3, "one", c), (6, " two ", a)]
+    assert Document(()).captions() == []
+
+
 def test_pictures_travel_through_json_without_loss():
     document = Document((Text("a ball"), Image(picture(3))))
     again = Document.from_blocks(json.loads(json.dumps(to_json_blocks(document))))

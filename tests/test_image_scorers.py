@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ import PIL.Image
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from toy_scorers import write_clip, write_tokenizer
 from transformers import CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
@@ -21,6 +23,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
+from diptych import cli
 from diptych.cli import app
 from diptych.config import RewardConfig, build
 from diptych.document import Document, Image, Text, to_json_blocks
@@ -526,7 +529,7 @@ def test_buffers_of_older_checkpoints_are_no_weights(toys, tmp_path):
     assert make("clip_score", folder).raw([pair]) == pytest.approx(make("clip_score", toys["clip"]).raw([pair]), abs=1e-6)
 
 
-def test_hub_ids(toys, monkeypatch):
+def test_hub_ids(toys, tmp_path, monkeypatch):
     asked = []
 
     def download(name, *, revision, allow_patterns):
@@ -537,12 +540,21 @@ def test_hub_ids(toys, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     scorer = make("clip_score", "org/some-clip", revision="abc123", low=0.1, clip=True, device="cpu")
-    assert scorer.about() == "clip_score: org/some-clip at revision abc123, float32 on cpu; value (raw - 0.1) / 0.3, clipped to 0..1"
-    make("image_reward", "org/some-reward")
+    assert scorer.about() == (
+        "clip_score: org/some-clip at revision abc123, float32 on cpu; raw cosine, -1..1, good pairs about 0.15..0.35; "
+        "value (raw - 0.1) / 0.3, clipped to 0..1"
+    )
+    assert "at revision" not in make("image_reward", "org/some-reward").about()
     assert asked == [
         ("org/some-clip", "abc123", ["*.json", "*.txt", "*.safetensors"]),
         ("org/some-reward", None, ["ImageReward.pt", "med_config.json"]),
     ]
+    commit = tmp_path / "models--org--some-clip" / "snapshots" / "1234abcd"  # as the hub's cache has it
+    commit.parent.mkdir(parents=True)
+    commit.symlink_to(toys["clip"])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(commit))
+    assert "org/some-clip at revision 1234abcd, float32" in make("clip_score", "org/some-clip", revision="main").about()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(ValueError, match="hub did not give a model of that name: 404"):
         make("pick_score", "org/nothing")
 
@@ -589,3 +601,27 @@ def test_registered_and_usable_from_the_command_line(toys, tmp_path):
     assert result.exit_code == 0, result.output
     logit, scale = logits(toys["clip"], "ab", PICTURES[0])
     assert f"step 2 (picture): {2.5 * logit / scale:.4f}" in result.output
+
+
+def test_try_shows_the_model_the_captions_and_the_raw_scores(toys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.rewards, "console", Console(width=200))
+    a, b = flat((200, 0, 0)), flat((0, 0, 200))
+    document = Document((Text("ab"), Image(a), Image(b), Text("abcdefghijklmno"), Image(a)))
+    (tmp_path / "answer.json").write_text(json.dumps(to_json_blocks(document)))
+
+    def tried(name: str, folder: Path) -> str:
+        command = ["rewards", "try", name, "--document", str(tmp_path / "answer.json"), "--option", f"model={folder}"]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    shown, scorer = tried("clip_score", toys["clip"]), make("clip_score", toys["clip"])
+    raws = scorer.raw([("ab", a), ("ab", b), ("abcdefghijklmno", a)])
+    assert scorer.about() in shown
+    assert f"step 2 (picture): raw {raws[0]:.4f} against the caption 'ab' (all 4 tokens are read)" in shown  # two letters, start and end
+    assert f"step 3 (picture): raw {raws[1]:.4f} against the caption 'ab' (all 4 tokens are read)" in shown
+    assert f"step 5 (picture): raw {raws[2]:.4f} against the caption 'abcdefghijklmno' (cut: 12 of its 17 tokens are read)" in shown
+    assert "against the caption 'ab' (all " in tried("image_reward", toys["image_reward"])
+    shown = tried("image_coherence", toys["dino"])
+    assert re.search(r"step 3 \(picture\): raw \S+ against the earlier pictures, cosines 0\.\d{4}\n", shown)
+    assert re.search(r"step 5 \(picture\): raw \S+ against the earlier pictures, cosines 1\.0000, 0\.\d{4}\n", shown)

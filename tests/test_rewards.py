@@ -14,11 +14,12 @@ import torch
 from diptych.config import RewardConfig
 from diptych.credit import document_rewards
 from diptych.data.records import open_source
-from diptych.document import Document, Image, Text
+from diptych.document import Document, Image, Text, to_message
 from diptych.evaluation.storyboard import Judged, reward_columns
 from diptych.rewards import BUILT_IN, RewardBatch, RewardError, call_rewards, load_reward
 from diptych.rewards.base import merge
 from diptych.rewards.format import format as format_reward
+from diptych.rewards.image_text import image_text
 from diptych.rewards.protocol import Context, Progress
 from diptych.worlds.storyboard.oracle import judge
 from diptych.worlds.storyboard.tasks import task_stream
@@ -280,6 +281,20 @@ def content(kinds: str) -> list[dict]:
     return [{"role": "assistant", "content": [blocks[kind] for kind in kinds]}]
 
 
+def test_image_text_gives_both_pictures_of_a_text_a_value():
+    picture = Image(PIL.Image.new("RGB", (96, 96), "red"))
+    other = Image(PIL.Image.new("RGB", (96, 96), "blue"))
+
+    def values(*segments):
+        return image_text([[to_message("assistant", Document(segments))]])[0]
+
+    said = Text("a red ball")
+    found = values(said, picture, other, Text(" "), other, said, other)
+    assert [value is None for value in found] == [True, False, False, True, True, True, False]
+    assert found[1] == pytest.approx(values(said, picture)[1], abs=1e-6)  # as where texts and pictures alternate
+    assert found[2] == pytest.approx(found[6], abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kinds", "wanted", "truncated", "value"),
     [
@@ -292,6 +307,13 @@ def content(kinds: str) -> list[dict]:
         ("iti", 2, False, 1 / 2),  # the first follows nothing
         ("eiti", 2, False, 1 / 2),  # an empty text is no text
         ("tieii", 3, True, 1 / 6),  # 1 good of 3, halved
+        ("titie", 2, False, 2 / 3),  # an empty step is one more part: 2 of 3
+        ("etiti", 2, False, 2 / 3),
+        ("teiti", 2, False, 1 / 2),  # the picture behind it has no text, and that is one fault
+        ("tiee", 1, False, 1 / 3),
+        ("tieti", 2, False, 2 / 3),
+        ("te", 0, False, 0),
+        ("e", 0, False, 0),
         ("tt", 2, False, 0),
         ("", 2, False, 0),
         ("t", 0, False, 1),
@@ -310,6 +332,9 @@ def test_format_by_hand(kinds, wanted, truncated, value):
         ("titit", 2, True, 1),
         ("titi", 2, True, 2 / 3),  # the closing text is missing
         ("titie", 2, True, 2 / 3),  # an empty text closes nothing
+        ("titite", 2, True, 2 / 3),  # nor after another text
+        ("titiet", 2, True, 3 / 4),  # an empty step before the closing text
+        ("titie", 2, False, 2 / 3),  # nobody asked for it
         ("tit", 2, True, 2 / 3),  # the second picture is
         ("tititit", 2, True, 3 / 4),  # one picture too many
         ("titit", 2, False, 2 / 3),  # a text that nobody asked for

@@ -46,6 +46,12 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_what_a_run_is_made_of_is_written_by_its_first_start(run):
+    run.describe("rewards.json", [{"about": "né"}])
+    run.describe("rewards.json", [{"about": "another"}])
+    assert json.loads((run.path / "rewards.json").read_text()) == [{"about": "né"}]
+
+
 # --- atomic writing ----------------------------------------------------------------------------------------------------
 
 

@@ -60,6 +60,20 @@ class Document:
         """All text segments, joined by a space."""
         return " ".join(segment.text for segment in self.segments if isinstance(segment, Text))
 
+    def captions(self) -> list[tuple[int, str, Image]]:
+        """(place, caption, picture) of each picture with a caption: the text before it, with nothing but pictures between.
+
+        A picture that has no text there, or an empty one, is left out.
+        """
+        found: list[tuple[int, str, Image]] = []
+        caption = ""
+        for place, segment in enumerate(self.segments):
+            if isinstance(segment, Text):
+                caption = segment.text
+            elif caption.strip():
+                found.append((place, caption, segment))
+        return found
+
     def to_blocks(self) -> list[dict[str, Any]]:
         """`[{"type": "text", "text": ...}, {"type": "image", "image": PIL image}, ...]`
 
@@ -76,10 +90,11 @@ class Document:
         return blocks
 
     @classmethod
-    def from_blocks(cls, blocks: str | Sequence[dict[str, Any]]) -> Document:
+    def from_blocks(cls, blocks: str | Sequence[dict[str, Any]], folder: Path | None = None) -> Document:
         """The inverse of `to_blocks`; a plain string is one text segment.
 
-        An image may be a PIL image, a file path, or a `data:image/...;base64,` address.
+        An image may be a PIL image, a file path, or a `data:image/...;base64,` address. `folder`: what paths are relative to; by default
+        the working directory.
         """
         if isinstance(blocks, str):
             return cls((Text(blocks),))
@@ -89,7 +104,7 @@ class Document:
             if kind == "text" and isinstance(block.get("text"), str):
                 segments.append(Text(block["text"]))
             elif kind == "image" and block.get("image") is not None:
-                segments.append(Image(open_image(block["image"])))
+                segments.append(Image(open_image(block["image"], folder)))
             else:
                 raise ValueError(
                     f"block {index} is {block!r:.120}; allowed are {{'type': 'text', 'text': str}} and "
@@ -98,8 +113,8 @@ class Document:
         return cls(tuple(segments))
 
 
-def open_image(source: Any) -> PIL.Image.Image:
-    """An RGB image from a PIL image, a path or a base64 data address.
+def open_image(source: Any, folder: Path | None = None) -> PIL.Image.Image:
+    """An RGB image from a PIL image, a path (relative to `folder`, or to the working directory) or a base64 data address.
 
     Raises ValueError naming the source where it cannot be read.
     """
@@ -109,7 +124,7 @@ def open_image(source: Any) -> PIL.Image.Image:
         if isinstance(source, str) and source.startswith("data:image/"):
             stream: Any = io.BytesIO(base64.b64decode(source.split(",", 1)[1], validate=True))
         else:
-            stream = Path(source)
+            stream = (folder or Path()) / source
         with PIL.Image.open(stream) as image:
             return to_rgb(PIL.ImageOps.exif_transpose(image))
     except (OSError, ValueError, TypeError, IndexError, SyntaxError, PIL.Image.DecompressionBombError) as error:

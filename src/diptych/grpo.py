@@ -31,7 +31,7 @@ from diptych.models import UnifiedModel, open_policy
 from diptych.models.loading import Reference
 from diptych.optim import make_optimizer, move_state, optimizer_step
 from diptych.rewards import load_reward
-from diptych.rewards.base import configured
+from diptych.rewards.base import about
 from diptych.runs import RunFolder
 from diptych.runtime import generator, init_processes, pick_device, seed_everything, set_threads, sum_over_processes, world_size
 from diptych.sampling.rollout import Rollout
@@ -59,9 +59,9 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
     if config.prompts_per_step * config.num_generations // world_size() % config.num_minibatches:
         raise ValueError(f"num_minibatches={config.num_minibatches} does not divide the rollouts of one of {world_size()} processes")
     reward_functions = [(reward, load_reward(reward.name)) for reward in config.rewards]
-    for reward, function in reward_functions:
-        configured(reward, function)  # wrong options are refused before anything is sampled
+    told = [{"name": reward.name, "about": about(reward, function)} for reward, function in reward_functions]  # refuses wrong options
     run = RunFolder(config.output_dir, config)
+    run.describe("rewards.json", told)
     device = pick_device(config.device)
     if config.offload and device.type == "cpu":
         raise ValueError(f"offload={list(config.offload)} frees a GPU's memory, and this run is on the CPU; leave it out")

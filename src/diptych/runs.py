@@ -1,6 +1,6 @@
 """Run folders: configuration, metrics, samples and checkpoints that are never half-written.
 
-config.yaml   metrics.jsonl   samples/step_N.jsonl   checkpoints/step_N/   report.html
+config.yaml   rewards.json   metrics.jsonl   samples/step_N.jsonl   checkpoints/step_N/   report.html
 """
 
 from __future__ import annotations
@@ -148,6 +148,11 @@ class RunFolder:
         return folder / "model", state
 
     # --- logs ---
+    def describe(self, name: str, content: Any) -> None:
+        """A JSON file that says what the run is made of, written by its first start."""
+        if rank() == 0 and not (self.path / name).is_file():
+            atomic_text(self.path / name, json.dumps(content, indent=1) + "\n")
+
     def truncate_logs(self, step: int) -> None:
         """Forgets metrics and samples after `step`: they will be written again by the resumed run."""
         if rank() != 0:

@@ -22,10 +22,10 @@ def noisy_image_text(completions: list[list[dict[str, Any]]], **_: Any) -> list[
     """Half `image_text`, half a number between 0 and 1 drawn from a hash of the picture and its text: a scorer that is often wrong."""
     values = image_text(completions)
     for row, messages in zip(values, completions, strict=True):
-        document = Document.from_blocks(messages[-1]["content"])
-        for step, value in enumerate(row):
-            if value is not None:
-                row[step] = (1 - NOISE) * value + NOISE * _noise(document, step)
+        for step, caption, image in Document.from_blocks(messages[-1]["content"]).captions():
+            value = row[step]
+            assert value is not None
+            row[step] = (1 - NOISE) * value + NOISE * _noise(caption, image)
     return values
 
 
@@ -34,10 +34,8 @@ def coarse_image_text(completions: list[list[dict[str, Any]]], **_: Any) -> list
     return [[None if value is None else float(value >= COARSE) for value in row] for row in image_text(completions)]
 
 
-def _noise(document: Document, step: int) -> float:
-    """Uniform in 0..1, from the picture's pixels and the text before it."""
-    before, image = document.segments[step - 1], document.segments[step]
-    assert isinstance(image, Image)
+def _noise(caption: str, image: Image) -> float:
+    """Uniform in 0..1, from the picture's pixels and its caption."""
     assert image.pixels is not None
-    content = str(getattr(before, "text", "")).encode() + image.pixels.convert("RGB").tobytes()
+    content = caption.encode() + image.pixels.convert("RGB").tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64

@@ -42,20 +42,22 @@ def try_reward(
     from diptych.config import RewardConfig, build, parse_overrides
     from diptych.document import Text
     from diptych.rewards import call_rewards, load_reward
-    from diptych.rewards.base import configured
+    from diptych.rewards.base import about, configured
     from diptych.rewards.judges import Judge, transcript
+    from diptych.rewards.scorers.base import ImageScorer
+
+    def show(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     asked, answer = transcript.read_document(document, prompt)
     options, columns = (dict(parse_overrides([f"--{item}" for item in items or []])) for items in (option, column))
     config = build(RewardConfig, {"name": name, "options": options})
     reward = configured(config, load_reward(name))
+    show(about(config, load_reward(name)))
     if isinstance(reward, Judge):
-        reward.listen = lambda question, reply: console.print(
-            f"--- sent ---\n{transcript.sent(question)}\n--- said ---\n{transcript.said(reply)}\n",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        reward.listen = lambda question, reply: show(f"--- sent ---\n{transcript.sent(question)}\n--- said ---\n{transcript.said(reply)}\n")
+    elif isinstance(reward, ImageScorer):
+        reward.listen = lambda judged: show(f"step {judged.step + 1} (picture): raw {judged.raw:.4f} against {judged.against}")
     found = call_rewards([(config, load_reward(name))], [asked], [answer], {key: [value] for key, value in columns.items()})
     for j, segment in enumerate(answer):
         kind = "text" if isinstance(segment, Text) else "picture"

@@ -103,6 +103,7 @@ class _Kept:
 
     def key(self, question: Question) -> str:
         settings = {"model": self.settings.model, "max_tokens": self.settings.max_tokens, "extra_body": self.settings.extra_body}
+        settings |= {"revision": self.settings.revision} if self.settings.revision else {}
         return ReplyCache.key({**settings, "messages": question.messages})
 
     def find(self, key: str, question: Question) -> Answer | None:
@@ -128,7 +129,8 @@ def judge_all(questions: Iterable[Question], options: dict[str, Any], file: Path
     """One answer for each question, in order. `options`: those of `JudgeOptions`.
 
     `file` (JSON lines) keeps every usable reply, so that nothing in it is asked again, whenever the scoring was stopped. Failures are not
-    kept: the same call asks them again. A value that is out of range, or not whole, makes the cause `out_of_range`.
+    kept: the same call asks them again. While the server is gone the rest waits for it, `wait_seconds` at most; what is left then has the
+    cause `breaker`. A value that is out of range, or not whole, makes the cause `out_of_range`.
 
     Raises ValueError for wrong options, and for a file of another kind.
     """
@@ -219,7 +221,8 @@ class JudgedBenchmark(Benchmark):
                 yield from asked
 
         found = iter(judge_all(questions(), scoring.judge, scoring.folder / KEPT))
-        self._source = {"judge": scoring.judge["model"], "prompts": PROMPTS}
+        revision = f" at revision {scoring.judge['revision']}" if scoring.judge.get("revision") else ""
+        self._source = {"judge": f"{scoring.judge['model']}{revision}", "prompts": PROMPTS}
         scores = []
         for (item, place, answer), asked in zip(rows, counts, strict=True):
             told = list(islice(found, asked))

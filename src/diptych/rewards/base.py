@@ -189,6 +189,17 @@ def configured(config: RewardConfig, reward: Callable[..., Any]) -> Callable[...
     return _made[key]
 
 
+def about(config: RewardConfig, reward: Callable[..., Any]) -> str:
+    """One line for people: what a reward judges and the values it gives, or its model with revision, range and rescaling."""
+    made = configured(config, reward)
+    if callable(told := getattr(made, "about", None)):
+        return told()
+    if config.name in ABOUT:
+        return f"{config.name}: {ABOUT[config.name].judges}; value {ABOUT[config.name].values}; packaged"
+    words = inspect.getdoc(reward) or "it does not say what it is"
+    return f"{config.name}: {words.splitlines()[0]}"
+
+
 def call_rewards(
     rewards: Sequence[tuple[RewardConfig, Callable[..., Any]]],
     prompts: Sequence[Document],

@@ -11,12 +11,13 @@ def format(
     ends_with_text: Sequence[bool | None] | None = None, **_: Any,
 ) -> list[float]:  # fmt: skip
     """One value per document, 0..1: 1 where every picture follows a non-empty text, the number of pictures is the one asked for
-    (dataset column `num_images`), no text was cut off, and the answer ends with a text or with a picture as asked (column
-    `ends_with_text`; None or no such column: either will do). Each fault costs a share.
+    (dataset column `num_images`), no text was cut off, no step is empty, and the answer ends with a text or with a picture as asked
+    (column `ends_with_text`; None or no such column: either will do). Each fault costs a share.
 
     The value is (good parts) / max(parts, parts asked for), halved if a text was cut off; parts are the pictures with their texts and
     the closing text. Why it has to be asked for: rewards of texts say nothing of a text that is not there, so a policy that may leave
-    out its conclusion soon does.
+    out its conclusion soon does. An empty text spoils the part that it belongs to, the picture behind it or the closing text that is
+    asked for; any other is one more part, a bad one.
     """
     values = []
     for row, messages in enumerate(completions):
@@ -29,6 +30,8 @@ def format(
         if closing is not None:
             closes = bool(told) and told[-1]
             good, parts = good + (closing and closes), parts + (closing or closes)
+        empty = [i for i, block in enumerate(blocks) if block["type"] == "text" and not told[i]]
+        parts += sum(1 for i in empty if i + 1 not in drawn and not (closing and i + 1 == len(blocks)))
         value = good / parts if parts else 1.0
         values.append(value * (0.5 if truncated and truncated[row] else 1.0))
     return values

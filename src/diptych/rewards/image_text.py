@@ -63,18 +63,16 @@ def _packaged() -> DocumentEncoder:
 
 
 def image_text(completions: list[list[dict[str, Any]]], **_: Any) -> list[list[float | None]]:
-    """Per step; None for text, and for an image without text before it (the format reward sees to that)."""
+    """Per step; None for text, and for an image without a caption (the format reward sees to that)."""
     captions, images, at = [], [], []
     values: list[list[float | None]] = []
     for row, messages in enumerate(completions):
         document = Document.from_blocks(messages[-1]["content"])
         values.append([None] * len(document))
-        for step, segment in enumerate(document):
-            before = document.segments[step - 1] if step else None
-            if isinstance(segment, Image) and isinstance(before, Text):
-                captions.append(before.text)
-                images.append(segment)
-                at.append((row, step))
+        for step, caption, image in document.captions():
+            captions.append(caption)
+            images.append(image)
+            at.append((row, step))
     for (row, step), value in zip(at, score_pairs(_packaged(), captions, images).tolist(), strict=True):
         values[row][step] = value
     return values

@@ -23,7 +23,8 @@ class ReplyCache:
 
     @staticmethod
     def key(request: dict[str, Any]) -> str:
-        """SHA-256 of the whole request: model, settings, prompt and pictures. The server's address is no part of it."""
+        """SHA-256 of the whole request: model, its revision if one is named, settings, prompt and pictures. The server's address is no
+        part of it."""
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
     def get(self, key: str) -> str | None:

@@ -4,11 +4,11 @@ A request ends in a usable reply or in a cause:
 
 | cause | what happened |
 |---|---|
-| `timeout` | no complete reply within `timeout_seconds` |
+| `timeout` | no complete reply within `timeout_seconds`, after all retries |
 | `connection` | no connection, or it broke, after all retries |
 | `overloaded` | 429 or 5xx, after all retries |
 | `rejected` | another HTTP error: wrong model, key or request |
-| `breaker` | not asked, because the requests before failed |
+| `breaker` | not asked, because the requests before failed, and the server was not back within `wait_seconds` |
 | `refused` | the judge would not judge, or its filter stepped in |
 | `unparsed` | no unambiguous verdict: wrong JSON, half an answer, two numbers |
 """
@@ -28,6 +28,7 @@ from diptych.rewards.judges.options import JudgeOptions
 from diptych.rewards.judges.replies import UnusableReplyError
 
 WHOLE = ("stop", "eos_token")  # how a reply ends that was not cut off
+OF_ONE_REQUEST = (400, 413, 422)  # too long, too large, not understood: the server works, and takes the next one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +50,25 @@ class Answer:
 
 
 class RequestError(Exception):
-    def __init__(self, cause: str, detail: str, wait: float | None = None, retry: bool = False, reply: str | None = None) -> None:
+    """`retry`: the same request may succeed later. `works`: the server answered, so this is no sign that it is gone."""
+
+    def __init__(
+        self, cause: str, detail: str, wait: float | None = None, retry: bool = False, reply: str | None = None, works: bool = False
+    ) -> None:
         super().__init__(detail)
-        self.cause, self.detail, self.wait, self.retry, self.reply = cause, detail, wait, retry, reply
+        self.cause, self.detail, self.wait, self.retry, self.reply, self.works = cause, detail, wait, retry, reply, works
 
 
 class Breaker:
-    """Opens after `failures` failed requests in a row; closes with the first that succeeds."""
+    """Opens after `failures` failed requests in a row; closes with the first that succeeds.
 
-    def __init__(self, failures: int, probe_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limit, self.probe_seconds, self.clock = failures, probe_seconds, clock
-        self.failed, self.since = 0, 0.0
+    While it is open one request may try the server every `probe_seconds`. That is worth waiting for until `wait_seconds` after it opened,
+    unless the last failure was one that time does not mend, such as a wrong key.
+    """
+
+    def __init__(self, failures: int, probe_seconds: float, wait_seconds: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit, self.probe_seconds, self.wait_seconds, self.clock = failures, probe_seconds, wait_seconds, clock
+        self.failed, self.since, self.opened, self.passing = 0, 0.0, 0.0, True
 
     @property
     def is_open(self) -> bool:
@@ -67,11 +76,21 @@ class Breaker:
 
     @property
     def may_probe(self) -> bool:
-        return self.clock() - self.since >= self.probe_seconds
+        return self.until_probe <= 0
 
-    def record(self, success: bool) -> None:
+    @property
+    def until_probe(self) -> float:
+        return self.probe_seconds - (self.clock() - self.since)
+
+    @property
+    def worth_waiting(self) -> bool:
+        return self.passing and 0 < self.since - self.opened + self.probe_seconds <= self.wait_seconds
+
+    def record(self, success: bool, passing: bool = True) -> None:
         self.failed = 0 if success else self.failed + 1
-        self.since = self.clock()
+        self.since, self.passing = self.clock(), passing
+        if self.failed == self.limit:
+            self.opened = self.since
 
 
 class JudgeClient:
@@ -85,12 +104,13 @@ class JudgeClient:
             raise ValueError("rewards behind a server need the extra: pip install 'diptych[judges]'") from error
         self.openai, self.options = openai, options
         options.api_key()
-        self.breaker = Breaker(options.breaker_failures, options.probe_seconds)
+        self.breaker = Breaker(options.breaker_failures, options.probe_seconds, options.wait_seconds)
         self.cache = ReplyCache(options.cache_size, options.cache_dir)
 
     async def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """One answer for each question, in order. Equal questions are asked once; no failure of the server raises."""
-        keys = [self.cache.key(self._request(question)) for question in questions]
+        weights = {"revision": self.options.revision} if self.options.revision else {}  # replies of others are not remembered
+        keys = [self.cache.key(self._request(question) | weights) for question in questions]
         different = dict(zip(keys, questions, strict=True))
         answers = {key: self._remembered(key, question) for key, question in different.items()}
         missing = [key for key, answer in answers.items() if answer is None]
@@ -131,19 +151,27 @@ class JudgeClient:
         return Answer(values, reply)
 
     async def _ask(self, server: Any, probing: asyncio.Lock, question: Question) -> str:
-        if self.breaker.is_open:
+        breaker = self.breaker
+        if breaker.is_open:
             async with probing:  # one request tries the server; the others wait for what it finds
-                if self.breaker.is_open:
-                    if not self.breaker.may_probe:
-                        raise RequestError("breaker", f"not asked: {self.breaker.failed} requests before failed")
-                    return await self._recorded(server, question, retries=0)
+                while breaker.is_open:
+                    if not breaker.may_probe:
+                        if not breaker.worth_waiting:
+                            raise RequestError("breaker", f"not asked: {breaker.failed} requests before failed")
+                        await asyncio.sleep(breaker.until_probe)
+                        continue
+                    try:
+                        return await self._recorded(server, question, retries=0)
+                    except RequestError:
+                        if not (breaker.is_open and breaker.worth_waiting):
+                            raise
         return await self._recorded(server, question, retries=self.options.retries)
 
     async def _recorded(self, server: Any, question: Question, retries: int) -> str:
         try:
             reply = await self._with_retries(server, question, retries)
         except RequestError as error:
-            self.breaker.record(success=error.cause in ("refused", "unparsed"))  # the server works; this reply is of no use
+            self.breaker.record(success=error.works, passing=error.retry)
             raise
         self.breaker.record(success=True)
         return reply
@@ -168,13 +196,14 @@ class JudgeClient:
             async with asyncio.timeout(self.options.timeout_seconds):
                 response = await server.chat.completions.with_raw_response.create(**self._request(question))
         except (TimeoutError, openai.APITimeoutError):
-            raise RequestError("timeout", f"no reply within {self.options.timeout_seconds:g} seconds") from None
+            raise RequestError("timeout", f"no reply within {self.options.timeout_seconds:g} seconds", retry=True) from None
         except openai.APIConnectionError as error:
             raise RequestError("connection", f"{error} ({error.__cause__!r:.160})", retry=True) from None
         except openai.APIStatusError as error:
-            again = error.status_code == 429 or error.status_code >= 500
-            detail = f"HTTP {error.status_code}: {error.message[:200]}"
-            raise RequestError("overloaded" if again else "rejected", detail, _retry_after(error), retry=again) from None
+            status = error.status_code
+            again, detail = status == 429 or status >= 500, f"HTTP {status}: {error.message[:200]}"
+            cause, works = "overloaded" if again else "rejected", status in OF_ONE_REQUEST
+            raise RequestError(cause, detail, _retry_after(error), retry=again, works=works) from None
         except openai.OpenAIError as error:
             raise RequestError("rejected", f"{type(error).__name__}: {error!s:.200}") from None
         return _content(response.content)
@@ -191,13 +220,14 @@ def _content(body: bytes) -> str:
         message, finish = choice["message"], choice["finish_reason"]
         content, refusal = message.get("content"), message.get("refusal")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        raise RequestError("unparsed", f"no chat completion: {body[:160]!r}") from None
+        raise RequestError("unparsed", f"no chat completion: {body[:160]!r}", works=True) from None
     if refusal or finish == "content_filter":
-        raise RequestError("refused", f"the judge refused: {str(refusal or finish)[:160]}", reply=str(refusal or content))
+        raise RequestError("refused", f"the judge refused: {str(refusal or finish)[:160]}", reply=str(refusal or content), works=True)
     if not isinstance(content, str):
-        raise RequestError("unparsed", f"the reply holds no text: {content!r:.160}")
+        raise RequestError("unparsed", f"the reply holds no text: {content!r:.160}", works=True)
     if finish not in WHOLE:
-        raise RequestError("unparsed", f"the reply is not whole (finish_reason {finish!r}): {content[:160]!r}", reply=content)
+        detail = f"the reply is not whole (finish_reason {finish!r}): {content[:160]!r}"
+        raise RequestError("unparsed", detail, reply=content, works=True)
     return content
 
 

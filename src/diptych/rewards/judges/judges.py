@@ -12,14 +12,14 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from diptych.config import build
 from diptych.document import Document, Image, Text
 from diptych.rewards.judges.client import Answer, JudgeClient, Question
-from diptych.rewards.judges.options import JudgeOptions
-from diptych.rewards.judges.prompts import document_messages, picture_messages, text_critic_messages
-from diptych.rewards.judges.replies import numbered_scores, one_score
+from diptych.rewards.judges.options import JudgeOptions, UnifiedRewardOptions
+from diptych.rewards.judges.prompts import AXES, document_messages, picture_axes_messages, picture_messages, text_critic_messages
+from diptych.rewards.judges.replies import mean_score, numbered_scores, one_score
 
 logger = logging.getLogger(__name__)
 Asked = tuple[list[int], Question]  # the steps that a question is about (0 is the first), and the question
@@ -34,15 +34,25 @@ class Judge(ABC):
     name: str
     lowest: float
     highest: float
+    options_class: ClassVar[type[JudgeOptions]] = JudgeOptions
 
     def __init__(self, **options: Any) -> None:
         """Raises ValueError naming each wrong option."""
         if "api_key" in options:
             raise ValueError(f"reward {self.name!r}: a key is read from the environment only; name its variable with api_key_env")
-        self.client = JudgeClient(build(JudgeOptions, options))
+        self.options = build(self.options_class, options)
+        self.client = JudgeClient(self.options)
         self.listen: Callable[[Question, Answer], None] | None = None
         self._faults: Counter[str] = Counter()
         self._last = ""
+
+    def about(self) -> str:
+        """One line: the model and its revision, where it runs, and what a raw score becomes."""
+        given = self.options
+        revision = f"at revision {given.revision}" if given.revision else "(no revision named)"
+        span = self.highest - self.lowest
+        value = f"(raw - {self.lowest:g}) / {span:g}" if self.lowest else f"raw / {span:g}"
+        return f"{self.name}: {given.model} {revision} behind {given.base_url}; raw {self.lowest:g}..{self.highest:g}; value {value}"
 
     @abstractmethod
     def questions(self, prompt: Document, answer: Document) -> list[Asked]:
@@ -104,21 +114,25 @@ class LLMTextCritic(Judge):
 
 
 class UnifiedReward(Judge):
-    """`unified_reward`: each picture against the text just before it, and its quality, by a UnifiedReward model. Raw 1..5.
+    """`unified_reward`: each picture against its caption, and its quality, by a UnifiedReward model. Raw 1..5: one score, or with
+    `version: v2` the mean of three.
 
-    None for texts and for pictures without a text before them.
+    None for texts and for pictures without a caption.
     """
 
     name, lowest, highest = "unified_reward", 1.0, 5.0
+    options: UnifiedRewardOptions
+    options_class = UnifiedRewardOptions
 
     def questions(self, prompt: Document, answer: Document) -> list[Asked]:
-        found: list[Asked] = []
-        for step, segment in enumerate(answer):
-            before = answer.segments[step - 1] if step else None
-            if isinstance(segment, Image) and isinstance(before, Text) and before.text.strip():
-                read = functools.partial(one_score, low=self.lowest, high=self.highest, judged=before.text)
-                found.append(([step], Question(picture_messages(before.text, segment), read)))
-        return found
+        return [([step], self._question(caption, picture)) for step, caption, picture in answer.captions()]
+
+    def _question(self, caption: str, picture: Image) -> Question:
+        if self.options.version == "v2":
+            mean = functools.partial(mean_score, axes=AXES, low=self.lowest, high=self.highest, judged=caption)
+            return Question(picture_axes_messages(caption, picture), mean)
+        one = functools.partial(one_score, low=self.lowest, high=self.highest, judged=caption)
+        return Question(picture_messages(caption, picture), one)
 
 
 class DocumentJudge(Judge):

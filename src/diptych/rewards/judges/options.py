@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
@@ -16,14 +16,18 @@ class JudgeOptions(Config):
 
     base_url: str = Field(description="of the server, as in http://localhost:8000/v1")
     model: str = Field(min_length=1, description="the name under which the server knows the model")
+    revision: str | None = Field(None, min_length=1, description="which weights the server has, in your words, such as a commit of the hub")
     api_key_env: str | None = Field(None, description="the environment variable that holds the key; None: none is sent")
     timeout_seconds: float = Field(60.0, gt=0, description="for one try, from sending to the last byte of the reply")
     concurrency: int = Field(8, ge=1, description="requests at the same time")
-    retries: int = Field(3, ge=0, description="after connection errors, 429 and 5xx; never after a time-out or an unusable reply")
+    retries: int = Field(3, ge=0, description="after time-outs, connection errors, 429 and 5xx; never after an unusable reply")
     backoff_seconds: float = Field(0.5, ge=0, description="first pause; each next is twice as long, all times 0.5 to 1.5 at random")
     max_backoff_seconds: float = Field(30.0, ge=0, description="longest pause; where Retry-After asks for more there is no retry")
-    breaker_failures: int = Field(8, ge=1, description="so many failed requests in a row: later ones fail at once")
+    breaker_failures: int = Field(8, ge=1, description="so many failed requests in a row: no more are sent until one finds the server back")
     probe_seconds: float = Field(10.0, ge=0, description="after so long one request may try whether the server is back")
+    wait_seconds: float = Field(
+        60.0, ge=0, description="so long, in all, the others wait for the server to be back before they fail at once; 0: not at all"
+    )
     max_tokens: int = Field(1024, ge=1, description="of the reply; one that is cut off counts as unparsed")
     cache_size: int = Field(4096, ge=0, description="replies kept in memory")
     cache_dir: str | None = Field(None, description="a folder that keeps replies between runs; None: memory only")
@@ -55,3 +59,9 @@ class JudgeOptions(Config):
         if not key:
             raise ValueError(f"api_key_env names {self.api_key_env}, which is not set in the environment; set it, or leave the option out")
         return key
+
+
+class UnifiedRewardOptions(JudgeOptions):
+    version: Literal["v1", "v2"] = Field(
+        "v1", description="of the model: v1 gives one score (UnifiedReward, 1.5), v2 three, whose mean is taken (UnifiedReward 2.0)"
+    )

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
-LABEL = r"(?:(?:the|my|final|overall|total)\s+){0,2}(?:score|rating)"
-# A line that is a verdict and nothing else: "Score: 85", "**Final Score:** 4.5", "Score: 85/100", "The score is 85 out of 100."
-VERDICT_LINE = re.compile(rf"^[ \t*_#]*{LABEL}[ \t*_]*(?::|=|is\b)[ \t*_]*({NUMBER})[ \t*_]*(?:(?:/|out of)[ \t]*(\d+))?[ \t*_.]*$", re.I)
-VERDICT_BEGIN = re.compile(rf"^[ \t*_#]*{LABEL}[ \t*_]*(?::|=|is\b)[ \t*_]*[-+]?\d", re.I)
-SAID_IN_TEXT = re.compile(rf"(?:score|rating)\W{{0,5}}(?:is|of)?\W{{0,5}}({NUMBER})|({NUMBER})\s*(?:/|out of)\s*\d", re.I)
+POINTS = rf"({NUMBER})(?: ?(?:/|out of) ?(\d+)| ?(%|percent))?"  # groups: the number, what it is out of, whether in percent
+LABEL = r"(?:(?:the|my|final|overall|total) ){0,2}(?:score|rating) ?(?:[:=]|is ) ?"
+GIVING = (
+    r"(?:rate|score|grade|give|award|assign) "
+    r"(?:(?:it|this|that|the|a|an|at|as|with|text|answer|response|caption|picture|image|score|rating|of) ){0,7}"
+)
+OWN_WORDS = rf"(?:(?:overall|so|thus|therefore|hence),? )?i(?:['’]d| would| will)? {GIVING}"
+# What may follow in the same sentence: nothing, or a reason. "85 or 90", "85-90", "85 if it were true" are no verdicts.
+END = r"(?: ?[.!;]?$| ?[-–—:] (?=(?-i:[A-Z]))|,? (?:because|since|due to|based on|given)\b)"
+VERDICT = re.compile(rf"(?:{LABEL}|{OWN_WORDS}){POINTS}{END}", re.I)
+VERDICT_BEGIN = re.compile(rf"(?:{LABEL}|{OWN_WORDS})[-+]?\d", re.I)
+BARE = re.compile(POINTS, re.I)
+MARKS = re.compile(r"[\s*_#•`\[\]()]+")  # of lists, headings and emphasis; none of a quotation
+SENTENCE_END = re.compile(r"(?<=[.!?;]) (?!\d)")
+SAID_IN_TEXT = re.compile(
+    rf"(?:score|rating)\W*+(?:\d+\W+\d+\W++(?=\d))?(?:(?:is|of)\W++)?({NUMBER})"
+    rf"|{GIVING}({NUMBER})|(?<!\d)({NUMBER}) ?(?:/|out of) ?\d", re.I,
+)  # fmt: skip
+NUMBER_ALONE = re.compile(rf"[\W_]*({NUMBER})[\W_]*")
 REFUSAL = re.compile(r"^\W*(?:i[' ’]?a?m (?:very )?sorry|sorry\b|i can(?:no|['’])t|i am unable|i[' ’]m (?:unable|not able))", re.I)
 
 
@@ -26,26 +41,64 @@ class UnusableReplyError(Exception):
 def one_score(reply: str, low: float, high: float, judged: str) -> list[float | None]:
     """The only score in a free-text reply, as [score]; [None] where it lies outside low..high.
 
-    A score is a line of its own such as `Score: 85` or `Final Score: 4.5`, or the whole reply. `judged` is the text under
-    judgement: a score that it announces itself might be quoted and is not believed.
+    A score is a sentence such as `Score: 85`, `**Final Score:** 85/100`, `- Score: 85%` or `I would rate it 85 out of 100.`, or a first
+    line that is the number. `judged` is the text under judgement: a score that it announces itself might be quoted and is not believed.
 
-    Raises UnusableReplyError for none, two different ones, a range, or a denominator other than `high`.
+    Raises UnusableReplyError for none, two different ones, a range, a condition, or a denominator other than `high`.
     """
     text = without_thoughts(reply)
-    lines = [f"score: {text}"] if re.fullmatch(NUMBER, text) else [line.strip() for line in text.splitlines()]
-    begun = [line for line in lines if VERDICT_BEGIN.match(line)]
-    verdicts = [match for match in map(VERDICT_LINE.match, begun) if match]
+    begun = [sentence for sentence in _sentences(text) if VERDICT_BEGIN.match(sentence)]
+    verdicts = [match for match in map(VERDICT.match, begun) if match]
+    if len(verdicts) < len(begun):
+        raise _unusable(text, "more than one score, a range, or a score with a condition")
+    alone = [BARE.fullmatch(line.strip("*_ \t")) for line in text.splitlines()]
+    if alone and alone[0]:
+        verdicts += [match for match in alone if match]
     found = {float(match[1]) for match in verdicts}
-    if not begun:
-        raise _unusable(text, "no line is a score and nothing else")
-    if len(verdicts) < len(begun) or len(found) > 1:
-        raise _unusable(text, "more than one score, or a range")
-    if any(match[2] and float(match[2]) != high for match in verdicts):
+    if not found:
+        raise _unusable(text, "no sentence is a score and nothing else")
+    if len(found) > 1:
+        raise _unusable(text, "more than one score")
+    if any((match[2] and float(match[2]) != high) or (match[3] and high != 100) for match in verdicts):
         raise _unusable(text, f"a score out of something else than {high:g}")
+    _refuse_announced(text, found, judged)
     (value,) = found
-    if value in {float(a or b) for a, b in SAID_IN_TEXT.findall(judged)}:
-        raise _unusable(text, "the text under judgement announces the same score itself")
     return [_in_range(value, low, high)]
+
+
+def mean_score(reply: str, axes: Sequence[str], low: float, high: float, judged: str) -> list[float | None]:
+    """The mean of the scores of `axes`, as [score]; [None] where one lies outside low..high.
+
+    Each has a line of its own, such as `Style Score (1-5): 3.5`. `judged` as for `one_score`.
+
+    Raises UnusableReplyError where an axis has no such line, or two.
+    """
+    text = without_thoughts(reply)
+    line = re.compile(rf"({'|'.join(axes)}) score(?: {low:g} ?[-–] ?{high:g})? ?: ?(.*)", re.I)
+    told = [(match[1].lower(), match[2]) for match in map(line.match, map(_plain, text.splitlines())) if match]
+    if sorted(axis for axis, _ in told) != sorted(axis.lower() for axis in axes):
+        raise _unusable(text, f"one line with a score is needed for each of {', '.join(axes)}")
+    if not all(re.fullmatch(NUMBER, number) for _, number in told):
+        raise _unusable(text, "a score is not a number")
+    found = [float(number) for _, number in told]
+    _refuse_announced(text, set(found), judged)
+    return [None if any(_in_range(value, low, high) is None for value in found) else sum(found) / len(found)]
+
+
+def _plain(line: str) -> str:
+    """Without marks of lists, headings and emphasis; words one space apart."""
+    return MARKS.sub(" ", line).strip().removeprefix("- ").strip()
+
+
+def _sentences(text: str) -> list[str]:
+    return [sentence for line in text.splitlines() for sentence in SENTENCE_END.split(_plain(line))]
+
+
+def _refuse_announced(text: str, found: set[float], judged: str) -> None:
+    said = {float(a or b or c) for a, b, c in SAID_IN_TEXT.findall(_plain(judged))}
+    said |= {float(match[1]) for match in map(NUMBER_ALONE.fullmatch, judged.splitlines()) if match}
+    if found & said:
+        raise _unusable(text, "the text under judgement announces the same score itself")
 
 
 def numbered_scores(reply: str, tag: str, count: int, low: float, high: float) -> list[float | None]:

@@ -10,17 +10,19 @@ from diptych.rewards.judges.client import Answer, Question
 
 
 def read_document(path: Path, prompt: str = "") -> tuple[Document, Document]:
-    """Request and answer. The file holds message blocks of the answer, or messages, the last two of which are both.
+    """Request and answer. The file holds message blocks of the answer, or messages, the last two of which are both. Paths of pictures are
+    relative to the file.
 
     Raises ValueError naming the file where it holds neither.
     """
     try:
         blocks = json.loads(path.read_text())
         if isinstance(blocks, list) and len(blocks) > 1 and isinstance(blocks[0], dict) and "role" in blocks[0]:
-            return Document.from_blocks(blocks[-2]["content"]), Document.from_blocks(blocks[-1]["content"])
+            asked, answer = (Document.from_blocks(message["content"], path.parent) for message in blocks[-2:])
+            return asked, answer
         if not isinstance(blocks, list) or not blocks:
             raise ValueError("a list of blocks is needed, at least one")
-        return Document((Text(prompt),)), Document.from_blocks(blocks)
+        return Document((Text(prompt),)), Document.from_blocks(blocks, path.parent)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--document {str(path)!r}: {error}; give a file as `diptych generate --out answer.json` writes it") from error
 

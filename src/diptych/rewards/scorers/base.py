@@ -5,6 +5,7 @@ A value is (raw - low) / (high - low). It is not clipped unless `clip` says so, 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import logging
@@ -23,7 +24,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from diptych.config import Config, build
-from diptych.document import Document, Image, Text
+from diptych.document import Document, Image
 from diptych.runtime import pick_device
 
 logger = logging.getLogger(__name__)
@@ -56,13 +57,24 @@ class ScorerOptions(Config):
         return self
 
 
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What the model said of one picture, for people. `against`: what it was compared with."""
+
+    step: int
+    raw: float
+    against: str
+
+
 class ImageScorer(ABC):
     """A scorer that is made once for a recipe's entry. Safe to call from several threads: one runs, the others wait.
 
     The model is loaded, and asked about one grey picture, when the scorer is made: what cannot work fails before anything is sampled.
+    `listen`, if set, is called with every picture that was judged.
     """
 
     name: ClassVar[str]
+    raw_range: ClassVar[str]  # what a raw score is, and its range
     options_class: ClassVar[type[ScorerOptions]]
 
     def __init__(self, **options: Any) -> None:
@@ -74,6 +86,8 @@ class ImageScorer(ABC):
             raise ValueError(
                 f"reward {self.name!r}: dtype={self.options.dtype} needs a GPU; on the CPU only float32 is exact enough to rank"
             )
+        self.listen: Callable[[Judged], None] | None = None
+        self.revision = self.options.revision  # of a hub id; the commit, once it is known
         self.num_truncated = 0  # captions that were cut to the model's length
         self._memory: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -87,12 +101,19 @@ class ImageScorer(ABC):
     def about(self) -> str:
         """One line: the model and its revision, where it runs, and what a raw score becomes."""
         given = self.options
-        revision = f" at revision {given.revision}" if given.revision else ""
+        revision = f" at revision {self.revision}" if self.revision else ""
         clipped = ", clipped to 0..1" if given.clip else ""
         return (
-            f"{self.name}: {given.model}{revision}, {given.dtype} on {self.device}; "
+            f"{self.name}: {given.model}{revision}, {given.dtype} on {self.device}; raw {self.raw_range}; "
             f"value (raw - {given.low:g}) / {given.high - given.low:g}{clipped}"
         )
+
+    def checkpoint(self, patterns: Sequence[str] = WEIGHTS_AND_CONFIG) -> Path:
+        """The folder of the model in the options. Of a hub id, the commit becomes the revision."""
+        folder = checkpoint_folder(self.options.model, self.options.revision, patterns)
+        if folder.parent.name == "snapshots":  # the hub's cache: models--org--name/snapshots/COMMIT
+            self.revision = folder.name
+        return folder
 
     @abstractmethod
     def load(self) -> None:
@@ -163,10 +184,13 @@ class ImageScorer(ABC):
 
 
 class CaptionScorer(ImageScorer):
-    """A scorer of a picture against its caption: the text before it, with nothing but pictures between.
+    """A scorer of a picture against its caption (`Document.captions`). None for texts, and for pictures without one.
 
-    None for texts, and for pictures that no text, or an empty one, stands before.
+    `load` sets `tokenizer` and `max_tokens`, those of a caption that are read.
     """
+
+    tokenizer: Any
+    max_tokens: int
 
     @abstractmethod
     def scores(self, pairs: list[Pair]) -> Tensor:
@@ -187,16 +211,20 @@ class CaptionScorer(ImageScorer):
         for row, completion in enumerate(completions):
             document = Document.from_blocks(completion[-1]["content"])
             values.append([None] * len(document))
-            caption = ""
-            for step, segment in enumerate(document):
-                if isinstance(segment, Text):
-                    caption = segment.text.strip()
-                elif caption:
-                    pairs.append((caption, pixels_of(segment)))
-                    at.append((row, step))
-        for (row, step), raw in zip(at, self.raw(pairs), strict=True):
+            for step, caption, image in document.captions():
+                pairs.append((caption.strip(), pixels_of(image)))
+                at.append((row, step))
+        for (row, step), (caption, _picture), raw in zip(at, pairs, self.raw(pairs), strict=True):
             values[row][step] = self.rescaled(raw)
+            if self.listen:
+                self.listen(Judged(step, raw, self.caption_as_read(caption)))
         return values
+
+    def caption_as_read(self, caption: str) -> str:
+        """The caption in quotation marks, and how much of it the model reads."""
+        count = len(self.tokenizer(caption)["input_ids"])
+        read = f"cut: {self.max_tokens} of its {count} tokens are read" if count > self.max_tokens else f"all {count} tokens are read"
+        return f"the caption {caption!r} ({read})"
 
 
 def pixels_of(image: Image) -> PIL.Image.Image:

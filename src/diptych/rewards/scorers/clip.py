@@ -20,7 +20,6 @@ from diptych.rewards.scorers.base import (
     CaptionScorer,
     Pair,
     ScorerOptions,
-    checkpoint_folder,
     load_exactly,
 )
 
@@ -49,13 +48,15 @@ class ClipScore(CaptionScorer):
     """`clip_score`: cosine of a picture and its caption by a CLIP model of transformers. Raw -1..1, for good pairs about 0.15..0.35."""
 
     name = "clip_score"
+    raw_range = "cosine, -1..1, good pairs about 0.15..0.35"
     options_class: ClassVar[type[ScorerOptions]] = ClipOptions
 
     def load(self) -> None:
-        folder = checkpoint_folder(self.options.model, self.options.revision)
+        folder = self.checkpoint()
         check_type(folder, ("clip",))
         self.model = load_exactly(CLIPModel, folder).to(self.device, self.dtype)
         self.tokenizer = load_words(folder, self.model.config.text_config.vocab_size)
+        self.max_tokens = self.model.config.text_config.max_position_embeddings
         self.load_images(folder)
 
     def load_images(self, folder: Path) -> None:
@@ -66,7 +67,7 @@ class ClipScore(CaptionScorer):
         return self.processor(pictures, return_tensors="pt")["pixel_values"]
 
     def scores(self, pairs: list[Pair]) -> Tensor:
-        ids, mask = self.token_ids(self.tokenizer, [caption for caption, _ in pairs], self.model.config.text_config.max_position_embeddings)
+        ids, mask = self.token_ids(self.tokenizer, [caption for caption, _ in pairs], self.max_tokens)
         pixels = self.pixel_values([picture for _, picture in pairs]).to(self.device, self.dtype)
         texts = self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output  # (N, E)
         images = self.model.get_image_features(pixel_values=pixels).pooler_output  # (N, E)
@@ -77,6 +78,7 @@ class PickScore(ClipScore):
     """`pick_score`: what people would pick, by PickScore (arXiv:2305.01569). Raw exp(logit_scale) * cosine, about 18..24."""
 
     name = "pick_score"
+    raw_range = "exp(logit_scale) * cosine, about 18..24"
     options_class = PickOptions
 
     def scores(self, pairs: list[Pair]) -> Tensor:
@@ -91,11 +93,12 @@ class HpsScore(ClipScore):
     """
 
     name = "hps"
+    raw_range = "cosine, about 0.2..0.35"
     options: HpsOptions
     options_class = HpsOptions
 
     def load(self) -> None:
-        folder = checkpoint_folder(self.options.model, self.options.revision)
+        folder = self.checkpoint()
         found, asked = read_config(folder).get("hps_version"), self.options.version
         if found != asked:
             held = "no converted HPS model" if found is None else f"HPS {found}"

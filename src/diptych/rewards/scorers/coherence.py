@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPModel, Dinov2Model
 
 from diptych.document import Document, Image
-from diptych.rewards.scorers.base import ImageScorer, ScorerOptions, checkpoint_folder, load_exactly, picture_key, pixels_of
+from diptych.rewards.scorers.base import ImageScorer, Judged, ScorerOptions, load_exactly, picture_key, pixels_of
 from diptych.rewards.scorers.clip import check_type, load_processor
 
 
@@ -28,11 +28,12 @@ class ImageCoherence(ImageScorer):
     """
 
     name = "image_coherence"
+    raw_range = "mean of cosines, -1..1"
     options: CoherenceOptions
     options_class: ClassVar[type[ScorerOptions]] = CoherenceOptions
 
     def load(self) -> None:
-        folder = checkpoint_folder(self.options.model, self.options.revision)
+        folder = self.checkpoint()
         self.kind = check_type(folder, ("dinov2", "clip"))
         self.model = load_exactly(CLIPModel if self.kind == "clip" else Dinov2Model, folder).to(self.device, self.dtype)
         self.processor = load_processor(folder)
@@ -64,7 +65,11 @@ class ImageCoherence(ImageScorer):
                 vector = next(vectors)
                 if earlier:
                     cosines = torch.stack(earlier) @ vector  # (num_earlier,)
-                    values[row][step] = self.rescaled(float(likeness(cosines, self.options.max_cosine).mean()))
+                    raw = float(likeness(cosines, self.options.max_cosine).mean())
+                    values[row][step] = self.rescaled(raw)
+                    if self.listen:
+                        told = ", ".join(f"{cosine:.4f}" for cosine in cosines.tolist())
+                        self.listen(Judged(step, raw, f"the earlier pictures, cosines {told}"))
                 earlier.append(vector)
         return values
 

@@ -21,7 +21,6 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from diptych.rewards.scorers.base import CLIP_MEAN, CLIP_STD, CaptionScorer, Pair, ScorerOptions, checkpoint_folder
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the network's outputs; the package has the same constants
-MAX_TOKENS = 35
 HEAD_WIDTH = 64  # of one attention head of BLIP's ViT-B and ViT-L
 WEIGHTS, SETTINGS = "ImageReward.pt", "med_config.json"
 UNUSED = re.compile(r"blip\.(vision_proj|text_proj)\.|blip\.text_encoder\.embeddings\.position_ids$")  # of BLIP's other tasks
@@ -72,11 +71,13 @@ class ImageReward(CaptionScorer):
     centred square of the picture at 224 pixels."""
 
     name = "image_reward"
+    max_tokens = 35
+    raw_range = "about standard normal, most in -2..2"
     options: ImageRewardOptions
     options_class: ClassVar[type[ScorerOptions]] = ImageRewardOptions
 
     def load(self) -> None:
-        folder = checkpoint_folder(self.options.model, self.options.revision, (WEIGHTS, SETTINGS))
+        folder = self.checkpoint((WEIGHTS, SETTINGS))
         self.network = load_network(folder)
         self.network.to(self.device)
         for part in (self.network.vision, self.network.text):  # the head stays in float32, as in the package
@@ -90,7 +91,7 @@ class ImageReward(CaptionScorer):
             )
 
     def scores(self, pairs: list[Pair]) -> Tensor:
-        ids, mask = self.token_ids(self.tokenizer, [caption for caption, _ in pairs], MAX_TOKENS)
+        ids, mask = self.token_ids(self.tokenizer, [caption for caption, _ in pairs], self.max_tokens)
         pixels = torch.stack([preprocess(picture, self.side) for _, picture in pairs]).to(self.device, self.dtype)
         return self.network(pixels, ids, mask)
 
