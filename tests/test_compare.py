@@ -287,6 +287,14 @@ def test_notes_say_when_scorers_or_data_differ(tmp_path):
         assert [name for name in found["changed_settings"] if name.startswith("scoring.")] == said
         assert any("scored in different ways (scoring.judge.model, scoring.official)" in note for note in found["notes"]) == bool(said)
         assert any("different data (data.hash)" in note for note in found["notes"])
+    for name, folder in (("a", a), ("b", b)):  # what was only moved is no other data, and the files of a model are not told one by one
+        hashes = {"hash": name, "files": {"model.safetensors": name}}
+        settings = {"benchmark": "mmie", "model": name, "fingerprint": hashes, "data": {"folder": name, "texts": "x"}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (b / "scoring.json").unlink()
+    found = summary(compare(read_job(a, Problems()), read_job(b, Problems()), Problems(), SCALE))
+    assert not any("different data" in note for note in found["notes"])
+    assert [name for name in found["changed_settings"] if name.startswith(("data", "finger"))] == ["data.folder", "fingerprint.hash"]
     (b / "scoring.json").write_text("[")
     with pytest.raises(ValueError, match=r"scoring.json cannot be read"):
         read_job(b, Problems())

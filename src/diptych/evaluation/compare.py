@@ -131,7 +131,10 @@ def read_job(folder: Path, problems: Problems) -> Job:
             problems.report(f"{sheet}:{number}", "repeated answer", f"answer {score.answer}; the first is kept", score.id)
         else:
             scores[key] = score
-    return Job(folder, config["benchmark"], str(config.get("model", "")), dict(_flat({**config, "scoring": _scoring(folder)})), scores)
+    settings = {**config, "scoring": _scoring(folder)}
+    if isinstance(config.get("fingerprint"), dict):  # of the model; that of each of its files would be told one by one
+        settings["fingerprint"] = {name: value for name, value in config["fingerprint"].items() if name != "files"}
+    return Job(folder, config["benchmark"], str(config.get("model", "")), dict(_flat(settings)), scores)
 
 
 def _scoring(folder: Path) -> dict[str, Any]:

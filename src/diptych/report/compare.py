@@ -112,7 +112,7 @@ def notes(record: Record) -> list[str]:
     changed = record["changed_settings"]
     if scorers := [name for name in changed if name.startswith("scoring.")]:
         said.append(f"The two were scored in different ways ({', '.join(scorers)}): a difference may be the scorer's and not the models'.")
-    if data := [name for name in changed if name.startswith("data.")]:
+    if data := [name for name in changed if name.startswith("data.") and name != "data.folder"]:
         said.append(f"The two read different data ({', '.join(data)}): an item may not be the same question on both sides.")
     others = [f"{cause}: {number:,}" for cause, number in record["problems"].items() if cause != ONE_SIDED]
     if others:
@@ -296,7 +296,7 @@ def _settings_table(record: Record) -> str:
     rows = "".join(
         f'<tr><td>{html.escape(name)}</td><td class="left">{_setting(a)}</td><td class="left">{_setting(b)}</td></tr>'
         for name, (a, b) in record["changed_settings"].items()
-        if name != "model"  # told at the top
+        if name not in ("model", "fingerprint.hash")  # the model is told at the top
     )
     if not rows:
         return ""
