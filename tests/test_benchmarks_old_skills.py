@@ -158,6 +158,22 @@ def test_geneval_asks_four_times_for_one_picture(tmp_path, tiny_model):
     assert any(document.images for document in found)
 
 
+def test_geneval_refuses_to_draw_one_picture_four_times(tmp_path, tiny_model):
+    """Sampling greedily all four answers are the same, so the figures would say nothing of sampling; MME asks once and may."""
+    data, settings = geneval_folder(tmp_path / "in"), Settings(benchmark="geneval", model="tiny")
+    job = Job(GenEval(), data, tmp_path / "out", settings, say=lambda line: None)
+    top = SAMPLED.model_copy(update={part: getattr(SAMPLED, part).model_copy(update={"top_k": 1}) for part in ("text", "image")})
+    for params in (SAMPLED.greedy(), top):
+        with pytest.raises(ValueError, match=r"4 answers are asked for each item, but sampling is greedy.*for instance --temperature 1"):
+            job.run(lambda params=params: (tiny_model, params))
+    assert not (tmp_path / "out" / "answers").exists()
+    partly = SAMPLED.model_copy(update={"text": SAMPLED.greedy().text})
+    assert job.run(lambda: (tiny_model, partly)) is None  # pictures are sampled
+    tiny_model.save_pretrained(tmp_path / "model")
+    command = ["evaluate", "geneval", str(data), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "default")]
+    assert "--temperature 1" in str(CliRunner().invoke(app, command).exception)
+
+
 # --- MME -----------------------------------------------------------------------------------------------------------------
 
 

@@ -169,6 +169,7 @@ class Job:
             known = {**known, "fingerprint": self._fingerprint(fetch=True)}
             self._refuse_changes(known)
         model, params = open_model()
+        _refuse_copies([task.item for _, batch in todo for task in batch], params)
         drawn = model.image_spec.pixel_size
         side = self.settings.image_size or min(drawn, self.benchmark.max_side or drawn)
         self._settle({**known, "sampling": params.model_dump(mode="json"), "saved_side": side}, shards)
@@ -277,6 +278,16 @@ class Job:
                     item.id, item.category, missing, one.task.number, one.cause or "another answer is missing"
                 )
         return [scores[item.id, number] for _, item in items for number in range(item.num_answers)]
+
+
+def _refuse_copies(items: Sequence[Item], params: SamplingParams) -> None:
+    """Raises ValueError where several answers to one item would all be the same."""
+    most = max((item.num_answers for item in items), default=1)
+    if most > 1 and all(part.temperature == 0 or part.top_k == 1 for part in (params.text, params.image)):
+        raise ValueError(
+            f"{most} answers are asked for each item, but sampling is greedy: all {most} would be the same. Sample as the figures "
+            "that you compare with were sampled, for instance --temperature 1"
+        )
 
 
 def select(items: Sequence[Item], limit: int | None, ids: Sequence[str] | None) -> list[tuple[int, Item]]:
