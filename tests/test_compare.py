@@ -304,10 +304,10 @@ def test_only_a_small_corrected_p_is_called_better(tmp_path):
     record = summary(compared(tmp_path, plain([1.0] * 8), plain([2.0] * 8)))
     for p, said in ((0.049, "B is better in score"), (0.05, "No difference can be told in score"), (None, "No difference can be told")):
         record["aspects"]["score"]["p_holm"] = p
-        assert findings(record)[0].startswith(said)
+        assert findings(record)[1].startswith(said)
     record["aspects"]["score"]["scored"]["mean"] = -1.0
     record["aspects"]["score"]["p_holm"] = 0.01
-    assert findings(record)[0].startswith("A is better in score (−1.00")
+    assert findings(record)[1].startswith("A is better in score (−1.00")
 
 
 # --- examples and the page -----------------------------------------------------------------------------------------------

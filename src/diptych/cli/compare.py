@@ -26,7 +26,7 @@ def compare(
     from diptych.data.problems import Problems
     from diptych.evaluation.compare import compare as run
     from diptych.evaluation.compare import examples, read_answers, read_job, scale_of
-    from diptych.report.compare import comparison_page, rich_table, summary
+    from diptych.report.compare import comparison_page, headline_table, rich_table, summary
     from diptych.runs import atomic_text
 
     for path, ending in ((out, ".html"), (as_json, ".json")):
@@ -36,6 +36,8 @@ def compare(
     jobs = read_job(a, problems), read_job(b, problems)
     found = run(*jobs, problems, scale_of(jobs[0].benchmark), seed)
     record = summary(found) | {"seed": seed}
+    if record["headlines"]:
+        console.print(headline_table(record))
     console.print(rich_table(record))
     for sentence in (*record["findings"], *record["notes"]):
         say(sentence)

@@ -9,6 +9,8 @@ because several answers to one item are no independent evidence:
   pattern counts as one more (Phipson and Smyth, Stat. Appl. Genet. Mol. Biol. 9, 2010), so p is never 0.
 
 A pair with a missing value on either side is in no mean. It is counted with its cause, and a second mean counts missing values as lowest.
+
+The figures by which the benchmark sums a model up are compared in `headlines.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ import yaml
 
 from diptych.data.problems import Problems
 from diptych.evaluation.benchmark import Score
+from diptych.evaluation.headlines import HeadlineDifference, headlines
+from diptych.evaluation.registry import BENCHMARKS
 from diptych.evaluation.sheets import CHUNK, resampled_means
 from diptych.runtime import rng as make_rng
 
@@ -82,7 +86,10 @@ class Aspect:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """`aspects`: of all pairs; `categories`: category -> aspect. `only_a`, `only_b`: answers that the other side does not have."""
+    """`headlines`: figures of the benchmark's own table, by name. `aspects`: of all pairs; `categories`: category -> aspect.
+
+    `only_a`, `only_b`: answers that the other side does not have.
+    """
 
     a: Job
     b: Job
@@ -90,6 +97,7 @@ class Comparison:
     keys: list[Key]
     only_a: list[Key]
     only_b: list[Key]
+    headlines: dict[str, HeadlineDifference]
     aspects: dict[str, Aspect]
     categories: dict[str, dict[str, Aspect]]
     changed: dict[str, tuple[Any, Any]]
@@ -183,8 +191,6 @@ def read_answers(job: Job, keys: Sequence[Key]) -> dict[Key, dict[str, Any]]:
 
 def scale_of(benchmark: str) -> tuple[float, float]:
     """Lowest and highest raw value of a known benchmark. Raises ValueError for another."""
-    from diptych.evaluation.registry import BENCHMARKS
-
     if benchmark not in BENCHMARKS:
         raise ValueError(f"benchmark is {benchmark!r}; known are {', '.join(BENCHMARKS)}")
     return BENCHMARKS[benchmark].scale
@@ -216,7 +222,10 @@ def compare(a: Job, b: Job, problems: Problems, scale: tuple[float, float], seed
         if aspect.left_out and problems.strict:
             raise ValueError(f"{name} is missing in {aspect.left_out} of the pairs (--strict stops at missing values)")
     per_category = {c: _aspects(a, b, members[c], names, scale[0], seed, test=False) for c in categories} if len(categories) > 1 else {}
-    return Comparison(a, b, scale, keys, only_a, only_b, aspects, per_category, changed_settings(a, b), problems)
+    known = a.benchmark in BENCHMARKS
+    both = [[job.scores[key] for key in keys] for job in (a, b)]
+    figures = headlines(BENCHMARKS[a.benchmark](), both[0], both[1], seed) if known else {}
+    return Comparison(a, b, scale, keys, only_a, only_b, figures, aspects, per_category, changed_settings(a, b), problems)
 
 
 def changed_settings(a: Job, b: Job) -> dict[str, tuple[Any, Any]]:

@@ -16,13 +16,17 @@ from typing import Any
 from diptych.data.problems import Problems
 from diptych.data.readers import json_lines, read_rows
 from diptych.document import Document, Text
-from diptych.evaluation.benchmark import Benchmark, Item, Score, Scoring
+from diptych.evaluation.benchmark import Benchmark, Cells, Headline, Item, Score, Scoring
 from diptych.evaluation.sheets import figure, macro_average, units
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 FILE = "evaluation_metadata.jsonl"
 COMMIT = "af4902f24d3ca90ebbb446dd9891a59e0f82725f"
 NO_PICTURE = "no picture drawn"
+
+
+def _by_tag(scores: Sequence[Score]) -> Cells:
+    return {scores[0].category: [score.values["correct"] for score in scores]}
 
 
 class GenEval(Benchmark):
@@ -32,6 +36,7 @@ class GenEval(Benchmark):
     aspects = ("correct",)
     scale = (0.0, 1.0)
     scored_by = ("official",)
+    headlines = (Headline("overall", ("overall",), _by_tag, stratum=lambda score: score.category, decimals=3),)
 
     def read(self, folder: Path, problems: Problems) -> list[Item]:
         file = next((path for path in (folder / FILE, folder / "prompts" / FILE) if path.is_file()), None)

@@ -18,7 +18,7 @@ from diptych.data.convert.pictures import MissingPicture
 from diptych.data.problems import Problems
 from diptych.data.readers import Row, read_rows
 from diptych.document import Document, Segment, Text
-from diptych.evaluation.benchmark import Item, Score, StoredImage
+from diptych.evaluation.benchmark import Headline, Item, Score, StoredImage, by_aspect
 from diptych.evaluation.judging import JudgedBenchmark, Material, UnusableRecord, ask, has_picture, has_text, read_items
 from diptych.evaluation.sheets import average, figures, grouped
 from diptych.rewards.judges.client import Answer, Question
@@ -50,6 +50,7 @@ class InterleavedBench(JudgedBenchmark):
     aspects: ClassVar[tuple[str, ...]] = tuple(ASPECTS)
     scale: ClassVar[tuple[float, float]] = (0.0, 5.0)
     scored_by: ClassVar[tuple[str, ...]] = ("judge",)
+    headlines: ClassVar[tuple[Headline, ...]] = (Headline("AVG", ("average",), by_aspect),)
 
     def read(self, folder: Path, problems: Problems) -> list[Item]:
         file = folder / FILE

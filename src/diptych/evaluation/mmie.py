@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from diptych.data.problems import Problems
 from diptych.data.readers import read_json
 from diptych.document import Document, Image, Segment, Text
-from diptych.evaluation.benchmark import Benchmark, Item, Score, Scoring, StoredImage
+from diptych.evaluation.benchmark import Benchmark, Cells, Headline, Item, Score, Scoring, StoredImage
 from diptych.evaluation.sheets import figure, micro_average, units
 
 CATEGORIES = ("SA", "PBL", "MSR")
@@ -47,12 +47,17 @@ class View(NamedTuple):
     pictures: int
 
 
+def _scores_of_all(scores: Sequence[Score]) -> Cells:
+    return {"all": [score.values["score"] for score in scores if score.category != OTHER]}
+
+
 class MMIE(Benchmark):
     name = "mmie"
     aspects = ("score",)
     scale = (0.0, 6.0)
     scored_by = ("official",)
     max_side = 512
+    headlines = (Headline("AVG", ("AVG",), _scores_of_all, stratum=lambda score: score.category, factor=100 / 6),)
 
     def read(self, folder: Path, problems: Problems) -> list[Item]:
         file = next((folder / name for name in FILES if (folder / name).is_file()), None)

@@ -25,7 +25,7 @@ from diptych.data.convert.pictures import MissingPicture
 from diptych.data.problems import Problems
 from diptych.data.readers import Row, read_json, read_rows
 from diptych.document import Document, Segment, Text
-from diptych.evaluation.benchmark import Item, Score, StoredImage
+from diptych.evaluation.benchmark import Headline, Item, Score, StoredImage, by_aspect
 from diptych.evaluation.judging import JudgedBenchmark, Material, UnusableRecord, ask, read_items
 from diptych.evaluation.sheets import average, figures, grouped
 from diptych.rewards.judges.client import Answer, Question
@@ -59,6 +59,7 @@ class OpenING(JudgedBenchmark):
     name: ClassVar[str] = "opening"
     aspects: ClassVar[tuple[str, ...]] = tuple(CRITERIA)
     scale: ClassVar[tuple[float, float]] = (0.0, 10.0)
+    headlines: ClassVar[tuple[Headline, ...]] = (Headline("Overall", ("average",), by_aspect),)
 
     def read(self, folder: Path, problems: Problems) -> list[Item]:
         for file in (folder / name / FILE for name in FOLDERS):

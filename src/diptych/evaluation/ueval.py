@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from diptych.data.problems import Problems
 from diptych.data.readers import Row, read_json, read_rows, shards
 from diptych.document import Document, Text
-from diptych.evaluation.benchmark import Item, Score
+from diptych.evaluation.benchmark import Cells, Headline, Item, Score, by_aspect
 from diptych.evaluation.judging import JudgedBenchmark, Material, UnusableRecord, ask, has_picture, has_text, read_items
 from diptych.evaluation.sheets import average, figure, figures, grouped, macro_average, units
 from diptych.rewards.judges.client import Answer, Question
@@ -42,6 +42,14 @@ ABOUT_PICTURES_ALONE = (
 CODES = "Score 2 if it is fully met, 0 if any part of it is not, 1 if there is not enough to be sure."
 
 
+def _by_task(scores: Sequence[Score]) -> Cells:
+    return {scores[0].category: [score.values["overall_rate"] for score in scores if "overall_rate" in score.values]}
+
+
+def _of_text_and_image(scores: Sequence[Score]) -> Cells:
+    return by_aspect(scores, ("text_rate", "image_rate"))
+
+
 class UEval(JudgedBenchmark):
     """A folder of parquet, JSON or JSONL files (or one with them in `data/`), or one such file. Categories are the tasks.
 
@@ -51,6 +59,10 @@ class UEval(JudgedBenchmark):
     name: ClassVar[str] = "ueval"
     aspects: ClassVar[tuple[str, ...]] = ("text_rate", "image_rate", "overall_rate")
     scale: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    headlines: ClassVar[tuple[Headline, ...]] = (
+        Headline("Avg", ("avg",), _by_task, stratum=lambda score: score.category, factor=100),
+        Headline("text and image", ("text_and_image",), _of_text_and_image, factor=100),
+    )
 
     def read(self, folder: Path, problems: Problems) -> list[Item]:
         """`record` is as published, without the reference pictures."""
