@@ -14,8 +14,8 @@ from diptych.cli.evaluate import evaluate_app
 
 @evaluate_app.command(epilog="Example: diptych evaluate compare runs/mmie_warmup runs/mmie_grpo --out compare.html")
 def compare(
-    a: Annotated[Path, typer.Argument(help="the --out folder of a benchmark job: what is compared with, such as the model before")],
-    b: Annotated[Path, typer.Argument(help="the --out folder of another job of the same benchmark")],
+    a: Annotated[Path, typer.Argument(help="the --out of an evaluation: what is compared with, such as the model before")],
+    b: Annotated[Path, typer.Argument(help="the --out of another one of the same benchmark")],
     out: Annotated[Path | None, typer.Option(help="also write a page with documents side by side to this .html file")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="also write all numbers to this .json file")] = None,
     num_examples: Annotated[int, typer.Option(min=0, help="documents of each kind on the page: B ahead, A ahead, drawn at random")] = 8,
@@ -44,7 +44,7 @@ def compare(
     if as_json is not None:
         atomic_text(as_json, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     if out is not None:
-        shown = examples(found, num_examples, seed)
+        shown = examples(found, num_examples if all(job.folder.is_dir() for job in jobs) else 0, seed)  # storyboard keeps no documents
         keys = [key for pairs in shown.values() for key, _ in pairs]
         atomic_text(out, comparison_page(found, record, shown, [read_answers(job, keys) for job in jobs]))
         say(f"open {out}")
