@@ -533,14 +533,28 @@ def test_opening_reads_the_official_file(opening, tmp_path):
     assert read({**official("0101001"), "score": {"scores": official("0", *range(7))["score"]}})[0].cause == "no score in the file"
     for entries, message in [
         ((official("0101001", *range(7)), official("0101002", *range(7), name="B")), r"several models \(B, me\)"),
-        ((official("0101001", *range(7)), official("0101001", *range(7))), "0101001 twice"),
-        ((official("99", *range(7)),), r"this job has not \(99\)"),
-        ((official("0101001", 11, *range(6)),), "Correctness is 11"),
-        ((official("0101001", True, *range(6)),), "Correctness is True"),
+        ((official("99", *range(7)),), r"entry 1: entry of something that was not asked, '99'"),
         (({"id": 1},), "no score file"),
     ]:
         with pytest.raises(ValueError, match=message):
             read(*entries)
+    problems = Problems()
+    broken = [
+        official("0101001", *range(7)), "no entry", official("0101002", 11, *range(6)), official("0101001", *[9] * 7),
+        official("99", *range(7)), official("0201003", True, *range(6)), {"score": {}},
+    ]  # fmt: skip
+    file.write_text(json.dumps(broken))
+    found = bench.score(items, [[doc("x")]] * 3, Scoring(tmp_path, official=file, problems=problems))
+    assert [(list(score.values.values()), score.cause) for score in found] == [
+        ([0, 1, 2, 3, 4, 5, 6], ""), ([None] * 7, "unusable score in the file"), ([None] * 7, "unusable score in the file"),
+    ]  # fmt: skip
+    assert sorted((p.where.removeprefix(f"{file}:entry "), p.cause, p.id) for p in problems.found) == [
+        ("2", "unusable entry", ""), ("3", "unusable entry", "0101002"), ("4", "repeated entry", "0101001"),
+        ("5", "entry of something that was not asked", "99"), ("6", "unusable entry", "0201003"), ("7", "unusable entry", ""),
+    ]  # fmt: skip
+    assert any("Correctness is 11; allowed are numbers from 0 to 10" in p.detail for p in problems.found)
+    with pytest.raises(ValueError, match=r"entry 2: unusable entry.*--strict stops"):
+        bench.score(items, [[doc("x")]] * 3, Scoring(tmp_path, official=file, problems=Problems(strict=True)))
     with pytest.raises(ValueError, match="give one of them"):
         bench.score(items, [], Scoring(tmp_path, official=file, judge={"model": "x"}))
 
@@ -688,14 +702,23 @@ def test_ueval_submission_and_official_file(ueval, tmp_path):
         {"text_rate": 0.5, "image_rate": 1.0, "overall_rate": 0.75}, dict.fromkeys(UEval.aspects), {"image_rate": 1.0, "overall_rate": 1.0},
     ]  # fmt: skip
     assert found[1].cause == "not in the file"
-    with pytest.raises(ValueError, match="2 and 3 criteria were judged, the data has others"):
+    with pytest.raises(ValueError, match="2 and 3 criteria were judged, the data has 2 and 2"):
         read(**{"1": ((1, 2), (2, 3))})
-    with pytest.raises(ValueError, match="none of the requests"):
+    with pytest.raises(ValueError, match="holds nothing that the official scorer wrote for this submission"):
         read(**{"9": ((1, 2), (2, 2))})
-    for wrong in ([], {"items": [{"id": "1"}]}):
+    for wrong, message in (([], r"no result file of ueval_eval\.py"), ({"items": [{"id": "1"}]}, "entry 1: unusable entry, KeyError")):
         file.write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match=r"no result file of ueval_eval\.py"):
+        with pytest.raises(ValueError, match=message):
             bench.score(items, [], Scoring(tmp_path, official=file))
+    half = {"id": "2", "text_score": {"met": 2, "total": 1}, "image_score": {"met": 0, "total": 3}}
+    good = {"id": "3", "text_score": {"met": 0, "total": 0}, "image_score": {"met": 1, "total": 1}}
+    file.write_text(json.dumps({"items": [{"id": "1", "text_score": None}, good, half, good, 7]}))
+    problems = Problems()
+    found = bench.score(items, [], Scoring(tmp_path, official=file, problems=problems))
+    assert [score.cause for score in found] == ["unusable entry in the file", "unusable entry in the file", ""]
+    assert [score.values for score in found[:2]] == [dict.fromkeys(UEval.aspects)] * 2
+    assert problems.by_cause() == {"unusable entry": 3, "repeated entry": 1}
+    assert {p.where.removeprefix(f"{file}:entry ") for p in problems.found} == {"1", "3", "4", "5"}
 
 
 # --- all -----------------------------------------------------------------------------------------------------------------

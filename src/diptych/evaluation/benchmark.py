@@ -76,12 +76,13 @@ class Scoring:
     """How a job is scored. Each is None where it was not asked for.
 
     `official`: the file that the official scorer wrote. `judge`: options of a server (`rewards.judges.JudgeOptions`).
-    `folder`: where unfinished judging may keep what it has.
+    `folder`: where unfinished judging may keep what it has. `problems`: where unusable entries of the official file are reported.
     """
 
     folder: Path
     official: Path | None = None
     judge: dict[str, Any] | None = None
+    problems: Problems = dataclasses.field(default_factory=Problems)
 
 
 Cells = Mapping[str, Sequence[float | None]]

@@ -24,7 +24,7 @@ import yaml
 from pydantic import Field
 
 from diptych.config import Config, SamplingParams, build
-from diptych.data.problems import Problems
+from diptych.data.problems import Problem, Problems
 from diptych.document import Document
 from diptych.evaluation.answers import Answer, Task, Template, answer, discard, plan, read_batch, report_unanswered, write_batch
 from diptych.evaluation.benchmark import Benchmark, Item, Score, Scoring
@@ -200,8 +200,8 @@ class Job:
             discard(leftover)
         left_out = problems.by_cause()
         report_unanswered(answers, problems)
-        report = {"causes": problems.by_cause(), "problems": [problem.as_dict() for problem in problems.found]}
-        atomic_text(self.out / "problems.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        if not (self.out / "result.json").is_file():  # else it also has what the official file lacked
+            self._write(problems.found)
         documents: dict[int, list[Document]] = {index: [] for index, _ in items}
         for found in answers:
             if found.document is not None:
@@ -216,7 +216,8 @@ class Job:
         scored_with = self._scoring()
         if scored_with is None:
             return json.loads((self.out / "result.json").read_text())
-        scores = self._scores(items, asked, given, answers, scored_with)
+        official = Problems(self.strict)
+        scores = self._scores(items, asked, given, answers, scored_with, official)
         if scores is None:
             self.say(self.benchmark.how_to_score(self.data, submission))
             return None
@@ -228,14 +229,25 @@ class Job:
             "aspects": summarise(scores, self.benchmark.aspects, self.benchmark.scale[0]),
             "counts": {
                 "items_read": num_read, "items_left_out": left_out, "items": len(items), **count(scores),
+                **({"official_file": official.by_cause()} if official.found else {}),
                 "unanswered": dict(Counter(found.cause for found in answers if found.document is None)),
                 "truncated": sum(found.truncated for found in answers), "fewer_images_allowed": sum(found.lowered for found in answers),
                 "answers_by_images": {str(number): pictures[number] for number in sorted(pictures)},
             },
         }  # fmt: skip
+        self._write([*problems.found, *official.found])
+        if official.found:
+            told = ", ".join(f"{cause} {number}" for cause, number in official.by_cause().items())
+            self.say(f"{told}; the first is {official.found[0].where}, all are in {self.out / 'problems.json'}")
         write_scores(self.out / "scores.jsonl", scores)
         atomic_text(self.out / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         return result
+
+    def _write(self, found: Sequence[Problem]) -> None:
+        causes = Problems()
+        causes.found = list(found)
+        report = {"causes": causes.by_cause(), "problems": [problem.as_dict() for problem in found]}
+        atomic_text(self.out / "problems.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
     def _scoring(self) -> dict[str, Any] | None:
         """What to score with; None where it is done. Raises ValueError where the folder is scored with something else."""
@@ -258,12 +270,12 @@ class Job:
 
     def _scores(
         self, items: Sequence[tuple[int, Item]], asked: Sequence[Item], given: Sequence[Sequence[Document]], answers: Sequence[Answer],
-        scored_with: dict[str, Any],
+        scored_with: dict[str, Any], official: Problems,
     ) -> list[Score] | None:  # fmt: skip
         """The sheet in the order of the items; what could not be asked is missing with its cause."""
         if self.judge is not None:
             atomic_text(self.out / "scoring.json", json.dumps(scored_with) + "\n")
-        found = self.benchmark.score(asked, given, Scoring(self.out / "judging", self.official, self.judge))
+        found = self.benchmark.score(asked, given, Scoring(self.out / "judging", self.official, self.judge, official))
         if found is None:
             return None
         if [(s.id, s.answer) for s in found] != [(item.id, number) for item in asked for number in range(item.num_answers)]:

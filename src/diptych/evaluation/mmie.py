@@ -28,6 +28,7 @@ from diptych.data.problems import Problems
 from diptych.data.readers import read_json
 from diptych.document import Document, Image, Segment, Text
 from diptych.evaluation.benchmark import Benchmark, Cells, Headline, Item, Score, Scoring, StoredImage
+from diptych.evaluation.official import entries_of, refuse_strangers
 from diptych.evaluation.sheets import figure, micro_average, units
 
 CATEGORIES = ("SA", "PBL", "MSR")
@@ -123,7 +124,7 @@ class MMIE(Benchmark):
     def score(self, items: Sequence[Item], answers: Sequence[Sequence[Document]], scoring: Scoring) -> list[Score] | None:
         if scoring.official is None:
             return None
-        official = _read_official(scoring.official, {item.id for item in items})
+        official = _read_official(scoring.official, {item.id for item in items}, scoring.problems)
         scores = []
         for item, (answer,) in zip(items, answers, strict=True):
             parts, pictures = parts_of_answer(answer, "")
@@ -294,18 +295,21 @@ def _verdict(item: Item, shown: int, view: View, line: dict[str, Any] | None) ->
     return find_score(line.get("gpt_feedback"))
 
 
-def _read_official(path: Path, known: set[str]) -> dict[str, dict[str, Any]]:
+def _read_official(path: Path, known: set[str], problems: Problems) -> dict[str, dict[str, Any]]:
+    """Lines by id. Raises ValueError for a file of another kind, and where no line is of this submission."""
     lines = read_json(path)
-    if not isinstance(lines, list) or not all(isinstance(line, dict) and isinstance(line.get("id"), str) for line in lines):
+    if not isinstance(lines, list):
         raise ValueError(f"{path} is no list of records with an id; give the scorer's eval_result.json")
-    twice = [id for id, number in Counter(line["id"] for line in lines).items() if number > 1]
-    strangers = [line["id"] for line in lines if line["id"] not in known]
-    if twice or strangers:
-        what = f"{twice[0]!r} twice" if twice else f"{len(strangers)} records that were not asked, such as {strangers[0]!r}"
-        raise ValueError(f"{path} holds {what}; give the result of this submission")
-    if lines and not any("gpt_feedback" in line for line in lines):
+    found = {id: line for id, (_, line) in refuse_strangers(path, entries_of(lines, path, problems, _id), known, problems).items()}
+    if not any("gpt_feedback" in line for line in found.values()):
         raise ValueError(f"{path} holds no gpt_feedback; give the scorer's result, not its input")
-    return {line["id"]: line for line in lines}
+    return found
+
+
+def _id(line: dict[str, Any]) -> str:
+    if not isinstance(line["id"], str):
+        raise ValueError(f"id is {line['id']!r}; a string is needed")
+    return line["id"]
 
 
 def _mean(values: Sequence[float]) -> float | None:
