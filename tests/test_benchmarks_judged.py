@@ -17,7 +17,7 @@ from test_judges import completion, error, serving, texts_of
 from diptych.data.problems import Problems
 from diptych.document import Document, Image, Text, open_image
 from diptych.evaluation.benchmark import Item, Score, Scoring
-from diptych.evaluation.interleavedbench import ASPECTS, InterleavedBench
+from diptych.evaluation.interleavedbench import ALL_TEXT, ASPECTS, UNMARKED, InterleavedBench
 from diptych.evaluation.judging import Material, ask, judge_all
 from diptych.evaluation.opening import CRITERIA, OpenING, overall
 from diptych.evaluation.sheets import average, figures
@@ -215,7 +215,9 @@ def interleaved(tmp_path) -> Path:
 def test_interleaved_prompts_hold_the_request_and_nothing_of_the_reference(interleaved):
     problems = Problems()
     items = InterleavedBench().read(interleaved, problems)
-    assert problems.found == []
+    (problem,) = problems.found  # kept, as nobody knows whose its other pictures are
+    assert (problem.where, problem.cause, problem.id) == (f"{interleaved / 'interleaved_bench.json'}:entry 3", UNMARKED, "c")
+    assert problem.detail == "3 pictures, 1 <image> in the request and 0 behind it; only the first 1 are shown"
     assert [seen(item.prompt) for item in items] == [
         ["Go on.  Step 1", 1, "Step 2", 2],
         ["Write a report."],
@@ -252,8 +254,9 @@ def test_interleaved_broken_records_are_reported_with_their_place(interleaved):
     assert [item.id for item in InterleavedBench().read(interleaved, problems)] == ["a"]
     assert [(p.where.removeprefix(f"{file}:entry "), p.cause) for p in problems.found] == [
         ("2", "more marks than pictures"), ("3", "missing picture"), ("4", "duplicate id"), ("5", "broken record"),
-        ("6", "broken record"), ("7", "broken record"), ("8", "broken line"),
+        ("6", "broken record"), ("7", "broken record"), ("8", "broken line"), (str(file), ALL_TEXT),
     ]  # fmt: skip
+    assert "no name of wikihow_next_step holds 'edit' or 'subject', so all tasks owe all five" in problems.found[-1].detail
     assert "set/77.png" in problems.found[1].detail
     assert problems.found[2].id == "a"
     file.write_text("[]")
@@ -261,6 +264,19 @@ def test_interleaved_broken_records_are_reported_with_their_place(interleaved):
         InterleavedBench().read(interleaved, Problems())
     with pytest.raises(ValueError, match=r"holds no interleaved_bench\.json"):
         InterleavedBench().read(interleaved / "set", Problems())
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("See <image> . Go on", ["See", 1, "Go on"]), ("See <image>.Go on", ["See", 1, "Go on"]), ("See <image>\n.\n", ["See", 1]),
+        ("a.<image> .5 of it", ["a.", 1, "5 of it"]), (" . <image>", [1]),
+    ],
+)  # fmt: skip
+def test_interleaved_texts_around_pictures_are_stripped_and_lose_a_leading_stop(interleaved, text, parts):
+    (interleaved / "interleaved_bench.json").write_text(json.dumps([interleaved_record("x", "edit", text, "", [1])]))
+    (item,) = InterleavedBench().read(interleaved, Problems())
+    assert seen(item.prompt) == parts
 
 
 def aspect_of(request: dict) -> str:

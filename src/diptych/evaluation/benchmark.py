@@ -124,6 +124,7 @@ class Benchmark(ABC):
     `scored_by`: what a score sheet can be made from beside the answers themselves, of "official" and "judge".
     `max_side`: the largest side of a saved picture, in pixels; None: any.
     `headlines`: the figures of its table by which models are compared first.
+    `notes`: causes that `read` reports of items that stay.
     """
 
     name: ClassVar[str]
@@ -133,6 +134,7 @@ class Benchmark(ABC):
     scored_by: ClassVar[tuple[str, ...]] = ("official", "judge")
     max_side: ClassVar[int | None] = None
     headlines: ClassVar[tuple[Headline, ...]] = ()
+    notes: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def read(self, folder: Path, problems: Problems) -> list[Item]:

@@ -198,7 +198,8 @@ class Job:
     ) -> dict[str, Any] | None:
         for leftover in self.out.glob(".tmp-*"):  # of a killed process
             discard(leftover)
-        left_out = problems.by_cause()
+        read = problems.by_cause()
+        notes = {cause: read.pop(cause) for cause in self.benchmark.notes if cause in read}
         report_unanswered(answers, problems)
         if not (self.out / "result.json").is_file():  # else it also has what the official file lacked
             self._write(problems.found)
@@ -228,7 +229,7 @@ class Job:
             "table": self.benchmark.table(scores),
             "aspects": summarise(scores, self.benchmark.aspects, self.benchmark.scale[0]),
             "counts": {
-                "items_read": num_read, "items_left_out": left_out, "items": len(items), **count(scores),
+                "items_read": num_read, "items_left_out": read, **({"noted": notes} if notes else {}), "items": len(items), **count(scores),
                 **({"official_file": official.by_cause()} if official.found else {}),
                 "unanswered": dict(Counter(found.cause for found in answers if found.document is None)),
                 "truncated": sum(found.truncated for found in answers), "fewer_images_allowed": sum(found.lowered for found in answers),

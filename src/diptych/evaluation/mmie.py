@@ -36,6 +36,7 @@ OTHER = "other"
 FILES = ("data.json", "overview.json")
 COMMIT = "eb0fd6ecf14576760b5c3deb95c47579cf0cc36e"
 SEEN_PICTURES, MOST_PICTURES = 3, 4
+UNKNOWN = "unknown category"
 DROPPED = "dropped by the scorer: more than 4 pictures"
 Part = dict[str, str | None]  # {"text": ..., "image": path}: a text, then a picture
 
@@ -58,6 +59,7 @@ class MMIE(Benchmark):
     scale = (0.0, 6.0)
     scored_by = ("official",)
     max_side = 512
+    notes = (UNKNOWN,)
     headlines = (Headline("AVG", ("AVG",), _scores_of_all, stratum=lambda score: score.category, factor=100 / 6),)
 
     def read(self, folder: Path, problems: Problems) -> list[Item]:
@@ -84,7 +86,7 @@ class MMIE(Benchmark):
                 problems.report(where, "missing picture", f"{missing[0]} is no file in the folder", id)
             else:
                 if category_of(id) == OTHER:
-                    problems.report(where, "unknown category", "the id holds none of SA, PBL, MSR: answered, but not submitted", id)
+                    problems.report(where, UNKNOWN, "the id holds none of SA, PBL, MSR: answered, but not submitted", id)
                 kept = {"question": question, "gt_answer": reference}
                 items[id] = Item(id, _prompt(question, folder), category_of(id), kept)
         return list(items.values())
