@@ -682,6 +682,17 @@ def test_ueval_a_lost_criterion_loses_the_share_until_it_is_asked_again(ueval, t
         assert len(server.requests) == 5
 
 
+def test_ueval_rounds_once():
+    """Texts 1/3 and pictures 0: (33.333... + 0) / 2 = 16.667, not 33.33 / 2 = 16.665 and then 16.66; over two tasks alike."""
+    scores = [
+        Score(f"{task}{n}", task, {"text_rate": float(n == 0), "image_rate": 0.0, "overall_rate": 0.0}) for task in "ab" for n in range(3)
+    ]
+    table = UEval().table(scores)
+    assert table["text"]["value"] == 33.33
+    assert table["text_and_image"]["value"] == table["text_and_image"]["missing_as_lowest"] == 16.67
+    assert table["avg_text_and_image"] == 16.67
+
+
 @pytest.mark.parametrize(("row", "published"), [  # the README's leaderboard: eight tasks, Avg
     ((96.2, 94.4, 93.1, 96.2, 90.6, 87.7, 90.6, 89.2), 92.2), ((21.0, 31.0, 37.4, 15.2, 26.4, 23.0, 17.6, 11.5), 22.9),
     ((25.4, 33.1, 33.2, 17.4, 25.6, 15.6, 17.4, 13.1), 22.6), ((10.8, 20.0, 14.2, 13.3, 15.7, 15.8, 12.4, 12.6), 14.4),

@@ -24,7 +24,7 @@ from diptych.document import Document, Text
 from diptych.evaluation.benchmark import Cells, Headline, Item, Score, Scoring, by_aspect
 from diptych.evaluation.judging import JudgedBenchmark, Material, UnusableRecord, ask, has_picture, has_text, read_items
 from diptych.evaluation.official import UNUSABLE, entries_of, nothing_usable
-from diptych.evaluation.sheets import average, figure, figures, grouped, macro_average, units
+from diptych.evaluation.sheets import UNROUNDED, average, figure, figures, grouped, macro_average, units
 from diptych.rewards.judges.client import Answer, Question
 
 COLUMNS = ("id", "task", "task_type", "prompt", "text_rubrics", "image_rubrics", "text_ref")  # not the reference pictures
@@ -151,15 +151,20 @@ class UEval(JudgedBenchmark):
         """In per cent, of all and of each task; `avg` is the mean of the tasks' `overall`, `avg_text_and_image` of the other reading."""
         tasks = grouped(scores, lambda score: score.category)
         columns = {name: _figures(group) for name, group in tasks.items()}
+        both = average({name: _text_and_image(group) for name, group in tasks.items()})
         overall = {name: units(group, "overall_rate") for name, group in tasks.items()}
         return {
             **self._source,
             "unit": "per cent",
             **_figures(scores),
             "avg": figure(overall, 0.0, macro_average, factor=100, digits=2),
-            "avg_text_and_image": average({name: column["text_and_image"]["value"] for name, column in columns.items()}),
+            "avg_text_and_image": None if both is None else round(both, 2),
             "tasks": columns,
         }
+
+
+def _text_and_image(scores: Sequence[Score]) -> float | None:
+    return figures(scores, UEval.aspects[:2], average, 0.0, factor=100, digits=UNROUNDED)["average"]["value"]
 
 
 def _figures(scores: Sequence[Score]) -> dict[str, Any]:
