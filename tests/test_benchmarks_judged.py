@@ -12,12 +12,17 @@ import PIL.Image
 import pyarrow
 import pyarrow.parquet
 import pytest
+from click.testing import Result
+from test_benchmarks_old_skills import geneval_folder
 from test_judges import completion, error, serving, texts_of
+from typer.testing import CliRunner
 
+from diptych.cli import app
 from diptych.data.problems import Problems
 from diptych.document import Document, Image, Text, open_image
 from diptych.evaluation.benchmark import Item, Score, Scoring
 from diptych.evaluation.interleavedbench import ALL_TEXT, ASPECTS, UNMARKED, InterleavedBench
+from diptych.evaluation.jobs import nothing_scored
 from diptych.evaluation.judging import Material, ask, judge_all
 from diptych.evaluation.opening import CRITERIA, OpenING, overall
 from diptych.evaluation.sheets import average, figures
@@ -766,3 +771,110 @@ def test_without_a_judge_there_is_advice(bench, tmp_path):
 def test_interleaved_has_no_official_file(tmp_path):
     with pytest.raises(ValueError, match="score with --judge"):
         InterleavedBench().score([], [], Scoring(tmp_path, official=tmp_path / "x"))
+
+
+# --- the command ---------------------------------------------------------------------------------------------------------
+
+
+def model_folder(tiny_model, tmp_path: Path) -> Path:
+    tiny_model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def invoke(*arguments: object) -> Result:
+    """One thread, few words and one picture: what is slow is not under test."""
+    small = ["--max-images", "1", "--max-text-tokens", "3", "--batch-size", "4", "--temperature", "1", "--device", "cpu"]
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments), *small])
+
+
+def judge_options(server, *more: str) -> list[str]:
+    given = [f"base_url={server.options['base_url']}", "model=toy", "retries=0", "backoff_seconds=0", "timeout_seconds=60", *more]
+    return [word for option in given for word in ("--judge", option)]
+
+
+SUBMITTED = {
+    "interleavedbench": ("interleaved", ["predictions.json"]),
+    "opening": ("opening", [f"gen_outputs/{{model}}_output/{record['total_uid']}.json" for record in OPENING]),
+    "ueval": ("ueval", ["outputs.json"]),
+    "geneval": ("", ["00000/metadata.jsonl", "00001/metadata.jsonl"]),
+}
+
+
+@pytest.mark.parametrize("name", list(SUBMITTED))
+def test_the_command_from_data_to_submission_to_table(name, request, tiny_model, tmp_path):
+    """As a user calls it, twice: first for the answers and what to do with them, then with what scores them."""
+    fixture, submitted = SUBMITTED[name]
+    data = request.getfixturevalue(fixture) if fixture else geneval_folder(tmp_path / "in", ("counting", "colors"))
+    model, out = model_folder(tiny_model, tmp_path), tmp_path / "out"
+    command = (name, data, "--model", model, "--out", out)
+    first = invoke(*command)
+    assert first.exit_code == 0, (first.output, first.exception)
+    assert ("--official results.jsonl" if name == "geneval" else "--judge base_url=") in first.output
+    assert not (out / "result.json").exists()
+    named = re.sub(r"[^A-Za-z0-9.+-]+", "-", str(model)).strip("-")
+    assert all((out / "submission" / path.format(model=named)).is_file() for path in submitted)
+    batches = {path: path.read_bytes() for path in (out / "answers").glob("*.jsonl")}
+
+    scores = {"interleavedbench": (4,), "opening": (1, 2, 3, 4, 5, 6, 7), "ueval": (2,), "geneval": ()}[name]
+    with serving(lambda asked: says(asked, *scores)) as server:
+        scoring = judge_options(server)
+        if name == "geneval":
+            drawn = sorted((out / "submission").glob("*/samples/*.png"))
+            assert drawn
+            lines = [{"filename": str(p), "correct": True, "prompt": f"a red ball {int(p.parts[-3])}"} for p in drawn]
+            (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            scoring = ["--official", str(tmp_path / "results.jsonl")]
+        second = invoke(*command, *scoring)
+        assert second.exit_code == 0, (second.output, second.exception)
+        asked_once = len(server.requests)
+        assert invoke(*command, *scoring).exit_code == 0
+        assert len(server.requests) == asked_once
+    assert {path: path.read_bytes() for path in (out / "answers").glob("*.jsonl")} == batches
+    result = json.loads((out / "result.json").read_text())
+    table = result["table"]
+    if name == "geneval":
+        assert result["counts"]["answers"] == 8
+        assert table["counting"]["value"] == 1.0
+        assert table["no_picture"] == 8 - len(drawn)
+    else:
+        assert (table["judge"], result["counts"]["missing"]) == ("toy", {})
+        assert result["counts"]["scored"] == result["counts"]["answers"] == (4 if name == "interleavedbench" else 3)
+        assert "judge: toy" in second.output
+    if name == "interleavedbench":
+        assert table["aspects"]["helpfulness"]["value"] in (1.0, 2.0, 3.0, 4.0)  # 4 each, but 0 for an empty one
+        assert result["counts"]["noted"] == {UNMARKED: 1}
+    if name == "opening":
+        assert table["average"]["value"] == 4.0  # (1 + ... + 7) / 7
+
+
+def test_the_command_fails_where_nothing_could_be_scored(interleaved, tiny_model, tmp_path):
+    """Every question failed: exit code 1 and a line that says so. Some failed: counted, and no failure."""
+    model, out = model_folder(tiny_model, tmp_path), tmp_path / "out"
+    command = ("interleavedbench", interleaved, "--model", model, "--out", out)
+    with serving(lambda asked: error(500)) as server:
+        found = invoke(*command, *judge_options(server))
+        assert (found.exit_code, type(found.exception)) == (1, ValueError)
+        assert re.match(r"nothing could be scored \(\d of 4 answers have missing values, .*\); no figure above", str(found.exception))
+        assert "judge: toy" in found.output  # the table is shown all the same
+        server.reply = lambda asked: says(asked, 3) if aspect_of(asked) == "helpfulness" else error(500)
+        assert invoke(*command, *judge_options(server)).exit_code == 0
+        server.reply = lambda asked: says(asked, 3)
+        assert invoke(*command, *judge_options(server)).exit_code == 0
+    assert json.loads((out / "result.json").read_text())["counts"]["missing"] == {}
+
+
+def test_an_empty_answer_that_is_scored_without_the_judge_does_not_hide_that_all_questions_failed(tmp_path):
+    aspects, none = ({"a": {"all": {"scored": 0}}, "b": {"all": {"scored": number}}} for number in (2, 0))
+    counts = {"answers": 5, "missing": {"timeout": 3}}
+    result = {"scored_with": {"judge": {"model": "m"}}, "aspects": aspects, "counts": counts}
+    assert nothing_scored(result, tmp_path) == "3 of 5 answers have missing values, timeout: 3"
+    (tmp_path / "judging").mkdir()
+    (tmp_path / "judging" / "judged.jsonl").write_text("\n")
+    assert nothing_scored(result, tmp_path)
+    (tmp_path / "judging" / "judged.jsonl").write_text('{"key": "a", "reply": "b"}\n')
+    assert nothing_scored(result, tmp_path) == ""
+    assert nothing_scored({**result, "counts": {"answers": 2, "missing": {}}}, tmp_path / "none") == ""  # only empty answers
+    assert nothing_scored({**result, "aspects": none}, tmp_path).startswith("3 of 5 answers")
+    official = {**result, "scored_with": {"official": {}, "judge": None}}
+    assert nothing_scored(official, tmp_path / "none") == ""
+    assert nothing_scored({**official, "aspects": none}, tmp_path / "none").startswith("3 of 5 answers")

@@ -83,7 +83,7 @@ def benchmark(
 ) -> None:
     """Answers a published benchmark, writes what its scorer reads, and makes the table. See docs/evaluation.md."""
     from diptych.cli.figures import show_benchmark
-    from diptych.evaluation.jobs import Job, Settings
+    from diptych.evaluation.jobs import Job, Settings, nothing_scored
     from diptych.models import UnifiedModel, load_model
     from diptych.runtime import pick_device
 
@@ -115,6 +115,10 @@ def benchmark(
     if result is not None:
         show_benchmark(console, chosen.name, result)
         say(f"each answer: {out / 'scores.jsonl'}; each aspect with intervals: {out / 'result.json'}")
+        if why := nothing_scored(result, out):
+            raise ValueError(
+                f"nothing could be scored ({why}); no figure above says anything of the model. Mend the cause and run this again"
+            )
 
 
 for _name in BENCHMARKS:

@@ -29,6 +29,7 @@ from diptych.document import Document
 from diptych.evaluation.answers import Answer, Task, Template, answer, discard, plan, read_batch, report_unanswered, write_batch
 from diptych.evaluation.benchmark import Benchmark, Item, Score, Scoring
 from diptych.evaluation.fingerprint import differing_data, differing_model, digest, of_items, of_model
+from diptych.evaluation.judging import KEPT
 from diptych.evaluation.sheets import count, read_scores, summarise, write_scores
 from diptych.models import UnifiedModel
 from diptych.rewards.judges.options import JudgeOptions
@@ -291,6 +292,21 @@ class Job:
                     item.id, item.category, missing, one.task.number, one.cause or "another answer is missing"
                 )
         return [scores[item.id, number] for _, item in items for number in range(item.num_answers)]
+
+
+def nothing_scored(result: dict[str, Any], out: Path) -> str:
+    """Why a result says nothing: no answer has any value, or no question to the judge was answered. Empty where it says something.
+
+    The second case is one of its own, since an empty answer is scored without a question.
+    """
+    counts = result["counts"]
+    kept = out / "judging" / KEPT
+    unanswered = bool((result.get("scored_with") or {}).get("judge")) and not (kept.is_file() and kept.read_bytes().strip())
+    scored = any(figures["all"]["scored"] for figures in result["aspects"].values())
+    if not counts["missing"] or (scored and not unanswered):
+        return ""
+    causes = ", ".join(f"{cause}: {number:,}" for cause, number in counts["missing"].items())
+    return f"{sum(counts['missing'].values()):,} of {counts['answers']:,} answers have missing values, {causes}"
 
 
 def _refuse_copies(items: Sequence[Item], params: SamplingParams) -> None:
