@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from test_benchmarks_mmie import mmie_folder, record
@@ -26,10 +28,12 @@ from diptych.document import Document, Text
 from diptych.evaluation import answers as answers_module
 from diptych.evaluation.answers import Template, answer, plan
 from diptych.evaluation.benchmark import Benchmark, Item, Score, StoredImage
-from diptych.evaluation.jobs import Job, Settings, hash_of, select
+from diptych.evaluation.fingerprint import BLOCK, BLOCKS, of_file, of_items, of_model
+from diptych.evaluation.jobs import Job, Settings, select
 from diptych.evaluation.mmie import MMIE
 from diptych.evaluation.sheets import count, figure, macro_average, read_scores, summarise, write_scores
 from diptych.models import load_model
+from diptych.models.storyboard import StoryboardModel
 from diptych.worlds.storyboard.language import vocabulary
 
 SAMPLED = SamplingParams(
@@ -45,7 +49,8 @@ def data(tmp_path_factory) -> Path:
 def job(data: Path, out: Path, benchmark: Benchmark | None = None, **changes) -> Job:
     benchmark = benchmark or MMIE()
     own = {field.name for field in dataclasses.fields(Job)}
-    settings = Settings(benchmark=benchmark.name, model="tiny", **{"batch_size": 4, **{k: v for k, v in changes.items() if k not in own}})
+    given = {"model": "tiny", "batch_size": 4, **{k: v for k, v in changes.items() if k not in own}}
+    settings = Settings(benchmark=benchmark.name, **given)
     return Job(benchmark, data, out, settings, **{"say": lambda line: None, **{k: v for k, v in changes.items() if k in own}})
 
 
@@ -100,6 +105,7 @@ from pathlib import Path
 import torch
 from test_benchmark_jobs import SAMPLED, job
 from diptych.models import load_model
+from diptych.models.storyboard import StoryboardModel
 
 torch.set_num_threads(1)
 data, model, root = Path(sys.argv[1]), load_model(sys.argv[2]), Path(sys.argv[3])
@@ -354,7 +360,7 @@ def test_another_setting_in_the_same_folder_is_refused_by_name(whole, data, chan
 
 def test_other_data_and_other_sampling_of_the_model_are_refused(whole, data, tiny_model, tmp_path):
     other = mmie_folder(tmp_path / data.name, [record("SA-1", ("x", None))])
-    with pytest.raises(ValueError, match=r"different: data\)"):
+    with pytest.raises(ValueError, match=r"different: data: how many items, their texts or records, their pictures\)"):
         job(other, whole).run(lambda: pytest.fail("refused before"))
     out = tmp_path / "out"
     job(data, out, limit=1).run(lambda: (tiny_model, SAMPLED))
@@ -392,11 +398,133 @@ def test_the_hash_of_the_data_is_of_what_is_asked_and_of_the_references():
         {"id": "b"},
         {"prompt": Document((Text("p"),))},
         {"prompt": Document((StoredImage(b""),))},
+        {"prompt": Document((StoredImage(b"x"),))},
         {"category": "d"},
         {"record": {}},
     ]
-    assert len({hash_of([one]), *(hash_of([dataclasses.replace(one, **change)]) for change in changes)}) == 6
-    assert hash_of([one]) == hash_of([dataclasses.replace(one)])
+    found = [of_items([item]) for item in (one, *(dataclasses.replace(one, **change) for change in changes))]
+    assert len({tuple(each.values()) for each in found}) == 7
+    assert of_items([one]) == of_items([dataclasses.replace(one)])
+
+
+# --- the same model and the same data ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_model(tiny_model) -> StoryboardModel:
+    """The same sizes, one weight another."""
+    found = StoryboardModel(tiny_model.config, tiny_model.tokenizer)
+    found.load_state_dict(tiny_model.state_dict())
+    with torch.no_grad():
+        found.lm_head.weight[3, 5] += 1
+    return found.eval()
+
+
+def test_answers_of_two_models_are_never_mixed(data, tiny_model, other_model, tmp_path):
+    """The folder of the model is overwritten between two shards, and when all is answered; its name stays the same."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    tiny_model.save_pretrained(folder)
+
+    def run(opened, **changes):
+        return job(data, out, model=str(changes.pop("model", folder)), **changes).run(opened)
+
+    def never():
+        return pytest.fail("refused before")
+
+    run(lambda: (tiny_model, SAMPLED), shard=(0, 2))
+    other_model.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"different: model: its files model\.safetensors are not those that answered before\)"):
+        run(never, shard=(1, 2))
+    tiny_model.save_pretrained(folder)
+    run(lambda: (tiny_model, SAMPLED), shard=(1, 2))
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    with pytest.raises(ValueError, match=r"different: model: its files config\.json are not"):
+        run(never)
+    shutil.rmtree(folder)
+    run(never)  # of a model that is gone, all answers are there
+    other_model.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"different: model: its files model\.safetensors are not"):
+        run(never)
+    with pytest.raises(ValueError, match=r"different: model: .*model there, .*elsewhere here"):
+        run(never, model=tmp_path / "elsewhere")
+
+
+def test_a_model_that_is_moved_is_the_same_model(data, whole, tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "one")
+    job(data, tmp_path / "out", model=str(tmp_path / "one"), shard=(0, 2)).run(lambda: (tiny_model, SAMPLED))
+    (tmp_path / "one").rename(tmp_path / "two")
+    job(data, tmp_path / "out", model=str(tmp_path / "two"), shard=(1, 2)).run(lambda: (tiny_model, SAMPLED))
+    assert files(tmp_path / "out", "answers") == files(whole, "answers")
+    submitted = json.loads((tmp_path / "out" / "submission" / "data.json").read_text())
+    assert {line["model"] for line in submitted} == {str(tmp_path / "one")}  # whichever process comes last
+
+
+def test_pictures_that_are_exchanged_are_other_data_and_a_moved_folder_is_not(whole, tiny_model, tmp_path):
+    """Of the same name, size and even number of bytes."""
+    folder = mmie_folder(tmp_path / "in")
+    job(folder, tmp_path / "out", shard=(0, 2)).run(lambda: (tiny_model, SAMPLED))
+    moved = folder.rename(tmp_path / "elsewhere")
+    kept = (moved / "images" / "b.png").read_bytes()
+    PIL.Image.new("RGB", (20, 14), "lime").save(moved / "images" / "b.png")
+    with pytest.raises(ValueError, match=r"different: data: their pictures\)"):
+        job(moved, tmp_path / "out", shard=(1, 2)).run(lambda: pytest.fail("refused before"))
+    (moved / "images" / "b.png").write_bytes(kept)
+    job(moved, tmp_path / "out", shard=(1, 2)).run(lambda: (tiny_model, SAMPLED))
+    assert files(tmp_path / "out", "answers") == files(whole, "answers")
+
+
+def test_an_adapter_is_known_by_its_own_files_and_those_of_its_base(tiny_model, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_model.save_pretrained(base)
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"a")
+    (adapter / "diptych_adapter.json").write_text(json.dumps({"base": {"source": str(base)}, "train_in_full": []}))
+    first = of_model(str(adapter), fetch=False)
+    assert {"adapter_model.safetensors", "base/config.json", "base/model.safetensors"} <= first["files"].keys()
+    (base / "README.md").write_text("words")
+    assert of_model(str(adapter), fetch=False) == first
+    (base / "tokenizer.json").write_text("{}")
+    second = of_model(str(adapter), fetch=False)
+    assert {name for name in first["files"] if first["files"][name] != second["files"][name]} == {"base/tokenizer.json"}
+    (adapter / "adapter_model.safetensors").write_bytes(b"b")
+    assert of_model(str(adapter), fetch=False)["hash"] not in (first["hash"], second["hash"])
+    shutil.rmtree(base)
+    assert of_model(str(adapter), fetch=False) is None
+
+
+def test_a_hub_repository_is_known_by_its_commit_when_it_is_opened(data, tiny_model, tmp_path, monkeypatch):
+    snapshots, asked = tmp_path / "models--org--name" / "snapshots", []
+    for commit in ("aaaa", "bbbb"):
+        tiny_model.save_pretrained(snapshots / commit)
+    (snapshots / "bbbb" / "config.json").write_text((snapshots / "bbbb" / "config.json").read_text() + "\n")
+    head = ["aaaa"]
+    monkeypatch.setattr("diptych.models.loading._from_hub", lambda name: asked.append(name) or snapshots / head[0])
+    job(data, tmp_path / "out", model="org/name", shard=(0, 2)).run(lambda: (tiny_model, SAMPLED))
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["fingerprint"]["commit"] == "aaaa"
+    head[0] = "bbbb"
+    with pytest.raises(ValueError, match=r"its files config\.json are not those that answered before, commit aaaa there, bbbb here"):
+        job(data, tmp_path / "out", model="org/name", shard=(1, 2)).run(lambda: pytest.fail("refused before"))
+    asked.clear()
+    job(data, tmp_path / "out", model="org/name", shard=(0, 2)).run(lambda: pytest.fail("this shard is answered"))
+    assert not asked
+    job(data, tmp_path / "out", model=str(snapshots / "aaaa"), shard=(1, 2)).run(lambda: (tiny_model, SAMPLED))
+
+
+def test_a_large_file_is_known_by_samples_of_it(tmp_path):
+    path, size = tmp_path / "weights.safetensors", 4 * BLOCKS * BLOCK
+    content = np.random.default_rng(0).integers(256, size=size, dtype=np.uint8)
+
+    def changed(*places: int) -> str:
+        other = content.copy()
+        other[list(places)] ^= 1
+        path.write_bytes(other.tobytes())
+        return of_file(path)
+
+    plain = changed()
+    assert len({plain, changed(0), changed(BLOCK - 1), changed(size - 1), changed(*range(size // 2, size // 2 + 4 * BLOCK))}) == 5
+    assert changed() == plain
+    path.write_bytes(content[:-1].tobytes())
+    assert of_file(path) != plain
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,17 @@ import PIL.Image
 import pyarrow
 import pyarrow.parquet
 import pytest
+from click.testing import Result
+from test_benchmarks_old_skills import geneval_folder
 from test_judges import completion, error, serving, texts_of
+from typer.testing import CliRunner
 
+from diptych.cli import app
 from diptych.data.problems import Problems
 from diptych.document import Document, Image, Text, open_image
 from diptych.evaluation.benchmark import Item, Score, Scoring
-from diptych.evaluation.interleavedbench import ASPECTS, InterleavedBench
+from diptych.evaluation.interleavedbench import ALL_TEXT, ASPECTS, UNMARKED, InterleavedBench
+from diptych.evaluation.jobs import nothing_scored
 from diptych.evaluation.judging import Material, ask, judge_all
 from diptych.evaluation.opening import CRITERIA, OpenING, overall
 from diptych.evaluation.sheets import average, figures
@@ -238,7 +243,9 @@ def interleaved(tmp_path) -> Path:
 def test_interleaved_prompts_hold_the_request_and_nothing_of_the_reference(interleaved):
     problems = Problems()
     items = InterleavedBench().read(interleaved, problems)
-    assert problems.found == []
+    (problem,) = problems.found  # kept, as nobody knows whose its other pictures are
+    assert (problem.where, problem.cause, problem.id) == (f"{interleaved / 'interleaved_bench.json'}:entry 3", UNMARKED, "c")
+    assert problem.detail == "3 pictures, 1 <image> in the request and 0 behind it; only the first 1 are shown"
     assert [seen(item.prompt) for item in items] == [
         ["Go on.  Step 1", 1, "Step 2", 2],
         ["Write a report."],
@@ -275,8 +282,9 @@ def test_interleaved_broken_records_are_reported_with_their_place(interleaved):
     assert [item.id for item in InterleavedBench().read(interleaved, problems)] == ["a"]
     assert [(p.where.removeprefix(f"{file}:entry "), p.cause) for p in problems.found] == [
         ("2", "more marks than pictures"), ("3", "missing picture"), ("4", "duplicate id"), ("5", "broken record"),
-        ("6", "broken record"), ("7", "broken record"), ("8", "broken line"),
+        ("6", "broken record"), ("7", "broken record"), ("8", "broken line"), (str(file), ALL_TEXT),
     ]  # fmt: skip
+    assert "no name of wikihow_next_step holds 'edit' or 'subject', so all tasks owe all five" in problems.found[-1].detail
     assert "set/77.png" in problems.found[1].detail
     assert problems.found[2].id == "a"
     file.write_text("[]")
@@ -284,6 +292,19 @@ def test_interleaved_broken_records_are_reported_with_their_place(interleaved):
         InterleavedBench().read(interleaved, Problems())
     with pytest.raises(ValueError, match=r"holds no interleaved_bench\.json"):
         InterleavedBench().read(interleaved / "set", Problems())
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("See <image> . Go on", ["See", 1, "Go on"]), ("See <image>.Go on", ["See", 1, "Go on"]), ("See <image>\n.\n", ["See", 1]),
+        ("a.<image> .5 of it", ["a.", 1, "5 of it"]), (" . <image>", [1]),
+    ],
+)  # fmt: skip
+def test_interleaved_texts_around_pictures_are_stripped_and_lose_a_leading_stop(interleaved, text, parts):
+    (interleaved / "interleaved_bench.json").write_text(json.dumps([interleaved_record("x", "edit", text, "", [1])]))
+    (item,) = InterleavedBench().read(interleaved, Problems())
+    assert seen(item.prompt) == parts
 
 
 def aspect_of(request: dict) -> str:
@@ -556,14 +577,28 @@ def test_opening_reads_the_official_file(opening, tmp_path):
     assert read({**official("0101001"), "score": {"scores": official("0", *range(7))["score"]}})[0].cause == "no score in the file"
     for entries, message in [
         ((official("0101001", *range(7)), official("0101002", *range(7), name="B")), r"several models \(B, me\)"),
-        ((official("0101001", *range(7)), official("0101001", *range(7))), "0101001 twice"),
-        ((official("99", *range(7)),), r"this job has not \(99\)"),
-        ((official("0101001", 11, *range(6)),), "Correctness is 11"),
-        ((official("0101001", True, *range(6)),), "Correctness is True"),
+        ((official("99", *range(7)),), r"entry 1: entry of something that was not asked, '99'"),
         (({"id": 1},), "no score file"),
     ]:
         with pytest.raises(ValueError, match=message):
             read(*entries)
+    problems = Problems()
+    broken = [
+        official("0101001", *range(7)), "no entry", official("0101002", 11, *range(6)), official("0101001", *[9] * 7),
+        official("99", *range(7)), official("0201003", True, *range(6)), {"score": {}},
+    ]  # fmt: skip
+    file.write_text(json.dumps(broken))
+    found = bench.score(items, [[doc("x")]] * 3, Scoring(tmp_path, official=file, problems=problems))
+    assert [(list(score.values.values()), score.cause) for score in found] == [
+        ([0, 1, 2, 3, 4, 5, 6], ""), ([None] * 7, "unusable score in the file"), ([None] * 7, "unusable score in the file"),
+    ]  # fmt: skip
+    assert sorted((p.where.removeprefix(f"{file}:entry "), p.cause, p.id) for p in problems.found) == [
+        ("2", "unusable entry", ""), ("3", "unusable entry", "0101002"), ("4", "repeated entry", "0101001"),
+        ("5", "entry of something that was not asked", "99"), ("6", "unusable entry", "0201003"), ("7", "unusable entry", ""),
+    ]  # fmt: skip
+    assert any("Correctness is 11; allowed are numbers from 0 to 10" in p.detail for p in problems.found)
+    with pytest.raises(ValueError, match=r"entry 2: unusable entry.*--strict stops"):
+        bench.score(items, [[doc("x")]] * 3, Scoring(tmp_path, official=file, problems=Problems(strict=True)))
     with pytest.raises(ValueError, match="give one of them"):
         bench.score(items, [], Scoring(tmp_path, official=file, judge={"model": "x"}))
 
@@ -675,6 +710,17 @@ def test_ueval_a_lost_criterion_loses_the_share_until_it_is_asked_again(ueval, t
         assert len(server.requests) == 5
 
 
+def test_ueval_rounds_once():
+    """Texts 1/3 and pictures 0: (33.333... + 0) / 2 = 16.667, not 33.33 / 2 = 16.665 and then 16.66; over two tasks alike."""
+    scores = [
+        Score(f"{task}{n}", task, {"text_rate": float(n == 0), "image_rate": 0.0, "overall_rate": 0.0}) for task in "ab" for n in range(3)
+    ]
+    table = UEval().table(scores)
+    assert table["text"]["value"] == 33.33
+    assert table["text_and_image"]["value"] == table["text_and_image"]["missing_as_lowest"] == 16.67
+    assert table["avg_text_and_image"] == 16.67
+
+
 @pytest.mark.parametrize(("row", "published"), [  # the README's leaderboard: eight tasks, Avg
     ((96.2, 94.4, 93.1, 96.2, 90.6, 87.7, 90.6, 89.2), 92.2), ((21.0, 31.0, 37.4, 15.2, 26.4, 23.0, 17.6, 11.5), 22.9),
     ((25.4, 33.1, 33.2, 17.4, 25.6, 15.6, 17.4, 13.1), 22.6), ((10.8, 20.0, 14.2, 13.3, 15.7, 15.8, 12.4, 12.6), 14.4),
@@ -711,14 +757,23 @@ def test_ueval_submission_and_official_file(ueval, tmp_path):
         {"text_rate": 0.5, "image_rate": 1.0, "overall_rate": 0.75}, dict.fromkeys(UEval.aspects), {"image_rate": 1.0, "overall_rate": 1.0},
     ]  # fmt: skip
     assert found[1].cause == "not in the file"
-    with pytest.raises(ValueError, match="2 and 3 criteria were judged, the data has others"):
+    with pytest.raises(ValueError, match="2 and 3 criteria were judged, the data has 2 and 2"):
         read(**{"1": ((1, 2), (2, 3))})
-    with pytest.raises(ValueError, match="none of the requests"):
+    with pytest.raises(ValueError, match="holds nothing that the official scorer wrote for this submission"):
         read(**{"9": ((1, 2), (2, 2))})
-    for wrong in ([], {"items": [{"id": "1"}]}):
+    for wrong, message in (([], r"no result file of ueval_eval\.py"), ({"items": [{"id": "1"}]}, "entry 1: unusable entry, KeyError")):
         file.write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match=r"no result file of ueval_eval\.py"):
+        with pytest.raises(ValueError, match=message):
             bench.score(items, [], Scoring(tmp_path, official=file))
+    half = {"id": "2", "text_score": {"met": 2, "total": 1}, "image_score": {"met": 0, "total": 3}}
+    good = {"id": "3", "text_score": {"met": 0, "total": 0}, "image_score": {"met": 1, "total": 1}}
+    file.write_text(json.dumps({"items": [{"id": "1", "text_score": None}, good, half, good, 7]}))
+    problems = Problems()
+    found = bench.score(items, [], Scoring(tmp_path, official=file, problems=problems))
+    assert [score.cause for score in found] == ["unusable entry in the file", "unusable entry in the file", ""]
+    assert [score.values for score in found[:2]] == [dict.fromkeys(UEval.aspects)] * 2
+    assert problems.by_cause() == {"unusable entry": 3, "repeated entry": 1}
+    assert {p.where.removeprefix(f"{file}:entry ") for p in problems.found} == {"1", "3", "4", "5"}
 
 
 # --- all -----------------------------------------------------------------------------------------------------------------
@@ -739,3 +794,110 @@ def test_without_a_judge_there_is_advice(bench, tmp_path):
 def test_interleaved_has_no_official_file(tmp_path):
     with pytest.raises(ValueError, match="score with --judge"):
         InterleavedBench().score([], [], Scoring(tmp_path, official=tmp_path / "x"))
+
+
+# --- the command ---------------------------------------------------------------------------------------------------------
+
+
+def model_folder(tiny_model, tmp_path: Path) -> Path:
+    tiny_model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def invoke(*arguments: object) -> Result:
+    """One thread, few words and one picture: what is slow is not under test."""
+    small = ["--max-images", "1", "--max-text-tokens", "3", "--batch-size", "4", "--temperature", "1", "--device", "cpu"]
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments), *small])
+
+
+def judge_options(server, *more: str) -> list[str]:
+    given = [f"base_url={server.options['base_url']}", "model=toy", "retries=0", "backoff_seconds=0", "timeout_seconds=60", *more]
+    return [word for option in given for word in ("--judge", option)]
+
+
+SUBMITTED = {
+    "interleavedbench": ("interleaved", ["predictions.json"]),
+    "opening": ("opening", [f"gen_outputs/{{model}}_output/{record['total_uid']}.json" for record in OPENING]),
+    "ueval": ("ueval", ["outputs.json"]),
+    "geneval": ("", ["00000/metadata.jsonl", "00001/metadata.jsonl"]),
+}
+
+
+@pytest.mark.parametrize("name", list(SUBMITTED))
+def test_the_command_from_data_to_submission_to_table(name, request, tiny_model, tmp_path):
+    """As a user calls it, twice: first for the answers and what to do with them, then with what scores them."""
+    fixture, submitted = SUBMITTED[name]
+    data = request.getfixturevalue(fixture) if fixture else geneval_folder(tmp_path / "in", ("counting", "colors"))
+    model, out = model_folder(tiny_model, tmp_path), tmp_path / "out"
+    command = (name, data, "--model", model, "--out", out)
+    first = invoke(*command)
+    assert first.exit_code == 0, (first.output, first.exception)
+    assert ("--official results.jsonl" if name == "geneval" else "--judge base_url=") in first.output
+    assert not (out / "result.json").exists()
+    named = re.sub(r"[^A-Za-z0-9.+-]+", "-", str(model)).strip("-")
+    assert all((out / "submission" / path.format(model=named)).is_file() for path in submitted)
+    batches = {path: path.read_bytes() for path in (out / "answers").glob("*.jsonl")}
+
+    scores = {"interleavedbench": (4,), "opening": (1, 2, 3, 4, 5, 6, 7), "ueval": (2,), "geneval": ()}[name]
+    with serving(lambda asked: says(asked, *scores)) as server:
+        scoring = judge_options(server)
+        if name == "geneval":
+            drawn = sorted((out / "submission").glob("*/samples/*.png"))
+            assert drawn
+            lines = [{"filename": str(p), "correct": True, "prompt": f"a red ball {int(p.parts[-3])}"} for p in drawn]
+            (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            scoring = ["--official", str(tmp_path / "results.jsonl")]
+        second = invoke(*command, *scoring)
+        assert second.exit_code == 0, (second.output, second.exception)
+        asked_once = len(server.requests)
+        assert invoke(*command, *scoring).exit_code == 0
+        assert len(server.requests) == asked_once
+    assert {path: path.read_bytes() for path in (out / "answers").glob("*.jsonl")} == batches
+    result = json.loads((out / "result.json").read_text())
+    table = result["table"]
+    if name == "geneval":
+        assert result["counts"]["answers"] == 8
+        assert table["counting"]["value"] == 1.0
+        assert table["no_picture"] == 8 - len(drawn)
+    else:
+        assert (table["judge"], result["counts"]["missing"]) == ("toy", {})
+        assert result["counts"]["scored"] == result["counts"]["answers"] == (4 if name == "interleavedbench" else 3)
+        assert "judge: toy" in second.output
+    if name == "interleavedbench":
+        assert table["aspects"]["helpfulness"]["value"] in (1.0, 2.0, 3.0, 4.0)  # 4 each, but 0 for an empty one
+        assert result["counts"]["noted"] == {UNMARKED: 1}
+    if name == "opening":
+        assert table["average"]["value"] == 4.0  # (1 + ... + 7) / 7
+
+
+def test_the_command_fails_where_nothing_could_be_scored(interleaved, tiny_model, tmp_path):
+    """Every question failed: exit code 1 and a line that says so. Some failed: counted, and no failure."""
+    model, out = model_folder(tiny_model, tmp_path), tmp_path / "out"
+    command = ("interleavedbench", interleaved, "--model", model, "--out", out)
+    with serving(lambda asked: error(500)) as server:
+        found = invoke(*command, *judge_options(server))
+        assert (found.exit_code, type(found.exception)) == (1, ValueError)
+        assert re.match(r"nothing could be scored \(\d of 4 answers have missing values, .*\); no figure above", str(found.exception))
+        assert "judge: toy" in found.output  # the table is shown all the same
+        server.reply = lambda asked: says(asked, 3) if aspect_of(asked) == "helpfulness" else error(500)
+        assert invoke(*command, *judge_options(server)).exit_code == 0
+        server.reply = lambda asked: says(asked, 3)
+        assert invoke(*command, *judge_options(server)).exit_code == 0
+    assert json.loads((out / "result.json").read_text())["counts"]["missing"] == {}
+
+
+def test_an_empty_answer_that_is_scored_without_the_judge_does_not_hide_that_all_questions_failed(tmp_path):
+    aspects, none = ({"a": {"all": {"scored": 0}}, "b": {"all": {"scored": number}}} for number in (2, 0))
+    counts = {"answers": 5, "missing": {"timeout": 3}}
+    result = {"scored_with": {"judge": {"model": "m"}}, "aspects": aspects, "counts": counts}
+    assert nothing_scored(result, tmp_path) == "3 of 5 answers have missing values, timeout: 3"
+    (tmp_path / "judging").mkdir()
+    (tmp_path / "judging" / "judged.jsonl").write_text("\n")
+    assert nothing_scored(result, tmp_path)
+    (tmp_path / "judging" / "judged.jsonl").write_text('{"key": "a", "reply": "b"}\n')
+    assert nothing_scored(result, tmp_path) == ""
+    assert nothing_scored({**result, "counts": {"answers": 2, "missing": {}}}, tmp_path / "none") == ""  # only empty answers
+    assert nothing_scored({**result, "aspects": none}, tmp_path).startswith("3 of 5 answers")
+    official = {**result, "scored_with": {"official": {}, "judge": None}}
+    assert nothing_scored(official, tmp_path / "none") == ""
+    assert nothing_scored({**official, "aspects": none}, tmp_path / "none").startswith("3 of 5 answers")

@@ -276,10 +276,10 @@ def test_records_are_matched_by_id_and_every_missing_one_has_its_cause(tmp_path)
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([{"id": "SA-1", "gpt_feedback": "### Score 5"}] * 2, "'SA-1' twice"),
-        ([{"id": "SA-9", "gpt_feedback": "### Score 5"}], "1 records that were not asked, such as 'SA-9'"),
+        ([{"id": "SA-9", "gpt_feedback": "### Score 5"}], "entry 1: entry of something that was not asked, 'SA-9'"),
         ([{"id": "SA-1"}], "holds no gpt_feedback"),
-        ([{"gpt_feedback": ""}], "no list of records with an id"),
+        ([{"gpt_feedback": ""}], "entry 1: unusable entry, KeyError: 'id'"),
+        ({"id": "SA-1"}, "no list of records with an id"),
         ([{"id": "SA-1", "answer": "of another run", "gpt_feedback": "### Score 5"}], "judges other answers"),
     ],
 )
@@ -287,6 +287,23 @@ def test_the_result_of_something_else_is_refused(tmp_path, lines, message):
     items, _ = read(mmie_folder(tmp_path, [record("SA-1", ("q", None))]))
     with pytest.raises(ValueError, match=message):
         MMIE().score(items, [[Document((Text("said"),))]], judged(tmp_path / "r.json", lines))
+
+
+def test_broken_entries_of_the_official_file_are_named_and_cost_no_other(tmp_path):
+    items, _ = read(mmie_folder(tmp_path, [record("SA-1", ("q", None)), record("SA-2", ("q", None))]))
+    good = {"id": "SA-1", "gpt_feedback": "### Score 5"}
+    lines = ["no record", good, {"gpt_feedback": "### Score 1"}, {"id": 7}, {**good, "gpt_feedback": "### Score 2"}, {**good, "id": "SA-9"}]
+    scoring = judged(tmp_path / "r.json", lines)
+    scores = MMIE().score(items, [[Document((Text("said"),))]] * 2, scoring)
+    assert scores is not None
+    assert [(s.values["score"], s.cause) for s in scores] == [(5.0, ""), (None, "not in the official file")]
+    found = [(p.where.removeprefix(f"{tmp_path / 'r.json'}:entry "), p.cause) for p in scoring.problems.found]
+    assert found == [
+        ("1", "unusable entry"), ("3", "unusable entry"), ("4", "unusable entry"), ("5", "repeated entry"),
+        ("6", "entry of something that was not asked"),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"r\.json:entry 1: unusable entry"):
+        MMIE().score(items, [[Document((Text("said"),))]] * 2, Scoring(tmp_path, official=scoring.official, problems=Problems(strict=True)))
 
 
 # --- the table -----------------------------------------------------------------------------------------------------------

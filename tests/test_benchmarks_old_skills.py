@@ -104,13 +104,12 @@ def test_geneval_from_submission_to_scores(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "prompt", "message"),
     [
-        ([("00000", 0, True)] * 2, None, "stands there twice"),
         ([("00007", 0, True)], None, "was not asked"),
         ([("00000", 4, True)], None, "was not asked"),
         ([("00000", 0, True)], "another caption", "was not asked"),
         ([("00000", 1, True)], None, "judges picture 1 of 00000, which was not drawn"),
         ([("00000", 0, 1)], None, "correct is 1"),
-        ([("x", 0, True)], "p", "give the scorer's results.jsonl"),
+        ([("x", 0, True)], "p", "filename is 'x.png'"),
     ],
 )
 def test_geneval_refuses_the_result_of_something_else(tmp_path, lines, prompt, message):
@@ -122,6 +121,35 @@ def test_geneval_refuses_the_result_of_something_else(tmp_path, lines, prompt, m
         scoring = results(tmp_path / "r.jsonl", *lines, prompt=prompt)
     with pytest.raises(ValueError, match=message):
         GenEval().score(items, [[said(None), said("no"), said(None), said(None)]], scoring)
+
+
+def test_geneval_broken_lines_of_the_official_file_cost_no_other(tmp_path, tiny_model):
+    """Through the whole job: each is named with file and line, counted, told and kept; under --strict the first one stops."""
+    data, settings, said_ = geneval_folder(tmp_path / "in", ("counting",)), Settings(benchmark="geneval", model="tiny"), []
+
+    def run(strict: bool = False):
+        file = tmp_path / "r.jsonl"
+        job = Job(GenEval(), data, tmp_path / "out", settings, official=file, say=said_.append, strict=strict)
+        return job.run(lambda: (tiny_model, SAMPLED))
+
+    Job(GenEval(), data, tmp_path / "out", settings, say=said_.append).run(lambda: (tiny_model, SAMPLED))
+    drawn = sorted(int(path.stem) for path in (tmp_path / "out" / "submission" / "00000" / "samples").glob("*.png"))
+    lines = results(tmp_path / "r.jsonl", *(("00000", n, True) for n in drawn), ("00000", drawn[0], False), ("00007", 0, True))
+    (tmp_path / "r.jsonl").write_text('{"broken\n[]\n' + lines.official.read_text() + '{"filename": 3, "correct": true}\n')
+    with pytest.raises(ValueError, match=r"r\.jsonl:1: broken line"):
+        run(strict=True)
+    result = run()
+    assert result is not None
+    causes = {"broken line": 2, "entry of something that was not asked": 1, "repeated entry": 1, "unusable entry": 1}
+    assert result["counts"]["official_file"] == causes
+    assert result["counts"]["scored"] == len(drawn)
+    assert result["table"]["counting"]["value"] == 1.0  # the first of two counts
+    assert f"the first is {tmp_path / 'r.jsonl'}:1, all are in {tmp_path / 'out' / 'problems.json'}" in said_[-1]
+    assert run() == result  # and again, when nothing is left to do
+    found = json.loads((tmp_path / "out" / "problems.json").read_text())
+    assert found["causes"] == causes
+    place = len(drawn) + 3
+    assert [p["where"].rsplit(":", 1)[1] for p in found["problems"]] == ["1", "2", str(place), str(place + 1), str(place + 2)]
 
 
 def test_geneval_overall_is_the_mean_of_the_tags_not_of_the_pictures():
@@ -156,6 +184,22 @@ def test_geneval_asks_four_times_for_one_picture(tmp_path, tiny_model):
     assert len(found) == 12
     assert {len(document.images) for document in found} <= {0, 1}
     assert any(document.images for document in found)
+
+
+def test_geneval_refuses_to_draw_one_picture_four_times(tmp_path, tiny_model):
+    """Sampling greedily all four answers are the same, so the figures would say nothing of sampling; MME asks once and may."""
+    data, settings = geneval_folder(tmp_path / "in"), Settings(benchmark="geneval", model="tiny")
+    job = Job(GenEval(), data, tmp_path / "out", settings, say=lambda line: None)
+    top = SAMPLED.model_copy(update={part: getattr(SAMPLED, part).model_copy(update={"top_k": 1}) for part in ("text", "image")})
+    for params in (SAMPLED.greedy(), top):
+        with pytest.raises(ValueError, match=r"4 answers are asked for each item, but sampling is greedy.*for instance --temperature 1"):
+            job.run(lambda params=params: (tiny_model, params))
+    assert not (tmp_path / "out" / "answers").exists()
+    partly = SAMPLED.model_copy(update={"text": SAMPLED.greedy().text})
+    assert job.run(lambda: (tiny_model, partly)) is None  # pictures are sampled
+    tiny_model.save_pretrained(tmp_path / "model")
+    command = ["evaluate", "geneval", str(data), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "default")]
+    assert "--temperature 1" in str(CliRunner().invoke(app, command).exception)
 
 
 # --- MME -----------------------------------------------------------------------------------------------------------------

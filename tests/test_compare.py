@@ -21,6 +21,7 @@ from diptych.cli import compare as command  # noqa: F401  adds the command
 from diptych.cli.app import app
 from diptych.data.problems import Problems
 from diptych.evaluation.compare import ONE_SIDED, compare, difference, examples, read_answers, read_job, sign_flip
+from diptych.models.storyboard import StoryboardModel
 from diptych.report.compare import comparison_page, findings, summary
 
 SCALE = (0.0, 5.0)
@@ -250,7 +251,7 @@ def test_folders_that_are_no_scored_job(tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "absent"):
         with pytest.raises(
-            ValueError, match=r"(?s)no output folder of a benchmark job.*`diptych evaluate storyboard` writes has no answers"
+            ValueError, match=r"(?s)no output folder of a benchmark job.*or the \.json file that `diptych evaluate storyboard` wrote"
         ):
             read_job(folder, Problems())
     unscored = make_job(tmp_path / "unscored", [])
@@ -287,6 +288,14 @@ def test_notes_say_when_scorers_or_data_differ(tmp_path):
         assert [name for name in found["changed_settings"] if name.startswith("scoring.")] == said
         assert any("scored in different ways (scoring.judge.model, scoring.official)" in note for note in found["notes"]) == bool(said)
         assert any("different data (data.hash)" in note for note in found["notes"])
+    for name, folder in (("a", a), ("b", b)):  # what was only moved is no other data, and the files of a model are not told one by one
+        hashes = {"hash": name, "files": {"model.safetensors": name}}
+        settings = {"benchmark": "mmie", "model": name, "fingerprint": hashes, "data": {"folder": name, "texts": "x"}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (b / "scoring.json").unlink()
+    found = summary(compare(read_job(a, Problems()), read_job(b, Problems()), Problems(), SCALE))
+    assert not any("different data" in note for note in found["notes"])
+    assert [name for name in found["changed_settings"] if name.startswith(("data", "finger"))] == ["data.folder", "fingerprint.hash"]
     (b / "scoring.json").write_text("[")
     with pytest.raises(ValueError, match=r"scoring.json cannot be read"):
         read_job(b, Problems())
@@ -296,10 +305,10 @@ def test_only_a_small_corrected_p_is_called_better(tmp_path):
     record = summary(compared(tmp_path, plain([1.0] * 8), plain([2.0] * 8)))
     for p, said in ((0.049, "B is better in score"), (0.05, "No difference can be told in score"), (None, "No difference can be told")):
         record["aspects"]["score"]["p_holm"] = p
-        assert findings(record)[0].startswith(said)
+        assert findings(record)[1].startswith(said)
     record["aspects"]["score"]["scored"]["mean"] = -1.0
     record["aspects"]["score"]["p_holm"] = 0.01
-    assert findings(record)[0].startswith("A is better in score (−1.00")
+    assert findings(record)[1].startswith("A is better in score (−1.00")
 
 
 # --- examples and the page -----------------------------------------------------------------------------------------------
@@ -416,3 +425,43 @@ def test_a_benchmark_that_is_not_known_is_named(tmp_path):
     assert scale_of("mmie") == registry.BENCHMARKS["mmie"].scale == (0, 6)
     with pytest.raises(ValueError, match="benchmark is 'nonsense'; known are mmie"):
         scale_of("nonsense")
+
+
+def test_storyboard_from_the_command_to_the_comparison(tiny_model, tmp_path):
+    """Prompt by prompt; the means are those of the evaluation itself."""
+    other = StoryboardModel(tiny_model.config, tiny_model.tokenizer)
+    for name, model in (("a", tiny_model), ("b", other)):
+        model.save_pretrained(tmp_path / name)
+    small = ["--num_prompts", "6", "--num_retention", "4", "--max_images", "1", "--max_text_tokens", "4", "--batch_size", "6"]
+    runs = {"a": ("a", []), "b": ("b", []), "same": ("a", []), "seed": ("a", ["--seed", "7"]), "fewer": ("a", ["--num_retention", "2"])}
+    for out, (model, more) in runs.items():
+        options = ["--model", str(tmp_path / model), "--out", str(tmp_path / f"{out}.json"), "--device", "cpu"]
+        done = CliRunner().invoke(app, ["evaluate", "storyboard", *options, *small, *more])
+        assert done.exit_code == 0, done.output
+    written = {out: json.loads((tmp_path / f"{out}.json").read_text()) for out in runs}
+    jobs = {out: read_job(tmp_path / f"{out}.json", Problems()) for out in runs}
+    found = compare(jobs["a"], jobs["b"], Problems(), (0, 1))
+    assert len(found.keys) == 6 + 4 + 4
+    for mode in ("greedy", "sampled"):
+        for rate in ("format", "text", "image", "order", "document", "score"):
+            scored = found.aspects[f"{mode} {rate}"].scored
+            assert (scored.mean_a, scored.mean_b) == pytest.approx([written[side][mode][rate] for side in "ab"], abs=1e-4)
+            assert scored.items == 6
+    for skill in ("text_to_image", "understanding"):
+        scored = found.aspects[skill].scored
+        assert (scored.mean_a, scored.mean_b) == tuple(written[side]["retention"][skill]["accuracy"] for side in "ab")
+    assert found.aspects["greedy format"].left_out == 0  # a turn of an old skill owes no rate
+    assert set(found.changed) == {"model", "fingerprint.hash"}
+    same = compare(jobs["a"], jobs["same"], Problems(), (0, 1))
+    assert not same.changed
+    assert all(aspect.scored.mean == 0 for aspect in same.aspects.values())
+    with pytest.raises(ValueError, match="have no answer to the same item"):
+        compare(jobs["a"], jobs["seed"], Problems(), (0, 1))
+    assert len(compare(jobs["a"], jobs["fewer"], Problems(), (0, 1)).keys) == 6  # other turns
+    arguments = ["evaluate", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--out", str(tmp_path / "page.html")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "greedy score" in (tmp_path / "page.html").read_text()
+    (tmp_path / "old.json").write_text(json.dumps({name: written["a"][name] for name in ("greedy", "sampled", "retention")}))
+    with pytest.raises(ValueError, match=r"old.json does not hold the results of single prompts.*evaluate again"):
+        read_job(tmp_path / "old.json", Problems())

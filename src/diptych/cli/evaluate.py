@@ -24,7 +24,7 @@ app.add_typer(evaluate_app, name="evaluate")
 def storyboard(
     context: typer.Context,
     model: Model = "storyboard",
-    out: Annotated[Path | None, typer.Option(help="also write the numbers to this .json file")] = None,
+    out: Annotated[Path | None, typer.Option(help="also write the numbers, and those of each prompt, to this .json file")] = None,
     guidance: Guidance = None,
     dtype: Dtype = "auto",
     load_in_4bit: FourBit = False,
@@ -32,24 +32,29 @@ def storyboard(
 ) -> None:
     """Storyboard's benchmark: held-out documents and retention of old skills, judged by the oracle."""
     from diptych.cli.figures import show_storyboard
-    from diptych.evaluation.storyboard import evaluate_documents, evaluate_retention, held_out_tasks, rates
+    from diptych.evaluation.fingerprint import of_model
+    from diptych.evaluation.storyboard import evaluate_documents, held_out_tasks, old_skills, rates, retention_rates, sheet
     from diptych.models import load_model
     from diptych.runs import atomic_text
     from diptych.runtime import pick_device
 
     config = load_config(EvaluateConfig, None, context.args)
+    known = of_model(model, fetch=True)
     loaded = load_model(model, dtype=dtype, load_in_4bit=load_in_4bit or None).to(pick_device(device))
     tasks = held_out_tasks(config)
     image = ImageSampling(guidance_scale=guidance)
     params = SamplingParams(image=image, max_images=config.max_images, max_text_tokens=config.max_text_tokens)
-    found: dict[str, Any] = {
-        "greedy": rates(evaluate_documents(loaded, tasks, params.greedy(), config)),
-        "sampled": rates(evaluate_documents(loaded, tasks, params, config)),
-        "retention": evaluate_retention(loaded, params, config),
-    }
+    greedy, sampled = (evaluate_documents(loaded, tasks, p, config) for p in (params.greedy(), params))
+    skills = old_skills(loaded, params, config)
+    found: dict[str, Any] = {"greedy": rates(greedy), "sampled": rates(sampled), "retention": retention_rates(skills)}
     show_storyboard(console, found)
     if out:
-        atomic_text(out, json.dumps(found, indent=1) + "\n")
+        settings = {
+            "benchmark": "storyboard", "model": model, "fingerprint": known and {"hash": known["hash"]}, "guidance": guidance,
+            "dtype": dtype, "load_in_4bit": load_in_4bit, "evaluate": config.model_dump(mode="json"),
+        }  # fmt: skip
+        prompts = [{"id": s.id, "category": s.category, "values": s.values} for s in sheet(greedy, sampled, skills, config)]
+        atomic_text(out, json.dumps({"settings": settings, **found, "prompts": prompts}, indent=1) + "\n")
 
 
 def benchmark(
@@ -78,7 +83,7 @@ def benchmark(
 ) -> None:
     """Answers a published benchmark, writes what its scorer reads, and makes the table. See docs/evaluation.md."""
     from diptych.cli.figures import show_benchmark
-    from diptych.evaluation.jobs import Job, Settings
+    from diptych.evaluation.jobs import Job, Settings, nothing_scored
     from diptych.models import UnifiedModel, load_model
     from diptych.runtime import pick_device
 
@@ -110,6 +115,10 @@ def benchmark(
     if result is not None:
         show_benchmark(console, chosen.name, result)
         say(f"each answer: {out / 'scores.jsonl'}; each aspect with intervals: {out / 'result.json'}")
+        if why := nothing_scored(result, out):
+            raise ValueError(
+                f"nothing could be scored ({why}); no figure above says anything of the model. Mend the cause and run this again"
+            )
 
 
 for _name in BENCHMARKS:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,12 +76,45 @@ class Scoring:
     """How a job is scored. Each is None where it was not asked for.
 
     `official`: the file that the official scorer wrote. `judge`: options of a server (`rewards.judges.JudgeOptions`).
-    `folder`: where unfinished judging may keep what it has.
+    `folder`: where unfinished judging may keep what it has. `problems`: where unusable entries of the official file are reported.
     """
 
     folder: Path
     official: Path | None = None
     judge: dict[str, Any] | None = None
+    problems: Problems = dataclasses.field(default_factory=Problems)
+
+
+Cells = Mapping[str, Sequence[float | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Headline:
+    """A figure that sums a benchmark up, and what it is made of, so that it can be drawn anew from other items.
+
+    It is the mean (or, with `total`, the sum) of the means of *cells*, times `factor`. `cells`: the values, None where missing, that
+    the scores of one unit add to each cell. `unit`: what is drawn, such as an item. `stratum`: within what, such as its category.
+    `path`: where the same figure stands in `Benchmark.table`.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    cells: Callable[[Sequence[Score]], Cells]
+    unit: Callable[[Score], str] = lambda score: score.id
+    stratum: Callable[[Score], str] = lambda score: ""
+    total: bool = False
+    factor: float = 1.0
+    decimals: int = 2
+
+
+def by_aspect(scores: Sequence[Score], aspects: Sequence[str] | None = None) -> Cells:
+    """The values of each aspect, or of some, in a cell of its own."""
+    found: dict[str, list[float | None]] = {}
+    for score in scores:
+        for aspect, value in score.values.items():
+            if aspects is None or aspect in aspects:
+                found.setdefault(aspect, []).append(value)
+    return found
 
 
 class Benchmark(ABC):
@@ -90,6 +123,8 @@ class Benchmark(ABC):
     `defaults`: settings of a job that are part of the benchmark's protocol, where the user says nothing.
     `scored_by`: what a score sheet can be made from beside the answers themselves, of "official" and "judge".
     `max_side`: the largest side of a saved picture, in pixels; None: any.
+    `headlines`: the figures of its table by which models are compared first.
+    `notes`: causes that `read` reports of items that stay.
     """
 
     name: ClassVar[str]
@@ -98,6 +133,8 @@ class Benchmark(ABC):
     defaults: ClassVar[dict[str, Any]] = {}
     scored_by: ClassVar[tuple[str, ...]] = ("official", "judge")
     max_side: ClassVar[int | None] = None
+    headlines: ClassVar[tuple[Headline, ...]] = ()
+    notes: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def read(self, folder: Path, problems: Problems) -> list[Item]:

@@ -9,6 +9,8 @@ because several answers to one item are no independent evidence:
   pattern counts as one more (Phipson and Smyth, Stat. Appl. Genet. Mol. Biol. 9, 2010), so p is never 0.
 
 A pair with a missing value on either side is in no mean. It is counted with its cause, and a second mean counts missing values as lowest.
+
+The figures by which the benchmark sums a model up are compared in `headlines.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +27,25 @@ import numpy as np
 import yaml
 
 from diptych.data.problems import Problems
+from diptych.data.readers import read_json
 from diptych.evaluation.benchmark import Score
+from diptych.evaluation.headlines import HeadlineDifference, headlines
+from diptych.evaluation.registry import BENCHMARKS
 from diptych.evaluation.sheets import CHUNK, resampled_means
 from diptych.runtime import rng as make_rng
 
 NUM_FLIPS, EXACT_ITEMS = 9999, 12
+STORYBOARD = "storyboard"
 ONE_SIDED = "answer that the other job does not have"
 Key = tuple[str, int]  # id, number of the answer
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A scored benchmark job. `scores` in the order of its file; `settings`: its config.yaml and, as `scoring.`, its
-    scoring.json, flat."""
+    """A scored benchmark job; `folder` is a file for storyboard, which keeps no documents.
+
+    `scores` in the order of its file; `settings`: its config.yaml and, as `scoring.`, its scoring.json, flat.
+    """
 
     folder: Path
     benchmark: str
@@ -82,7 +90,10 @@ class Aspect:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """`aspects`: of all pairs; `categories`: category -> aspect. `only_a`, `only_b`: answers that the other side does not have."""
+    """`headlines`: figures of the benchmark's own table, by name. `aspects`: of all pairs; `categories`: category -> aspect.
+
+    `only_a`, `only_b`: answers that the other side does not have.
+    """
 
     a: Job
     b: Job
@@ -90,6 +101,7 @@ class Comparison:
     keys: list[Key]
     only_a: list[Key]
     only_b: list[Key]
+    headlines: dict[str, HeadlineDifference]
     aspects: dict[str, Aspect]
     categories: dict[str, dict[str, Aspect]]
     changed: dict[str, tuple[Any, Any]]
@@ -100,10 +112,13 @@ class Comparison:
 
 
 def read_job(folder: Path, problems: Problems) -> Job:
-    """What `diptych evaluate BENCHMARK ... --out FOLDER` left; broken and repeated lines are reported and left out.
+    """What `diptych evaluate BENCHMARK ... --out FOLDER` left, or `diptych evaluate storyboard --out FILE`; broken and repeated lines are
+    reported and left out.
 
     Raises ValueError for a folder that holds no such job, or one that is not scored.
     """
+    if folder.is_file():
+        return _read_storyboard(folder, problems)
     file = folder / "config.yaml"
     try:
         config = yaml.safe_load(file.read_text()) if file.is_file() else None
@@ -112,26 +127,46 @@ def read_job(folder: Path, problems: Problems) -> Job:
     if not isinstance(config, dict) or not isinstance(config.get("benchmark"), str):
         raise ValueError(
             f"{folder} is no output folder of a benchmark job (no config.yaml that names a benchmark); give the --out of "
-            "`diptych evaluate mmie` or another benchmark. What `diptych evaluate storyboard` writes has no answers to compare"
+            "`diptych evaluate mmie` or another benchmark, or the .json file that `diptych evaluate storyboard` wrote"
         )
     sheet = folder / "scores.jsonl"
     if not sheet.is_file():
         raise ValueError(
             f"{folder} is not scored yet (no scores.jsonl); run its `diptych evaluate {config['benchmark']}` command to the end"
         )
+    lines = ((f"{sheet}:{number}", raw) for number, raw in enumerate(sheet.read_bytes().splitlines(), start=1))
+    settings = {**config, "scoring": _scoring(folder)}
+    if isinstance(config.get("fingerprint"), dict):  # of the model; that of each of its files would be told one by one
+        settings["fingerprint"] = {name: value for name, value in config["fingerprint"].items() if name != "files"}
+    return Job(folder, config["benchmark"], str(config.get("model", "")), dict(_flat(settings)), _scores(lines, problems))
+
+
+def _read_storyboard(file: Path, problems: Problems) -> Job:
+    found = read_json(file)
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict) or not isinstance(found.get("prompts"), list):
+        raise ValueError(
+            f"{file} does not hold the results of single prompts; give what `diptych evaluate storyboard --out {file.name}` writes (a file "
+            "of an earlier version has means only: evaluate again)"
+        )
+    lines = ((f"{file}:prompt {number}", json.dumps(line).encode()) for number, line in enumerate(found["prompts"], start=1))
+    settings = found["settings"]
+    return Job(file, STORYBOARD, str(settings.get("model", "")), dict(_flat(settings)), _scores(lines, problems))
+
+
+def _scores(lines: Iterable[tuple[str, bytes]], problems: Problems) -> dict[Key, Score]:
     scores: dict[Key, Score] = {}
-    for number, raw in enumerate(sheet.read_bytes().splitlines(), start=1):
+    for where, raw in lines:
         try:
             score = _score(json.loads(raw))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.report(f"{sheet}:{number}", "broken line", f"{type(error).__name__}: {error}")
+            problems.report(where, "broken line", f"{type(error).__name__}: {error}")
             continue
         key = (score.id, score.answer)
         if key in scores:
-            problems.report(f"{sheet}:{number}", "repeated answer", f"answer {score.answer}; the first is kept", score.id)
+            problems.report(where, "repeated answer", f"answer {score.answer}; the first is kept", score.id)
         else:
             scores[key] = score
-    return Job(folder, config["benchmark"], str(config.get("model", "")), dict(_flat({**config, "scoring": _scoring(folder)})), scores)
+    return scores
 
 
 def _scoring(folder: Path) -> dict[str, Any]:
@@ -180,10 +215,10 @@ def read_answers(job: Job, keys: Sequence[Key]) -> dict[Key, dict[str, Any]]:
 
 def scale_of(benchmark: str) -> tuple[float, float]:
     """Lowest and highest raw value of a known benchmark. Raises ValueError for another."""
-    from diptych.evaluation.registry import BENCHMARKS
-
+    if benchmark == STORYBOARD:
+        return 0.0, 1.0
     if benchmark not in BENCHMARKS:
-        raise ValueError(f"benchmark is {benchmark!r}; known are {', '.join(BENCHMARKS)}")
+        raise ValueError(f"benchmark is {benchmark!r}; known are {', '.join((*BENCHMARKS, STORYBOARD))}")
     return BENCHMARKS[benchmark].scale
 
 
@@ -213,7 +248,10 @@ def compare(a: Job, b: Job, problems: Problems, scale: tuple[float, float], seed
         if aspect.left_out and problems.strict:
             raise ValueError(f"{name} is missing in {aspect.left_out} of the pairs (--strict stops at missing values)")
     per_category = {c: _aspects(a, b, members[c], names, scale[0], seed, test=False) for c in categories} if len(categories) > 1 else {}
-    return Comparison(a, b, scale, keys, only_a, only_b, aspects, per_category, changed_settings(a, b), problems)
+    known = a.benchmark in BENCHMARKS
+    both = [[job.scores[key] for key in keys] for job in (a, b)]
+    figures = headlines(BENCHMARKS[a.benchmark](), both[0], both[1], seed) if known else {}
+    return Comparison(a, b, scale, keys, only_a, only_b, figures, aspects, per_category, changed_settings(a, b), problems)
 
 
 def changed_settings(a: Job, b: Job) -> dict[str, tuple[Any, Any]]:

@@ -16,13 +16,18 @@ from typing import Any
 from diptych.data.problems import Problems
 from diptych.data.readers import json_lines, read_rows
 from diptych.document import Document, Text
-from diptych.evaluation.benchmark import Benchmark, Item, Score, Scoring
+from diptych.evaluation.benchmark import Benchmark, Cells, Headline, Item, Score, Scoring
+from diptych.evaluation.official import REPEATED, STRANGER, UNUSABLE, nothing_usable
 from diptych.evaluation.sheets import figure, macro_average, units
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 FILE = "evaluation_metadata.jsonl"
 COMMIT = "af4902f24d3ca90ebbb446dd9891a59e0f82725f"
 NO_PICTURE = "no picture drawn"
+
+
+def _by_tag(scores: Sequence[Score]) -> Cells:
+    return {scores[0].category: [score.values["correct"] for score in scores]}
 
 
 class GenEval(Benchmark):
@@ -32,6 +37,7 @@ class GenEval(Benchmark):
     aspects = ("correct",)
     scale = (0.0, 1.0)
     scored_by = ("official",)
+    headlines = (Headline("overall", ("overall",), _by_tag, stratum=lambda score: score.category, decimals=3),)
 
     def read(self, folder: Path, problems: Problems) -> list[Item]:
         file = next((path for path in (folder / FILE, folder / "prompts" / FILE) if path.is_file()), None)
@@ -73,13 +79,13 @@ class GenEval(Benchmark):
     def score(self, items: Sequence[Item], answers: Sequence[Sequence[Document]], scoring: Scoring) -> list[Score] | None:
         if scoring.official is None:
             return None
-        official = _read_official(scoring.official, items)
+        official = _read_official(scoring.official, items, scoring.problems)
         scores = []
         for item, given in zip(items, answers, strict=True):
             for number, answer in enumerate(given):
-                correct = official.pop((item.id, number), None)
+                where, correct = official.get((item.id, number), ("", None))
                 if not answer.images and correct is not None:
-                    raise ValueError(f"{scoring.official} judges picture {number} of {item.id}, which was not drawn: another submission's")
+                    raise ValueError(f"{where} judges picture {number} of {item.id}, which was not drawn: another submission's")
                 cause = "" if correct is not None else "not in the official file" if answer.images else NO_PICTURE
                 facts = {"pictures": float(len(answer.images))}
                 scores.append(Score(item.id, item.category, {"correct": correct}, number, cause, facts))
@@ -99,20 +105,26 @@ class GenEval(Benchmark):
         return found
 
 
-def _read_official(path: Path, items: Sequence[Item]) -> dict[tuple[str, int], float]:
-    """Right (1) or not (0) by item and number of the picture, both from the file name that the scorer notes."""
-    problems = Problems(strict=True)
+def _read_official(path: Path, items: Sequence[Item], problems: Problems) -> dict[tuple[str, int], tuple[str, float]]:
+    """Place in the file, and right (1) or not (0), by item and number of the picture, both from the file name that the scorer notes.
+
+    Raises ValueError where no line is of this submission.
+    """
     prompts = {item.id: item.record["prompt"] for item in items}
-    found: dict[tuple[str, int], float] = {}
+    found: dict[tuple[str, int], tuple[str, float]] = {}
     for row in read_rows(path, problems):
-        name, correct = row.value.get("filename"), row.value.get("correct")
+        name, correct, prompt = (row.value.get(key) for key in ("filename", "correct", "prompt"))
         match = re.search(r"(\d+)/samples/(\d+)\.png$", name) if isinstance(name, str) else None
         if match is None or not isinstance(correct, bool):
-            raise ValueError(f"{row.where}: filename is {name!r}, correct is {correct!r}; give the scorer's results.jsonl")
+            problems.report(row.where, UNUSABLE, f"filename is {name!r}, correct is {correct!r}")
+            continue
         key = match[1], int(match[2])
-        if key in found:
-            raise ValueError(f"{row.where}: {name} stands there twice; give the result of one run")
-        if prompts.get(key[0]) != row.value.get("prompt") or not 0 <= key[1] < 4:
-            raise ValueError(f"{row.where}: {name} with prompt {row.value.get('prompt')!r} was not asked; give this submission's result")
-        found[key] = float(correct)
+        if prompts.get(key[0]) != prompt or not 0 <= key[1] < 4:
+            problems.report(row.where, STRANGER, f"{name} with prompt {prompt!r}")
+        elif key in found:
+            problems.report(row.where, REPEATED, f"{name}; the first one stays")
+        else:
+            found[key] = row.where, float(correct)
+    if not found:
+        raise nothing_usable(path, problems)
     return found

@@ -18,7 +18,7 @@ from diptych.data.convert.pictures import MissingPicture
 from diptych.data.problems import Problems
 from diptych.data.readers import Row, read_rows
 from diptych.document import Document, Segment, Text
-from diptych.evaluation.benchmark import Item, Score, StoredImage
+from diptych.evaluation.benchmark import Headline, Item, Score, StoredImage, by_aspect
 from diptych.evaluation.judging import JudgedBenchmark, Material, UnusableRecord, ask, has_picture, has_text, read_items
 from diptych.evaluation.sheets import average, figures, grouped
 from diptych.rewards.judges.client import Answer, Question
@@ -26,6 +26,7 @@ from diptych.rewards.judges.client import Answer, Question
 FILE, PICTURES = "interleaved_bench.json", "zipped_images"
 MARK = "<image>"
 WITHOUT_TEXT_ASPECTS = re.compile(r"edit|subject", re.I)  # task names: image editing, subject-driven generation
+UNMARKED, ALL_TEXT = "pictures without a mark", "no task without text aspects"
 TEXT_ASPECTS = ("text_quality", "text_image_coherence")
 ASPECTS = {
     "text_quality": "the text of the answer: is it clear, fluent, coherent and free of repetitions? Leave the pictures aside.",
@@ -50,6 +51,8 @@ class InterleavedBench(JudgedBenchmark):
     aspects: ClassVar[tuple[str, ...]] = tuple(ASPECTS)
     scale: ClassVar[tuple[float, float]] = (0.0, 5.0)
     scored_by: ClassVar[tuple[str, ...]] = ("judge",)
+    notes: ClassVar[tuple[str, ...]] = (UNMARKED, ALL_TEXT)
+    headlines: ClassVar[tuple[Headline, ...]] = (Headline("AVG", ("average",), by_aspect),)
 
     def read(self, folder: Path, problems: Problems) -> list[Item]:
         file = folder / FILE
@@ -57,7 +60,13 @@ class InterleavedBench(JudgedBenchmark):
             raise ValueError(
                 f"{folder} holds no {FILE}; give the hub repository mqliu/InterleavedBench as it is, {PICTURES}/*.zip unpacked"
             )
-        return read_items(read_rows(file, problems), _item, problems)
+        items = read_items(read_rows(file, problems), lambda row: _item(row, problems), problems)
+        tasks = sorted({_task(item.category) for item in items})
+        if not any(WITHOUT_TEXT_ASPECTS.search(task) for task in tasks):
+            some = ", ".join(tasks[:12]) + (", ..." if len(tasks) > 12 else "")
+            detail = f"image editing and subject-driven generation owe two aspects less; no name of {some} holds 'edit' or 'subject'"
+            problems.report(str(file), ALL_TEXT, f"{detail}, so all tasks owe all five")
+        return items
 
     def submit(self, items: Sequence[Item], answers: Sequence[Sequence[Document]], folder: Path, model: str) -> None:
         """`predictions.json`: each record with `model` and `output` added (`text` with <image> marks, and `image`, files beside it)."""
@@ -85,7 +94,7 @@ class InterleavedBench(JudgedBenchmark):
         )
 
     def owed(self, item: Item) -> tuple[str, ...]:
-        skipped = TEXT_ASPECTS if WITHOUT_TEXT_ASPECTS.search(item.category.split("/", 1)[1]) else ()
+        skipped = TEXT_ASPECTS if WITHOUT_TEXT_ASPECTS.search(_task(item.category)) else ()
         return tuple(aspect for aspect in ASPECTS if aspect not in skipped)
 
     def questions(self, item: Item, answer: Document) -> Iterator[Question]:
@@ -104,7 +113,7 @@ class InterleavedBench(JudgedBenchmark):
             **self._source,
             **_figures(scores),
             "subsets": {name: _figures(group) for name, group in grouped(scores, lambda s: s.category.split("/", 1)[0]).items()},
-            "tasks": {name: _figures(group) for name, group in grouped(scores, lambda s: s.category.split("/", 1)[1]).items()},
+            "tasks": {name: _figures(group) for name, group in grouped(scores, lambda s: _task(s.category)).items()},
         }
 
 
@@ -123,7 +132,11 @@ def _lacking(aspect: str, answer: Document) -> bool:
     return not (text or picture)
 
 
-def _item(row: Row) -> Item:
+def _task(category: str) -> str:
+    return category.split("/", 1)[1]
+
+
+def _item(row: Row, problems: Problems) -> Item:
     record = row.value
     first = record["conversations"][0]
     if first["from"] != "human":
@@ -134,11 +147,15 @@ def _item(row: Row) -> Item:
         raise UnusableRecord("more marks than pictures", f"{needed} {MARK} in the request, {len(pictures)} pictures")
     segments: list[Segment] = []
     for place, part in enumerate(parts):  # the picture at place k belongs to mark k; those behind the last mark are the reference
-        text = part.removeprefix(".").strip()
+        text = part.strip().removeprefix(".").strip()
         segments += [Text(text)] if text else []
         segments += [_picture(row.root, pictures[place])] if place < needed else []
     if not segments:
         raise UnusableRecord("broken record", "the request is empty")
+    theirs = sum(str(turn.get("value", "")).count(MARK) for turn in record["conversations"][1:])
+    if len(pictures) > needed + theirs:  # never shown: they may be the reference's
+        told = f"{len(pictures)} pictures, {needed} {MARK} in the request and {theirs} behind it; only the first {needed} are shown"
+        problems.report(row.where, UNMARKED, told, str(record["id"]))
     subset = "context-based" if needed else "context-free"
     return Item(str(record["id"]), Document(tuple(segments)), f"{subset}/{record['task_name']}", record)
 

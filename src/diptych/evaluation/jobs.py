@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +24,12 @@ import yaml
 from pydantic import Field
 
 from diptych.config import Config, SamplingParams, build
-from diptych.data.problems import Problems
-from diptych.document import Document, Text
+from diptych.data.problems import Problem, Problems
+from diptych.document import Document
 from diptych.evaluation.answers import Answer, Task, Template, answer, discard, plan, read_batch, report_unanswered, write_batch
 from diptych.evaluation.benchmark import Benchmark, Item, Score, Scoring
+from diptych.evaluation.fingerprint import differing_data, differing_model, digest, of_items, of_model
+from diptych.evaluation.judging import KEPT
 from diptych.evaluation.sheets import count, read_scores, summarise, write_scores
 from diptych.models import UnifiedModel
 from diptych.rewards.judges.options import JudgeOptions
@@ -120,23 +121,31 @@ class Job:
 
     def _known(self, everything: Sequence[Item]) -> dict[str, Any]:
         """What must be the same in the folder, apart from the sampling that a model's release stands behind."""
-        data = {"folder": self.data.resolve().name, "items": len(everything), "hash": hash_of(everything)}
         settings = self.settings.model_dump(mode="json")
         if settings["ids"] is not None:
-            settings["ids"] = _digest(json.dumps(sorted(set(settings["ids"]))))
-        return {**settings, "data": data}
+            settings["ids"] = digest(json.dumps(sorted(set(settings["ids"]))))
+        data = {"folder": self.data.resolve().name, **of_items(everything)}
+        return {**settings, "fingerprint": self._fingerprint(fetch=False), "data": data}
+
+    def _fingerprint(self, fetch: bool) -> dict[str, Any] | None:
+        try:
+            return of_model(self.settings.model, fetch)
+        except ValueError:  # whoever opens the model says what is wrong with it
+            return None
 
     def _refuse_changes(self, known: dict[str, Any]) -> None:
         file = self.out / "config.yaml"
         if not file.is_file():
             return
         stored = yaml.safe_load(file.read_text()) or {}
-        changed = sorted(key for key in known if stored.get(key) != known[key])
+        plain = known.keys() - {"model", "fingerprint", "data"}
+        changed = [found for found in (differing_model(stored, known), differing_data(stored, known)) if found]
+        changed += sorted(key for key in plain if stored.get(key) != known[key])
         if self.shard is not None and stored.get("shards") != self.shard[1]:
             changed.append("shard")
         if changed:
             raise ValueError(
-                f"{self.out} holds an evaluation with other settings (different: {', '.join(changed)}). Choose another --out, or delete "
+                f"{self.out} holds an evaluation with other settings (different: {'; '.join(changed)}). Choose another --out, or delete "
                 "the folder to start over."
             )
 
@@ -157,7 +166,11 @@ class Job:
         todo = [(number, batch) for number, batch in mine if read_batch(folder, number, batch) is None]
         if not todo and (self.out / "config.yaml").is_file():
             return
+        if known["fingerprint"] is None:  # of a hub id, of which nothing is fetched before it is needed
+            known = {**known, "fingerprint": self._fingerprint(fetch=True)}
+            self._refuse_changes(known)
         model, params = open_model()
+        _refuse_copies([task.item for _, batch in todo for task in batch], params)
         drawn = model.image_spec.pixel_size
         side = self.settings.image_size or min(drawn, self.benchmark.max_side or drawn)
         self._settle({**known, "sampling": params.model_dump(mode="json"), "saved_side": side}, shards)
@@ -173,10 +186,12 @@ class Job:
             self.progress(done, total)
 
     def _settle(self, settings: dict[str, Any], shards: int) -> None:
-        self._refuse_changes(settings)
         file = self.out / "config.yaml"
-        if not file.is_file():
-            atomic_text(file, yaml.safe_dump({**settings, "shards": shards, "versions": versions()}, sort_keys=False, allow_unicode=True))
+        with _lock(self.out / ".lock-config", fcntl.LOCK_EX):  # two shards may have opened two models at the same time
+            self._refuse_changes(settings)
+            if not file.is_file():
+                said = {**settings, "shards": shards, "versions": versions()}
+                atomic_text(file, yaml.safe_dump(said, sort_keys=False, allow_unicode=True))
 
     # --- submission and scores ---
     def _finish(
@@ -184,46 +199,61 @@ class Job:
     ) -> dict[str, Any] | None:
         for leftover in self.out.glob(".tmp-*"):  # of a killed process
             discard(leftover)
-        left_out = problems.by_cause()
+        read = problems.by_cause()
+        notes = {cause: read.pop(cause) for cause in self.benchmark.notes if cause in read}
         report_unanswered(answers, problems)
-        report = {"causes": problems.by_cause(), "problems": [problem.as_dict() for problem in problems.found]}
-        atomic_text(self.out / "problems.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        if not (self.out / "result.json").is_file():  # else it also has what the official file lacked
+            self._write(problems.found)
         documents: dict[int, list[Document]] = {index: [] for index, _ in items}
         for found in answers:
             if found.document is not None:
                 documents[found.task.index].append(found.document)
         asked = [item for index, item in items if len(documents[index]) == item.num_answers]
         given = [documents[index] for index, item in items if len(documents[index]) == item.num_answers]
+        told = yaml.safe_load((self.out / "config.yaml").read_text())  # the model's name as the first process was given it
         submission = self.out / "submission"
         if not submission.is_dir():
             with atomic_folder(submission) as folder:
-                self.benchmark.submit(asked, given, folder, self.settings.model)
+                self.benchmark.submit(asked, given, folder, told["model"])
         scored_with = self._scoring()
         if scored_with is None:
             return json.loads((self.out / "result.json").read_text())
-        scores = self._scores(items, asked, given, answers, scored_with)
+        official = Problems(self.strict)
+        scores = self._scores(items, asked, given, answers, scored_with, official)
         if scores is None:
             self.say(self.benchmark.how_to_score(self.data, submission))
             return None
         pictures = Counter(len(found.document.images) for found in answers if found.document is not None)
         result = {
-            "benchmark": self.benchmark.name, "model": self.settings.model, "scored_with": scored_with,
+            "benchmark": self.benchmark.name, "model": told["model"], "model_hash": (told.get("fingerprint") or {}).get("hash"),
+            "scored_with": scored_with,
             "table": self.benchmark.table(scores),
             "aspects": summarise(scores, self.benchmark.aspects, self.benchmark.scale[0]),
             "counts": {
-                "items_read": num_read, "items_left_out": left_out, "items": len(items), **count(scores),
+                "items_read": num_read, "items_left_out": read, **({"noted": notes} if notes else {}), "items": len(items), **count(scores),
+                **({"official_file": official.by_cause()} if official.found else {}),
                 "unanswered": dict(Counter(found.cause for found in answers if found.document is None)),
                 "truncated": sum(found.truncated for found in answers), "fewer_images_allowed": sum(found.lowered for found in answers),
                 "answers_by_images": {str(number): pictures[number] for number in sorted(pictures)},
             },
         }  # fmt: skip
+        self._write([*problems.found, *official.found])
+        if official.found:
+            told = ", ".join(f"{cause} {number}" for cause, number in official.by_cause().items())
+            self.say(f"{told}; the first is {official.found[0].where}, all are in {self.out / 'problems.json'}")
         write_scores(self.out / "scores.jsonl", scores)
         atomic_text(self.out / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         return result
 
+    def _write(self, found: Sequence[Problem]) -> None:
+        causes = Problems()
+        causes.found = list(found)
+        report = {"causes": causes.by_cause(), "problems": [problem.as_dict() for problem in found]}
+        atomic_text(self.out / "problems.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
     def _scoring(self) -> dict[str, Any] | None:
         """What to score with; None where it is done. Raises ValueError where the folder is scored with something else."""
-        official = None if self.official is None else {"file": self.official.name, "hash": _digest(self.official.read_bytes())}
+        official = None if self.official is None else {"file": self.official.name, "hash": digest(self.official.read_bytes())}
         judge = None if self.judge is None else {name: value for name, value in self.judge.items() if name not in PATIENCE}
         wanted = {"official": official, "judge": judge}
         file, result = self.out / "scoring.json", self.out / "result.json"
@@ -242,12 +272,12 @@ class Job:
 
     def _scores(
         self, items: Sequence[tuple[int, Item]], asked: Sequence[Item], given: Sequence[Sequence[Document]], answers: Sequence[Answer],
-        scored_with: dict[str, Any],
+        scored_with: dict[str, Any], official: Problems,
     ) -> list[Score] | None:  # fmt: skip
         """The sheet in the order of the items; what could not be asked is missing with its cause."""
         if self.judge is not None:
             atomic_text(self.out / "scoring.json", json.dumps(scored_with) + "\n")
-        found = self.benchmark.score(asked, given, Scoring(self.out / "judging", self.official, self.judge))
+        found = self.benchmark.score(asked, given, Scoring(self.out / "judging", self.official, self.judge, official))
         if found is None:
             return None
         if [(s.id, s.answer) for s in found] != [(item.id, number) for item in asked for number in range(item.num_answers)]:
@@ -262,6 +292,31 @@ class Job:
                     item.id, item.category, missing, one.task.number, one.cause or "another answer is missing"
                 )
         return [scores[item.id, number] for _, item in items for number in range(item.num_answers)]
+
+
+def nothing_scored(result: dict[str, Any], out: Path) -> str:
+    """Why a result says nothing: no answer has any value, or no question to the judge was answered. Empty where it says something.
+
+    The second case is one of its own, since an empty answer is scored without a question.
+    """
+    counts = result["counts"]
+    kept = out / "judging" / KEPT
+    unanswered = bool((result.get("scored_with") or {}).get("judge")) and not (kept.is_file() and kept.read_bytes().strip())
+    scored = any(figures["all"]["scored"] for figures in result["aspects"].values())
+    if not counts["missing"] or (scored and not unanswered):
+        return ""
+    causes = ", ".join(f"{cause}: {number:,}" for cause, number in counts["missing"].items())
+    return f"{sum(counts['missing'].values()):,} of {counts['answers']:,} answers have missing values, {causes}"
+
+
+def _refuse_copies(items: Sequence[Item], params: SamplingParams) -> None:
+    """Raises ValueError where several answers to one item would all be the same."""
+    most = max((item.num_answers for item in items), default=1)
+    if most > 1 and all(part.temperature == 0 or part.top_k == 1 for part in (params.text, params.image)):
+        raise ValueError(
+            f"{most} answers are asked for each item, but sampling is greedy: all {most} would be the same. Sample as the figures "
+            "that you compare with were sampled, for instance --temperature 1"
+        )
 
 
 def select(items: Sequence[Item], limit: int | None, ids: Sequence[str] | None) -> list[tuple[int, Item]]:
@@ -282,16 +337,6 @@ def select(items: Sequence[Item], limit: int | None, ids: Sequence[str] | None) 
         wanted = set(ids)
         return [(index, item) for index, item in numbered if item.id in wanted]
     return numbered[:limit]
-
-
-def hash_of(items: Sequence[Item]) -> str:
-    """Of all that the items say: ids, prompts (of pictures only that there is one) and records."""
-    said = [[i.id, i.category, [s.text if isinstance(s, Text) else None for s in i.prompt], i.record] for i in items]
-    return _digest(json.dumps(said, sort_keys=True, default=lambda value: type(value).__name__))
-
-
-def _digest(content: str | bytes) -> str:
-    return hashlib.blake2b(content.encode() if isinstance(content, str) else content, digest_size=16).hexdigest()
 
 
 @contextlib.contextmanager

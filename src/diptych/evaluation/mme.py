@@ -16,13 +16,31 @@ from typing import Any
 from diptych.data.problems import Problems
 from diptych.data.readers import read_rows
 from diptych.document import Document, Text
-from diptych.evaluation.benchmark import Benchmark, Item, Score, Scoring, StoredImage
+from diptych.evaluation.benchmark import Benchmark, Cells, Headline, Item, Score, Scoring, StoredImage
 from diptych.evaluation.sheets import figure, total
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 REPLACED = " Please answer yes or no."
 SUFFIX = "\nAnswer the question using a single word or phrase."
+
+
+def _pair(id: str) -> str:
+    return id.rsplit("#", 1)[0]
+
+
+def _pair_score(pair: Sequence[float | None]) -> float | None:
+    """0, 50 or 200: per cent of right answers plus 100 where both are; None where one is missing."""
+    known = [value for value in pair if value is not None]
+    return 50 * sum(known) + 100 * (sum(known) == 2) if len(known) == 2 else None
+
+
+def _sum(name: str, subtasks: Sequence[str]) -> Headline:
+    def cells(pair: Sequence[Score]) -> Cells:
+        whole = len(pair) == 2 and pair[0].category in subtasks
+        return {pair[0].category: [_pair_score([score.values["correct"] for score in pair])]} if whole else {}
+
+    return Headline(name, (name,), cells, unit=lambda score: _pair(score.id), stratum=lambda score: score.category, total=True)
 
 
 class MME(Benchmark):
@@ -33,6 +51,7 @@ class MME(Benchmark):
     scale = (0.0, 1.0)
     defaults = {"temperature": 0.0, "max_text_tokens": 16}  # noqa: RUF012
     scored_by = ()
+    headlines = (_sum("MME-P", PERCEPTION), _sum("MME-C", COGNITION))
 
     def read(self, folder: Path, problems: Problems) -> list[Item]:
         data = folder / "data" if (folder / "data").is_dir() else folder
@@ -101,16 +120,6 @@ class MME(Benchmark):
         found["unparsed"] = unparsed.total()
         found["half_pairs"] = sum(len(pair) != 2 for category in pairs.values() for pair in category.values())
         return found
-
-
-def _pair(id: str) -> str:
-    return id.rsplit("#", 1)[0]
-
-
-def _pair_score(pair: Sequence[float | None]) -> float | None:
-    """0, 50 or 200: per cent of right answers plus 100 where both are; None where one is missing."""
-    known = [value for value in pair if value is not None]
-    return 50 * sum(known) + 100 * (sum(known) == 2) if len(known) == 2 else None
 
 
 def spoken(answer: Document) -> str:

@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 from diptych.data.problems import Problems
 from diptych.data.readers import read_json
 from diptych.document import Document, Image, Segment, Text
-from diptych.evaluation.benchmark import Benchmark, Item, Score, Scoring, StoredImage
+from diptych.evaluation.benchmark import Benchmark, Cells, Headline, Item, Score, Scoring, StoredImage
+from diptych.evaluation.official import entries_of, refuse_strangers
 from diptych.evaluation.sheets import figure, micro_average, units
 
 CATEGORIES = ("SA", "PBL", "MSR")
@@ -35,6 +36,7 @@ OTHER = "other"
 FILES = ("data.json", "overview.json")
 COMMIT = "eb0fd6ecf14576760b5c3deb95c47579cf0cc36e"
 SEEN_PICTURES, MOST_PICTURES = 3, 4
+UNKNOWN = "unknown category"
 DROPPED = "dropped by the scorer: more than 4 pictures"
 Part = dict[str, str | None]  # {"text": ..., "image": path}: a text, then a picture
 
@@ -47,12 +49,18 @@ class View(NamedTuple):
     pictures: int
 
 
+def _scores_of_all(scores: Sequence[Score]) -> Cells:
+    return {"all": [score.values["score"] for score in scores if score.category != OTHER]}
+
+
 class MMIE(Benchmark):
     name = "mmie"
     aspects = ("score",)
     scale = (0.0, 6.0)
     scored_by = ("official",)
     max_side = 512
+    notes = (UNKNOWN,)
+    headlines = (Headline("AVG", ("AVG",), _scores_of_all, stratum=lambda score: score.category, factor=100 / 6),)
 
     def read(self, folder: Path, problems: Problems) -> list[Item]:
         file = next((folder / name for name in FILES if (folder / name).is_file()), None)
@@ -78,7 +86,7 @@ class MMIE(Benchmark):
                 problems.report(where, "missing picture", f"{missing[0]} is no file in the folder", id)
             else:
                 if category_of(id) == OTHER:
-                    problems.report(where, "unknown category", "the id holds none of SA, PBL, MSR: answered, but not submitted", id)
+                    problems.report(where, UNKNOWN, "the id holds none of SA, PBL, MSR: answered, but not submitted", id)
                 kept = {"question": question, "gt_answer": reference}
                 items[id] = Item(id, _prompt(question, folder), category_of(id), kept)
         return list(items.values())
@@ -118,7 +126,7 @@ class MMIE(Benchmark):
     def score(self, items: Sequence[Item], answers: Sequence[Sequence[Document]], scoring: Scoring) -> list[Score] | None:
         if scoring.official is None:
             return None
-        official = _read_official(scoring.official, {item.id for item in items})
+        official = _read_official(scoring.official, {item.id for item in items}, scoring.problems)
         scores = []
         for item, (answer,) in zip(items, answers, strict=True):
             parts, pictures = parts_of_answer(answer, "")
@@ -289,18 +297,21 @@ def _verdict(item: Item, shown: int, view: View, line: dict[str, Any] | None) ->
     return find_score(line.get("gpt_feedback"))
 
 
-def _read_official(path: Path, known: set[str]) -> dict[str, dict[str, Any]]:
+def _read_official(path: Path, known: set[str], problems: Problems) -> dict[str, dict[str, Any]]:
+    """Lines by id. Raises ValueError for a file of another kind, and where no line is of this submission."""
     lines = read_json(path)
-    if not isinstance(lines, list) or not all(isinstance(line, dict) and isinstance(line.get("id"), str) for line in lines):
+    if not isinstance(lines, list):
         raise ValueError(f"{path} is no list of records with an id; give the scorer's eval_result.json")
-    twice = [id for id, number in Counter(line["id"] for line in lines).items() if number > 1]
-    strangers = [line["id"] for line in lines if line["id"] not in known]
-    if twice or strangers:
-        what = f"{twice[0]!r} twice" if twice else f"{len(strangers)} records that were not asked, such as {strangers[0]!r}"
-        raise ValueError(f"{path} holds {what}; give the result of this submission")
-    if lines and not any("gpt_feedback" in line for line in lines):
+    found = {id: line for id, (_, line) in refuse_strangers(path, entries_of(lines, path, problems, _id), known, problems).items()}
+    if not any("gpt_feedback" in line for line in found.values()):
         raise ValueError(f"{path} holds no gpt_feedback; give the scorer's result, not its input")
-    return {line["id"]: line for line in lines}
+    return found
+
+
+def _id(line: dict[str, Any]) -> str:
+    if not isinstance(line["id"], str):
+        raise ValueError(f"id is {line['id']!r}; a string is needed")
+    return line["id"]
 
 
 def _mean(values: Sequence[float]) -> float | None:

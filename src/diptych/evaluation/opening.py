@@ -25,8 +25,9 @@ from diptych.data.convert.pictures import MissingPicture
 from diptych.data.problems import Problems
 from diptych.data.readers import Row, read_json, read_rows
 from diptych.document import Document, Segment, Text
-from diptych.evaluation.benchmark import Item, Score, StoredImage
+from diptych.evaluation.benchmark import Headline, Item, Score, Scoring, StoredImage, by_aspect
 from diptych.evaluation.judging import JudgedBenchmark, Material, UnusableRecord, ask, read_items
+from diptych.evaluation.official import UNUSABLE, entries_of, refuse_strangers
 from diptych.evaluation.sheets import average, figures, grouped
 from diptych.rewards.judges.client import Answer, Question
 
@@ -59,6 +60,7 @@ class OpenING(JudgedBenchmark):
     name: ClassVar[str] = "opening"
     aspects: ClassVar[tuple[str, ...]] = tuple(CRITERIA)
     scale: ClassVar[tuple[float, float]] = (0.0, 10.0)
+    headlines: ClassVar[tuple[Headline, ...]] = (Headline("Overall", ("average",), by_aspect),)
 
     def read(self, folder: Path, problems: Problems) -> list[Item]:
         for file in (folder / name / FILE for name in FOLDERS):
@@ -96,31 +98,32 @@ class OpenING(JudgedBenchmark):
     def values(self, item: Item, answer: Document, found: Sequence[Answer]) -> dict[str, float | None]:
         return dict(zip(CRITERIA, found[0].values or [None] * len(CRITERIA), strict=True))
 
+    def score(self, items: Sequence[Item], answers: Sequence[Sequence[Document]], scoring: Scoring) -> list[Score] | None:
+        self._problems = scoring.problems
+        return super().score(items, answers, scoring)
+
     def read_official(self, items: Sequence[Item], file: Path) -> list[Score]:
         """Scores of `GPT_score_A.py`'s file. Raises ValueError for one of several models, of other requests, or of another kind."""
-        entries = read_json(file)
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) and "score" in entry for entry in entries):
+        content = read_json(file)
+        if not isinstance(content, list) or not any(isinstance(entry, dict) and "score" in entry for entry in content):
             raise ValueError(f"{file} is no score file of GPT_score_A.py: a list of entries with instance_id, model and score is needed")
-        models = {str((entry.get("model") or {}).get("name")) for entry in entries}
+        entries = entries_of(content, file, self._problems, _uid)
+        models = {str((entry.get("model") or {}).get("name")) for _, entry in entries.values()}
         if len(models) > 1:
             raise ValueError(f"{file} holds scores of several models ({', '.join(sorted(models))}); leave those of the submission only")
-        found: dict[str, dict[str, float | None]] = {}
-        for entry in entries:
-            uid = str(entry.get("instance_id", entry.get("data_id")))
-            if uid in found:
-                raise ValueError(f"{file} scores {uid} twice; leave one entry")
-            found[uid] = _official_values(entry["score"], f"{file}, {uid}")
-        unknown = sorted(set(found) - {item.id for item in items})
-        if unknown:
-            raise ValueError(
-                f"{file} scores {len(unknown)} requests that this job has not ({', '.join(unknown[:3])}); give that of this submission"
-            )
-        nothing: dict[str, float | None] = dict.fromkeys(CRITERIA)
+        kept = refuse_strangers(file, entries, {item.id for item in items}, self._problems)
         scores = []
         for item in items:
-            values = found.get(item.id, nothing)
-            cause = "not in the file" if item.id not in found else "no score in the file" if None in values.values() else ""
-            scores.append(Score(item.id, item.category, dict(values), cause=cause))
+            values, cause = dict[str, float | None](dict.fromkeys(CRITERIA)), "not in the file"
+            if item.id in kept:
+                where, entry = kept[item.id]
+                try:
+                    values = _official_values(entry["score"])
+                    cause = "no score in the file" if None in values.values() else ""
+                except ValueError as error:
+                    self._problems.report(where, UNUSABLE, error, item.id)
+                    cause = "unusable score in the file"
+            scores.append(Score(item.id, item.category, values, cause=cause))
         return scores
 
     def table(self, scores: Sequence[Score]) -> dict[str, Any]:
@@ -185,13 +188,19 @@ def _steps(answer: Document, uid: str, folder: Path) -> list[dict[str, Any]]:
     return [*steps, {"text": "\n".join(texts), "image": None}] if texts else steps
 
 
-def _official_values(score: Any, where: str) -> dict[str, float | None]:
+def _uid(entry: dict[str, Any]) -> str:
+    if "score" not in entry or not isinstance(entry.get("model") or {}, dict):
+        raise ValueError("an entry with instance_id, model and score is needed")
+    return str(entry["instance_id"] if "instance_id" in entry else entry["data_id"])
+
+
+def _official_values(score: Any) -> dict[str, float | None]:
     """All seven or none. Raises ValueError for one that is no number from 0 to 10."""
     given = score if isinstance(score, dict) else {}
     found: dict[str, Any] = {name: entry.get("Score") for name, entry in given.items() if name in CRITERIA and isinstance(entry, dict)}
     for name, value in found.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 10):
-            raise ValueError(f"{where}: {name} is {value!r}; allowed are numbers from 0 to 10")
+            raise ValueError(f"{name} is {value!r}; allowed are numbers from 0 to 10")
     if len(found) < len(CRITERIA) or None in found.values():
         return dict.fromkeys(CRITERIA)
     return {name: float(found[name]) for name in CRITERIA}

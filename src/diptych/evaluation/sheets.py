@@ -21,6 +21,7 @@ from diptych.runs import atomic_text
 from diptych.runtime import rng as make_rng
 
 NUM_RESAMPLES = 2000
+UNROUNDED = 15  # digits
 CHUNK = 2**22  # numbers drawn at a time, which bounds the memory
 Units = Sequence[Sequence[float | None]]  # the values of each unit; None: missing
 Average = Callable[[Mapping[str, float | None]], float | None]  # means of aspects to one; None where it cannot be
@@ -137,16 +138,21 @@ def _counts(groups: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, int]:
 def figures(
     scores: Sequence[Score], aspects: Sequence[str], average: Average, lowest: float, *, factor: float = 1.0, digits: int = 4
 ) -> dict[str, Any]:
-    """`aspects`: a `figure` of every aspect that any score owes; `average` of them; answers by cause of what they miss."""
+    """`aspects`: a `figure` of every aspect that any score owes; `average` of them before they are rounded; answers by cause of what they
+    miss."""
     owed = [aspect for aspect in aspects if any(aspect in score.values for score in scores)]
-    found = {aspect: figure({"all": units(scores, aspect)}, lowest, factor=factor, digits=digits) for aspect in owed}
-    averaged: dict[str, Any] = {}
-    for key in ("value", "missing_as_lowest"):
-        value = average({aspect: one[key] for aspect, one in found.items()})
-        averaged[key] = None if value is None else round(value, digits)
+    exact = {aspect: figure({"all": units(scores, aspect)}, lowest, factor=factor, digits=UNROUNDED) for aspect in owed}
+    averaged: dict[str, Any] = {key: average({aspect: one[key] for aspect, one in exact.items()}) for key in ("value", "missing_as_lowest")}
     interval = None if averaged["value"] is None else _interval(scores, owed)
-    averaged["ci"] = interval and [round(end * factor, digits) for end in interval]
-    return {"aspects": found, "average": averaged, "missing": count(scores)["missing"]}
+    averaged["ci"] = interval and [end * factor for end in interval]
+    found = {aspect: rounded(one, digits) for aspect, one in exact.items()}
+    return {"aspects": found, "average": rounded(averaged, digits), "missing": count(scores)["missing"]}
+
+
+def rounded(found: Mapping[str, Any], digits: int) -> dict[str, Any]:
+    """A figure with its numbers to so many digits."""
+    ends = found["ci"] and [round(end, digits) for end in found["ci"]]
+    return {**{key: round(value, digits) if isinstance(value, float) else value for key, value in found.items()}, "ci": ends}
 
 
 def average(means: Mapping[str, float | None]) -> float | None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from diptych.config import EvaluateConfig, SamplingParams
 from diptych.document import Document, Text
+from diptych.evaluation.benchmark import Score
 from diptych.models import UnifiedModel
 from diptych.runtime import generator
 from diptych.runtime import rng as make_rng
@@ -93,17 +94,44 @@ def evaluate_retention(
     model: UnifiedModel, params: SamplingParams, config: EvaluateConfig, progress: Progress | None = None
 ) -> dict[str, dict[str, Any]]:
     """Old skills, greedily: the share of captions drawn exactly, and of descriptions and answers that are exactly right."""
+    return retention_rates(old_skills(model, params, config, progress))
+
+
+def old_skills(
+    model: UnifiedModel, params: SamplingParams, config: EvaluateConfig, progress: Progress | None = None
+) -> dict[str, list[tuple[str, bool]]]:
+    """For each skill the kind of every turn and whether the answer is exactly right."""
     rng = make_rng(config.seed, 32)
     drawing = [make_turn(rng, "draw", config.split) for _ in range(config.num_retention)]
-    asking = [make_turn(rng, ("describe", "question")[i % 2], config.split) for i in range(config.num_retention)]
+    kinds = [("describe", "question")[i % 2] for i in range(config.num_retention)]
+    asking = [make_turn(rng, kind, config.split) for kind in kinds]
     drawn = answer(model, [prompt for prompt, _ in drawing], params.greedy(), config, progress)
     said = answer(model, [prompt for prompt, _ in asking], params.greedy(), config, progress)
-    draw_right = np.array([_same_picture(a, turn) for a, turn in zip(drawn, drawing, strict=True)], dtype=float)
-    say_right = np.array([same_words(a, turn) for a, turn in zip(said, asking, strict=True)], dtype=float)
     return {
-        "text_to_image": {"accuracy": round(float(draw_right.mean()), 4), "accuracy_ci": interval(draw_right)},
-        "understanding": {"accuracy": round(float(say_right.mean()), 4), "accuracy_ci": interval(say_right)},
+        "text_to_image": [("draw", _same_picture(a, turn)) for a, turn in zip(drawn, drawing, strict=True)],
+        "understanding": [(kind, same_words(a, turn)) for kind, a, turn in zip(kinds, said, asking, strict=True)],
     }
+
+
+def retention_rates(skills: Mapping[str, Sequence[tuple[str, bool]]]) -> dict[str, dict[str, Any]]:
+    rights = {skill: np.array([right for _, right in turns], dtype=float) for skill, turns in skills.items()}
+    return {skill: {"accuracy": round(float(right.mean()), 4), "accuracy_ci": interval(right)} for skill, right in rights.items()}
+
+
+def sheet(
+    greedy: Sequence[Judged], sampled: Sequence[Judged], skills: Mapping[str, Sequence[tuple[str, bool]]], config: EvaluateConfig
+) -> list[Score]:
+    """One score for each prompt, with its rates greedily and sampled, and one for each turn of an old skill. Ids name the prompt: two
+    evaluations have the same one where they asked the same."""
+    asked = f"{config.split}/{config.seed}"
+    scores = []
+    for number, (one, other) in enumerate(zip(greedy, sampled, strict=True)):
+        values = {f"{mode} {r}": float(getattr(j.verdict, r)) for mode, j in (("greedy", one), ("sampled", other)) for r in RATES}
+        scores.append(Score(f"{asked}/{number}", one.task.family, dict(values)))
+    for skill, turns in skills.items():  # which turns are made depends on how many
+        place = f"{asked}/{skill}/of {config.num_retention}"
+        scores += [Score(f"{place}/{number}", kind, {skill: float(right)}) for number, (kind, right) in enumerate(turns)]
+    return scores
 
 
 def _same_picture(given: Document, turn: Turn) -> bool:

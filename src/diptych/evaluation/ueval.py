@@ -21,9 +21,10 @@ from typing import Any, ClassVar
 from diptych.data.problems import Problems
 from diptych.data.readers import Row, read_json, read_rows, shards
 from diptych.document import Document, Text
-from diptych.evaluation.benchmark import Item, Score
+from diptych.evaluation.benchmark import Cells, Headline, Item, Score, Scoring, by_aspect
 from diptych.evaluation.judging import JudgedBenchmark, Material, UnusableRecord, ask, has_picture, has_text, read_items
-from diptych.evaluation.sheets import average, figure, figures, grouped, macro_average, units
+from diptych.evaluation.official import UNUSABLE, entries_of, nothing_usable
+from diptych.evaluation.sheets import UNROUNDED, average, figure, figures, grouped, macro_average, units
 from diptych.rewards.judges.client import Answer, Question
 
 COLUMNS = ("id", "task", "task_type", "prompt", "text_rubrics", "image_rubrics", "text_ref")  # not the reference pictures
@@ -42,6 +43,14 @@ ABOUT_PICTURES_ALONE = (
 CODES = "Score 2 if it is fully met, 0 if any part of it is not, 1 if there is not enough to be sure."
 
 
+def _by_task(scores: Sequence[Score]) -> Cells:
+    return {scores[0].category: [score.values["overall_rate"] for score in scores if "overall_rate" in score.values]}
+
+
+def _of_text_and_image(scores: Sequence[Score]) -> Cells:
+    return by_aspect(scores, ("text_rate", "image_rate"))
+
+
 class UEval(JudgedBenchmark):
     """A folder of parquet, JSON or JSONL files (or one with them in `data/`), or one such file. Categories are the tasks.
 
@@ -51,6 +60,10 @@ class UEval(JudgedBenchmark):
     name: ClassVar[str] = "ueval"
     aspects: ClassVar[tuple[str, ...]] = ("text_rate", "image_rate", "overall_rate")
     scale: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    headlines: ClassVar[tuple[Headline, ...]] = (
+        Headline("Avg", ("avg",), _by_task, stratum=lambda score: score.category, factor=100),
+        Headline("text and image", ("text_and_image",), _of_text_and_image, factor=100),
+    )
 
     def read(self, folder: Path, problems: Problems) -> list[Item]:
         """`record` is as published, without the reference pictures."""
@@ -104,51 +117,54 @@ class UEval(JudgedBenchmark):
         shares = (_share(met["text"]), _share(met["image"]), _share(met["text"] + met["image"]))
         return {aspect: share for aspect, share in zip(self.aspects, shares, strict=True) if aspect in self.owed(item)}
 
+    def score(self, items: Sequence[Item], answers: Sequence[Sequence[Document]], scoring: Scoring) -> list[Score] | None:
+        self._problems = scoring.problems
+        return super().score(items, answers, scoring)
+
     def read_official(self, items: Sequence[Item], file: Path) -> list[Score]:
         """Scores of `ueval_eval.py`'s file, which also has requests that were not submitted: they are passed over.
 
-        Raises ValueError for a file of another kind, of other requests, or of other criteria.
+        Raises ValueError for a file of another kind, and where no entry is of these requests and their criteria.
         """
         content = read_json(file)
-        entries = content.get("items") if isinstance(content, dict) else None
-        if not isinstance(entries, list):
+        found = content.get("items") if isinstance(content, dict) else None
+        if not isinstance(found, list):
             raise ValueError(f"{file} is no result file of ueval_eval.py: an object with `items` is needed")
-        try:
-            counts = {
-                str(one["id"]): [(one[f"{kind}_score"]["met"], one[f"{kind}_score"]["total"]) for kind in ("text", "image")]
-                for one in entries
-            }
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no result file of ueval_eval.py: {type(error).__name__} {error} in `items`") from error
-        if not counts.keys() & {item.id for item in items}:
-            raise ValueError(f"{file} scores none of the requests of this job; give the file of this submission")
-        scores = []
+        entries = entries_of(found, file, self._problems, lambda entry: str(entry["id"]))
+        scores, usable = [], 0
         for item in items:
-            if item.id not in counts:
-                scores.append(Score(item.id, item.category, dict.fromkeys(self.owed(item)), cause="not in the file"))
-                continue
-            (text, of_text), (image, of_image) = counts[item.id]
-            if (of_text, of_image) != tuple(len(_rubrics(item.record, kind)) for kind in ("text", "image")):
-                raise ValueError(
-                    f"{file}, {item.id}: {of_text} and {of_image} criteria were judged, the data has others; score the same data"
-                )
-            shares = zip(self.aspects, ((text, of_text), (image, of_image), (text + image, of_text + of_image)), strict=True)
-            scores.append(Score(item.id, item.category, {aspect: met / total for aspect, (met, total) in shares if total}))
+            values, cause = dict[str, float | None](dict.fromkeys(self.owed(item))), "not in the file"
+            if item.id in entries:
+                where, entry = entries[item.id]
+                try:
+                    values, cause, usable = _official_shares(item, entry), "", usable + 1
+                except (KeyError, TypeError, ValueError) as error:
+                    told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+                    self._problems.report(where, UNUSABLE, told, item.id)
+                    cause = "unusable entry in the file"
+            scores.append(Score(item.id, item.category, values, cause=cause))
+        if not usable:
+            raise nothing_usable(file, self._problems)
         return scores
 
     def table(self, scores: Sequence[Score]) -> dict[str, Any]:
         """In per cent, of all and of each task; `avg` is the mean of the tasks' `overall`, `avg_text_and_image` of the other reading."""
         tasks = grouped(scores, lambda score: score.category)
         columns = {name: _figures(group) for name, group in tasks.items()}
+        both = average({name: _text_and_image(group) for name, group in tasks.items()})
         overall = {name: units(group, "overall_rate") for name, group in tasks.items()}
         return {
             **self._source,
             "unit": "per cent",
             **_figures(scores),
             "avg": figure(overall, 0.0, macro_average, factor=100, digits=2),
-            "avg_text_and_image": average({name: column["text_and_image"]["value"] for name, column in columns.items()}),
+            "avg_text_and_image": None if both is None else round(both, 2),
             "tasks": columns,
         }
+
+
+def _text_and_image(scores: Sequence[Score]) -> float | None:
+    return figures(scores, UEval.aspects[:2], average, 0.0, factor=100, digits=UNROUNDED)["average"]["value"]
 
 
 def _figures(scores: Sequence[Score]) -> dict[str, Any]:
@@ -171,6 +187,20 @@ def _item(row: Row) -> Item:
         raise UnusableRecord("no criteria", "neither text_rubrics nor image_rubrics")
     task = record.get("task") or record["task_type"]
     return Item(str(record["id"]), Document((Text(record["prompt"]),)), str(task), record)
+
+
+def _official_shares(item: Item, entry: dict[str, Any]) -> dict[str, float | None]:
+    """Shares of met criteria. Raises ValueError, KeyError or TypeError for an entry that is not of this item's criteria."""
+    (text, of_text), (image, of_image) = ((entry[f"{kind}_score"]["met"], entry[f"{kind}_score"]["total"]) for kind in ("text", "image"))
+    expected = tuple(len(_rubrics(item.record, kind)) for kind in ("text", "image"))
+    if (of_text, of_image) != expected:
+        raise ValueError(
+            f"{of_text} and {of_image} criteria were judged, the data has {expected[0]} and {expected[1]}; score the same data"
+        )
+    if not (0 <= text <= of_text and 0 <= image <= of_image):
+        raise ValueError(f"{text} of {of_text} and {image} of {of_image} criteria are met")
+    shares = zip(UEval.aspects, ((text, of_text), (image, of_image), (text + image, of_text + of_image)), strict=True)
+    return {aspect: met / total for aspect, (met, total) in shares if total}
 
 
 def _rubrics(record: dict[str, Any], kind: str) -> list[str]:

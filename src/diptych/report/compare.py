@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +49,23 @@ Record = dict[str, Any]
 
 
 def summary(found: Comparison) -> Record:
-    """All numbers, p values after Holm's correction over the aspects, and what they say; ready for JSON."""
-    corrected = holm([aspect.scored.p if aspect.scored else None for aspect in found.aspects.values()])
-    aspects = {
-        name: {**dataclasses.asdict(aspect), "p_holm": p} for (name, aspect), p in zip(found.aspects.items(), corrected, strict=True)
-    }
+    """All numbers, p values after Holm's correction over headlines and over aspects, and what they say; ready for JSON."""
+    headlines = _corrected({name: (dataclasses.asdict(figure), figure.p) for name, figure in found.headlines.items()})
+    aspects = _corrected({name: (dataclasses.asdict(a), a.scored.p if a.scored else None) for name, a in found.aspects.items()})
     record: Record = {
         "benchmark": found.a.benchmark, "scale": list(found.scale), "a": _side(found.a), "b": _side(found.b),
         "pairs": len(found.keys), "items": len({id for id, _ in found.keys}), "only_a": len(found.only_a), "only_b": len(found.only_b),
-        "aspects": aspects,
+        "headlines": headlines, "aspects": aspects,
         "categories": {c: {name: dataclasses.asdict(part) for name, part in parts.items()} for c, parts in found.categories.items()},
         "changed_settings": {name: list(values) for name, values in found.changed.items()},
         "problems": found.problems.by_cause(), "method": {"level": 0.95, "resamples": NUM_RESAMPLES, "flips": NUM_FLIPS},
     }  # fmt: skip
     return record | {"findings": findings(record), "notes": notes(record)}
+
+
+def _corrected(found: dict[str, tuple[dict[str, Any], float | None]]) -> dict[str, dict[str, Any]]:
+    p_values = holm([p for _, p in found.values()])
+    return {name: {**record, "p_holm": p} for (name, (record, _)), p in zip(found.items(), p_values, strict=True)}
 
 
 def _side(job: Job) -> dict[str, Any]:
@@ -79,13 +82,26 @@ def findings(record: Record) -> list[str]:
         scored = aspect["scored"]
         if scored is not None:
             said[_better(scored, aspect["p_holm"])].append(f"{label(name)} ({_told(scored, record)})")
-    lines = [f"{side.upper()} is better in {', '.join(said[side])}." for side in ("b", "a") if said[side]]
+    lines = [_headline_told(name, figure) for name, figure in record["headlines"].items()]
+    lines += [f"{side.upper()} is better in {', '.join(said[side])}." for side in ("b", "a") if said[side]]
     if said[""]:
         lines.append(f"No difference can be told in {', '.join(said[''])}.")
     nothing = [label(name) for name, aspect in record["aspects"].items() if aspect["scored"] is None]
     if nothing:
         lines.append(f"Nothing can be said about {', '.join(nothing)}: no pair has both values.")
     return lines
+
+
+def _headline_told(name: str, figure: dict[str, Any]) -> str:
+    if figure["mean"] is None:
+        sides = " and ".join(side.upper() for side in ("a", "b") if figure[side] is None)
+        return f"{name} cannot be compared: {sides} has no such figure, because something that it is made of has no value."
+    plain, signed = _numbers(figure["decimals"], signed=False), _numbers(figure["decimals"])
+    none = "one item" if figure["units"] == 1 else "too few values for an interval"
+    interval = none if figure["low"] is None else f"95 % interval {signed(figure['low'])} to {signed(figure['high'])}"
+    better = _better(figure, figure["p_holm"])
+    verdict = f"{better.upper()} is better" if better else "no difference can be told"
+    return f"{name}: A {plain(figure['a'])}, B {plain(figure['b'])}; {verdict} ({signed(figure['mean'])}, {interval})."
 
 
 def notes(record: Record) -> list[str]:
@@ -112,7 +128,7 @@ def notes(record: Record) -> list[str]:
     changed = record["changed_settings"]
     if scorers := [name for name in changed if name.startswith("scoring.")]:
         said.append(f"The two were scored in different ways ({', '.join(scorers)}): a difference may be the scorer's and not the models'.")
-    if data := [name for name in changed if name.startswith("data.")]:
+    if data := [name for name in changed if name.startswith("data.") and name != "data.folder"]:
         said.append(f"The two read different data ({', '.join(data)}): an item may not be the same question on both sides.")
     others = [f"{cause}: {number:,}" for cause, number in record["problems"].items() if cause != ONE_SIDED]
     if others:
@@ -150,7 +166,10 @@ def _where(aspect: dict[str, Any]) -> str:
 
 
 def _format(record: Record, signed: bool = True) -> Any:
-    decimals = 3 if record["scale"][1] - record["scale"][0] <= 1 else 2
+    return _numbers(3 if record["scale"][1] - record["scale"][0] <= 1 else 2, signed)
+
+
+def _numbers(decimals: int, signed: bool = True) -> Callable[[float], str]:
     return lambda value: f"{value:{'+' if signed else ''}.{decimals}f}".replace("-", "−")
 
 
@@ -159,6 +178,23 @@ def label(name: str) -> str:
 
 
 # --- terminal ------------------------------------------------------------------------------------------------------------
+
+
+def headline_table(record: Record) -> Table:
+    found = Table(title=f"{escape(record['benchmark'])}: the figures of its own table")
+    found.add_column("")
+    for column in ("A", "B", "B − A", "95 % interval", "p", "B − A, missing\nas lowest"):
+        found.add_column(column, justify="right", no_wrap=True)
+    for name, figure in record["headlines"].items():
+        found.add_row(escape(name), *_headline_cells(figure))
+    return found
+
+
+def _headline_cells(figure: dict[str, Any]) -> list[str]:
+    plain, signed = _numbers(figure["decimals"], signed=False), _numbers(figure["decimals"])
+    numbers = [show(figure[key]) if figure[key] is not None else "–" for key, show in (("a", plain), ("b", plain), ("mean", signed))]
+    interval = "–" if figure["low"] is None else f"{signed(figure['low'])} to {signed(figure['high'])}"
+    return [*numbers, interval, _p(figure), "–" if figure["lowest"] is None else signed(figure["lowest"])]
 
 
 def rich_table(record: Record) -> Table:
@@ -204,6 +240,7 @@ def comparison_page(
 <div class="sides">{sides}</div>
 {lead}
 <ul class="notes">{warnings}</ul>
+{_headline_section(record)}
 <h2>{record["pairs"]:,} answers to {record["items"]:,} items that both have</h2>
 <div class="card">{_aspect_table(record)}
 <p class="note">{html.escape(_legend(found.scale))}</p></div>
@@ -211,6 +248,22 @@ def comparison_page(
 {_settings_table(record)}
 {"".join(_section(title, found, shown[kind], answers) for kind, title in TITLES.items())}"""
     return page(f"{found.a.benchmark}: B against A", body)
+
+
+def _headline_section(record: Record) -> str:
+    if not record["headlines"]:
+        return ""
+    names = ("", "A", "B", "B − A", "95 % interval", "p", "B − A, missing as lowest")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    rows = ""
+    for name, figure in record["headlines"].items():
+        cells = zip(names[1:], _headline_cells(figure), strict=True)
+        shown = "".join(f'<td data-label="{column}">{cell}</td>' for column, cell in cells)
+        rows += f'<tr><td class="name">{html.escape(name)}</td>{shown}</tr>'
+    return f"""<h2>The figures of the benchmark's own table</h2>
+<div class="card"><div class="scroll"><table class="numbers"><tr>{head}</tr>{rows}</table></div>
+<p class="note">Each side as its own table has it, over the items that both have: what is missing is left out on its side only.
+Interval: paired bootstrap over items. p: paired permutation test, after Holm's correction for the number of these figures.</p></div>"""
 
 
 def _legend(scale: tuple[float, float]) -> str:
@@ -296,7 +349,7 @@ def _settings_table(record: Record) -> str:
     rows = "".join(
         f'<tr><td>{html.escape(name)}</td><td class="left">{_setting(a)}</td><td class="left">{_setting(b)}</td></tr>'
         for name, (a, b) in record["changed_settings"].items()
-        if name != "model"  # told at the top
+        if name not in ("model", "fingerprint.hash")  # the model is told at the top
     )
     if not rows:
         return ""
