@@ -584,8 +584,9 @@ def test_what_a_judge_left_missing_is_asked_again_and_another_judge_is_refused(t
     first = run(model="m")
     assert first["counts"]["missing"] == {"timeout": 3}
     assert first["aspects"]["b"]["all"]["missing_as_lowest"] == 1.0
-    with pytest.raises(ValueError, match=r"scored with something else \(different: judge\)"):
-        run(model="other")
+    for other in ({"model": "other"}, {"model": "m", "revision": "other"}):
+        with pytest.raises(ValueError, match=r"scored with something else \(different: judge\)"):
+            run(**other)
     assert run()["table"] == {"b": [None] * 3}  # shown, not asked
     second = run(model="m", concurrency=2)  # how patient to be may change
     assert second["table"] == {"b": [3.0] * 3}

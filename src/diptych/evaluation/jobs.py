@@ -37,7 +37,7 @@ from diptych.runs import atomic_folder, atomic_text
 from diptych.runtime import versions
 
 OpenModel = Callable[[], tuple[UnifiedModel, SamplingParams]]
-PATIENCE = set(JudgeOptions.model_fields) - {"model", "max_tokens", "extra_body"}  # may change between two runs of one job
+PATIENCE = set(JudgeOptions.model_fields) - {"model", "revision", "max_tokens", "extra_body"}  # may change between two runs of one job
 
 
 class Settings(Config):
