@@ -51,10 +51,19 @@ def as_bytes(image: PIL.Image.Image, kind: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def converted(name: str, out: Path, input: Path, **changes) -> tuple[dict, list[dict]]:
-    arguments = {key: changes.pop(key) for key in ("exclude", "strict", "log") if key in changes}
-    report = run(name, KINDS[name], Options(input, **changes), out, **arguments)
-    return report, read_jsonl(out / "records.jsonl")
+def converted(name: str, out: Path, input: Path, log=None, **changes) -> tuple[dict, list[dict]]:
+    """By the command, as users do it; with `log` by the function behind it."""
+    if log is not None:
+        return run(name, KINDS[name], Options(input, **changes), out, log=log), read_jsonl(out / "records.jsonl")
+    command = ["data", "convert", name, str(input), "--out", str(out)]
+    for key, value in changes.items():
+        option = "--" + key.replace("_", "-")
+        values = value if isinstance(value, list | tuple) else [value]
+        command += [option] if value is True else [part for one in values for part in (option, str(one))]
+    result = CliRunner().invoke(app, command)
+    if result.exception is not None:
+        raise result.exception
+    return json.loads((out / "report.json").read_text()), read_jsonl(out / "records.jsonl")
 
 
 def texts(line: dict, role: int = 1) -> list[str]:
@@ -528,7 +537,7 @@ def test_a_record_that_was_skipped_blocks_no_other(tmp_path, monkeypatch):
         for _ in range(6):
             patch.setattr("diptych.data.convert.job._Job._checkpoint", stopping(_Job._checkpoint))
             with contextlib.suppress(KeyboardInterrupt):
-                converted("messages", tmp_path / "again", path)
+                converted("messages", tmp_path / "again", path, log=print)
     converted("messages", tmp_path / "again", path)
     assert tree(tmp_path / "again") == tree(tmp_path / "out")
 

@@ -603,6 +603,28 @@ def test_registered_and_usable_from_the_command_line(toys, tmp_path):
     assert f"step 2 (picture): {2.5 * logit / scale:.4f}" in result.output
 
 
+@pytest.mark.parametrize(
+    ("name", "toy", "judged"),
+    [("clip_score", "clip", (2, 3)), ("pick_score", "clip", (2, 3)), ("hps", "hps", (2, 3)), ("image_reward", "image_reward", (2, 3)),
+     ("image_coherence", "dino", (3,))],
+)  # fmt: skip
+def test_every_scorer_through_the_command(toys, tmp_path, monkeypatch, name, toy, judged):
+    """The command's values are the reward's own, for the pictures that it judges."""
+    monkeypatch.setattr(cli.rewards, "console", Console(width=200))
+    document = Document((Text("ab"), Image(PICTURES[0]), Image(PICTURES[1])))
+    (tmp_path / "answer.json").write_text(json.dumps(to_json_blocks(document)))
+    options = ["--option", f"model={toys[toy]}", *(["--option", "version=v2.1"] if name == "hps" else [])]
+    result = CliRunner().invoke(app, ["rewards", "try", name, "--document", str(tmp_path / "answer.json"), *options])
+    assert result.exit_code == 0, result.exception
+    ((*values,),) = make(name, toys[toy], **({"version": "v2.1"} if name == "hps" else {}))(
+        [messages("draw")], [messages("ab", *PICTURES[:2])]
+    )
+    for step, value in enumerate(values, start=1):
+        kind = "text" if step == 1 else "picture"
+        shown = f"{value:.4f}" if step in judged else "-"
+        assert f"step {step} ({kind}): {shown}\n" in result.output
+
+
 def test_try_shows_the_model_the_captions_and_the_raw_scores(toys, tmp_path, monkeypatch):
     monkeypatch.setattr(cli.rewards, "console", Console(width=200))
     a, b = flat((200, 0, 0)), flat((0, 0, 200))

@@ -729,6 +729,38 @@ def test_try_shows_what_was_sent_and_said(tmp_path, monkeypatch):
     assert "100% of the values are missing: unparsed 4" in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("name", "reply", "shown"),
+    [
+        ("llm_text_critic", "**Score:** 80", ["0.8000", "-", "0.8000", "-"]),
+        ("unified_reward", "Final Score: 4", ["-", "0.7500", "-", "0.7500"]),
+    ],
+)
+def test_the_other_judges_through_the_command(tmp_path, monkeypatch, name, reply, shown):
+    monkeypatch.setattr(cli.rewards, "console", Console(width=200))
+    file = tmp_path / "answer.json"
+    file.write_text(json.dumps(to_json_blocks(STORY)))
+    with serving(completion(reply)) as server:
+        options = [part for key, value in server.options.items() for part in ("--option", f"{key}={value}")]
+        result = CliRunner().invoke(cli.app, ["rewards", "try", name, "--document", str(file), "--prompt", "tell", *options])
+    assert result.exit_code == 0, result.exception
+    for step, (kind, value) in enumerate(zip(("text", "picture") * 2, shown, strict=True), start=1):
+        assert f"step {step} ({kind}): {value}\n" in result.output
+
+
+@pytest.mark.parametrize("name", ["image_text", "text_critic"])
+def test_the_packaged_models_through_the_command(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(cli.rewards, "console", Console(width=200))
+    picture = Image(PIL.Image.new("RGB", (48, 48), (200, 0, 0)))
+    file = tmp_path / "answer.json"
+    file.write_text(json.dumps(to_json_blocks(Document((Text("a red ball ."), picture)))))
+    result = CliRunner().invoke(cli.app, ["rewards", "try", name, "--document", str(file), "--prompt", "draw a ball ."])
+    assert result.exit_code == 0, result.exception
+    scored, other = ("step 2 (picture)", "step 1 (text)") if name == "image_text" else ("step 1 (text)", "step 2 (picture)")
+    assert re.search(re.escape(scored) + r": 0\.\d{4}\n", result.output)
+    assert f"{other}: -\n" in result.output
+
+
 def test_try_scores_with_the_packaged_ones_too(tmp_path, monkeypatch):
     monkeypatch.setattr(cli.rewards, "console", Console(width=200))
     file = tmp_path / "answer.json"
