@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from family_data import picture
+from huggingface_hub import constants
 from test_data_convert import FORMS, as_bytes, as_json, as_parquet, as_tar, converted, message_rows, messages_file
 
 from diptych.config import MixtureSource
@@ -110,15 +111,58 @@ def test_conversations_and_folders_of_shards(tmp_path):
     assert found[0].columns["id"] == "a.jsonl:1"
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """A data set in the cache of the hub's library, and no network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache" / "datasets--org--name" / "snapshots" / COMMIT
+
+
+@pytest.mark.parametrize("pattern", ["data/train-*.parquet", "data"])
+def test_files_of_the_hub_are_read_at_a_commit(hub_cache, pattern):
+    shards_of_parquet(hub_cache / "data")
+    found = all_of(open_source(f"hf://datasets/org/name@{COMMIT}/{pattern}"))
+    local = all_of(open_source(str(hub_cache / "data")))
+    assert len(found) == len(local) == 43
+    assert all(same(a, b) for a, b in zip(found, local, strict=True))
+
+
+def test_addresses_of_the_hub_that_lead_nowhere(hub_cache):
+    shards_of_parquet(hub_cache / "data")
+    for wrong in ("hf://datasets/org/name/data", "hf://datasets/org/name@main/data", "hf://org/name@" + COMMIT + "/data"):
+        with pytest.raises(ValueError, match="the form is hf://datasets/ORG/NAME@COMMIT/PATTERN, COMMIT being the 40 digits"):
+            open_source(wrong)
+    with pytest.raises(ValueError, match=r"no file of the repository matches 'data/test-\*\.parquet'"):
+        open_source(f"hf://datasets/org/name@{COMMIT}/data/test-*.parquet")
+    with pytest.raises(ValueError, match=r"the hub did not give 'hf://datasets/org/other@"):
+        open_source(f"hf://datasets/org/other@{COMMIT}/data")
+
+
+def test_only_what_the_pattern_names_is_fetched(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repository, **options):
+        asked.append((repository, options))
+        shards_of_parquet(tmp_path / "data")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert len(all_of(open_source(f"hf://datasets/org/name@{COMMIT}/data/train-1.parquet"))) == 24
+    patterns = ["data/train-1.parquet", "data/train-1.parquet/*"]
+    assert asked == [("org/name", {"repo_type": "dataset", "revision": COMMIT, "allow_patterns": patterns})]
+
+
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     for folder in ("tar", "gz", "parquet", "json"):
         (tmp_path / folder).mkdir()
     packed = as_tar(tmp_path / "gz", "gz")
     with pytest.raises(ValueError, match=r"a\.tar\.gz has no random access, which training needs; .*Unpack it"):
         open_source(str(packed))
-    with pytest.raises(
-        ValueError, match=r"training downloads nothing.*hf download org/name --repo-type dataset --revision COMMIT --local-dir name"
-    ):
+    with pytest.raises(ValueError, match=r"such as hf://datasets/org/name@COMMIT/data/train-\*\.parquet"):
         open_source("org/name")
     with pytest.raises(ValueError, match=r"'gone\.jsonl' does not exist; give a file or folder of records"):
         open_source("gone.jsonl")

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from diptych.data import hub
 from diptych.data.jsonl import JsonlFile, Record
 from diptych.data.readers import shards, suffix_of
 from diptych.data.rows import RowFile
@@ -66,10 +67,12 @@ def _open_files(name: str, num_records: int | None) -> JsonlFile | RowFile:
 
 
 def record_files(name: str) -> list[Path]:
-    """The files of a data set: a file, those of a folder (of a conversion's, its records), or what a pattern matches, by name.
+    """The files of a data set: a file, those of a folder (of a conversion's, its records), what a pattern matches, or the hub's, by name.
 
     Raises ValueError where there are none.
     """
+    if name.startswith(hub.PREFIX):
+        return [shard for file in hub.fetch(name) for shard in ([file] if has_records(file) else shards(file))]
     path = Path(name)
     if (path / "records.jsonl").is_file():
         return [path / "records.jsonl"]
@@ -80,11 +83,9 @@ def record_files(name: str) -> list[Path]:
     if found := sorted(glob.glob(name)):
         return [shard for match in found for shard in shards(Path(match))]
     if _HUB_ID.fullmatch(name):
-        folder = name.rsplit("/", 1)[1]
         raise ValueError(
-            f"data set {name!r} does not exist here, and training downloads nothing. If it is one of the hub, fetch it first: "
-            f"hf download {name} --repo-type dataset --revision COMMIT --local-dir {folder}; then give its files, such as "
-            f"'{folder}/data/train-*.parquet'"
+            f"data set {name!r} does not exist here. If it is one of the hub, say which files of which commit: "
+            f"{hub.FORM.replace('ORG/NAME', name)}, such as hf://datasets/{name}@COMMIT/data/train-*.parquet"
         )
     raise ValueError(f"data set {name!r} does not exist; give a file or folder of records, or one of: {', '.join(_storyboard_names())}")
 
