@@ -13,7 +13,9 @@ import pytest
 from family_data import picture
 from huggingface_hub import constants
 from test_data_convert import FORMS, as_bytes, as_json, as_parquet, as_tar, converted, message_rows, messages_file
+from typer.testing import CliRunner
 
+from diptych.cli import app
 from diptych.config import MixtureSource
 from diptych.data import Mixture, open_source
 from diptych.data.inspect import inspect_records
@@ -129,6 +131,9 @@ def test_files_of_the_hub_are_read_at_a_commit(hub_cache, pattern):
     local = all_of(open_source(str(hub_cache / "data")))
     assert len(found) == len(local) == 43
     assert all(same(a, b) for a, b in zip(found, local, strict=True))
+    result = CliRunner().invoke(app, ["data", "inspect", f"hf://datasets/org/name@{COMMIT}/{pattern}"])
+    assert result.exit_code == 0, result.exception
+    assert "45 records, 45 pictures" in " ".join(result.output.split())
 
 
 def test_addresses_of_the_hub_that_lead_nowhere(hub_cache):

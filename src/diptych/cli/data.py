@@ -56,7 +56,7 @@ def convert(
 
 @data_app.command(epilog="Example: diptych data inspect data/activitynet/records.jsonl --model storyboard --out page.html")
 def inspect(
-    file: Annotated[Path, typer.Argument(help="records, as training reads them: a file, folder or pattern of files, or storyboard:...")],
+    file: Annotated[str, typer.Argument(help="records, as training reads them: a file, folder or pattern, hf://... or storyboard:...")],
     model: Annotated[str | None, typer.Option(help="count tokens for this model: packaged name, checkpoint folder or hub id")] = None,
     out: Annotated[Path | None, typer.Option(help="also write a page with a sample of the records to this .html file")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="records on the page")] = 12,

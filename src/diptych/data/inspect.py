@@ -41,7 +41,7 @@ class Sample:
 class Inspection:
     """Counts over all records of a file. `num_images`, `num_words`, `num_tokens`: one number per record."""
 
-    path: Path
+    name: str
     num_lines: int
     num_records: int
     num_prompts: int
@@ -57,7 +57,7 @@ class Inspection:
 
 
 def inspect_records(
-    path: Path,
+    name: str | Path,
     model: UnifiedModel | None = None,
     *,
     num_samples: int = 12,
@@ -77,7 +77,7 @@ def inspect_records(
     kept: list[Sample] = []
     rng = make_rng(seed, 11)
     num_lines = num_records = num_prompts = 0
-    rows = _rows(str(path), problems, ids, max_lines or ENDLESS)
+    rows = _rows(str(name), problems, ids, max_lines or ENDLESS)
     for where, records in itertools.islice(rows, max_lines):
         num_lines += 1
         progress(num_lines)
@@ -101,9 +101,9 @@ def inspect_records(
             elif (place := int(rng.integers(num_records))) < num_samples:  # every record is shown with the same probability
                 kept[place] = sample
     if not num_lines and not problems.found:
-        raise ValueError(f"{path} is empty; at least one record is needed")
+        raise ValueError(f"{name} is empty; at least one record is needed")
     return Inspection(
-        path, num_lines, num_records, num_prompts, _sorted(sources), _sorted(licenses), _sorted(sizes), images, words, tokens,
+        str(name), num_lines, num_records, num_prompts, _sorted(sources), _sorted(licenses), _sorted(sizes), images, words, tokens,
         model.max_positions if model else None, kept, problems,
     )  # fmt: skip
 
@@ -111,7 +111,7 @@ def inspect_records(
 def summary(found: Inspection) -> dict[str, Any]:
     """The numbers of an inspection, for JSON."""
     return {
-        "file": str(found.path), "lines": found.num_lines, "records": found.num_records, "prompts_without_answer": found.num_prompts,
+        "file": found.name, "lines": found.num_lines, "records": found.num_records, "prompts_without_answer": found.num_prompts,
         "sources": found.sources, "licenses": found.licenses, "images_per_record": spread(found.num_images),
         "words_per_record": spread(found.num_words), "tokens_per_record": spread(found.num_tokens), "context": found.max_positions,
         "picture_sizes": dict(list(found.sizes.items())[:8]), "problems": found.problems.by_cause(),
@@ -217,7 +217,7 @@ def _num_tokens(model: UnifiedModel, record: Record) -> tuple[int | None, str]:
 
 def render_lines(found: Inspection) -> list[str]:
     """What a terminal shows."""
-    lines = [f"{found.path}: {found.num_lines} lines, {found.num_records} records, {sum(found.num_images)} pictures"]
+    lines = [f"{found.name}: {found.num_lines} lines, {found.num_records} records, {sum(found.num_images)} pictures"]
     for title, counts in (("source", found.sources), ("license", found.licenses)):
         lines += [f"  {title} {json.dumps(name, ensure_ascii=False)}: {count}" for name, count in counts.items()]
     for title, values in (("pictures", found.num_images), ("words", found.num_words), ("tokens", found.num_tokens)):

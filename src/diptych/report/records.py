@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from diptych.data.inspect import Inspection, Sample, spread
 from diptych.document import Document, Text
@@ -32,7 +33,7 @@ def records_page(found: Inspection) -> str:
         f"{found.num_lines:,} lines, {found.num_records:,} records ({found.num_prompts:,} of them prompts without an answer), "
         f"{sum(found.num_images):,} pictures, {len(found.problems.found):,} problems."
     )
-    parts = [STYLE, f"<h1>{html.escape(found.path.name)}</h1>", f'<p class="lead">{lead}</p>', _problem_counts(found)]
+    parts = [STYLE, f"<h1>{html.escape(Path(found.name).name)}</h1>", f'<p class="lead">{lead}</p>', _problem_counts(found)]
     parts.append('<div class="counts">')
     parts += [_table("Sources", found.sources), _table("Licences", found.licenses), _table("Picture sizes", found.sizes)]
     parts.append(_histogram("Pictures a record", found.num_images))
@@ -42,7 +43,7 @@ def records_page(found: Inspection) -> str:
     parts.append("</div>")
     parts.append(f"<h2>{len(found.samples)} records, drawn at random</h2>{''.join(_card(sample) for sample in found.samples)}")
     parts.append(_problem_list(found))
-    return page(f"Records of {found.path.name}", "".join(parts))
+    return page(f"Records of {Path(found.name).name}", "".join(parts))
 
 
 def _table(title: str, counts: dict[str, int], most: int = 10) -> str:
