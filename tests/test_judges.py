@@ -835,13 +835,17 @@ def rewards_of_a_training(monkeypatch, server: Server, folder: Path, patient: bo
     """What the rewards said of each batch of a training whose first reward is the toy judge. Missing values stop nothing."""
     seen = []
 
-    def watched(functions, prompts, completions, columns):
-        batch = call_rewards(functions, prompts, completions, columns)
+    def watched(functions, prompts, completions, *others):
+        batch = call_rewards(functions, prompts, completions, *others)
         seen.append((completions, batch))
         return batch
 
     monkeypatch.setattr(experience_module, "call_rewards", watched)
-    patience = {"retries": 6, "backoff_seconds": 0.2} if patient else {"retries": 0, "breaker_failures": 2, "probe_seconds": 0.1}
+    patience = (
+        {"retries": 6, "backoff_seconds": 0.2}
+        if patient
+        else {"retries": 0, "breaker_failures": 2, "probe_seconds": 0.1, "wait_seconds": 0}
+    )
     others = settings.pop("rewards", [])
     config = {
         "output_dir": str(folder), "max_steps": 2, "num_generations": 4, "prompts_per_step": 2, "num_threads": 1, "optim": {"lr": 1e-3},
