@@ -127,6 +127,7 @@ def hub_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("pattern", ["data/train-*.parquet", "data"])
 def test_files_of_the_hub_are_read_at_a_commit(hub_cache, pattern):
     shards_of_parquet(hub_cache / "data")
+    (hub_cache / "data" / "README.md").write_text("words")
     found = all_of(open_source(f"hf://datasets/org/name@{COMMIT}/{pattern}"))
     local = all_of(open_source(str(hub_cache / "data")))
     assert len(found) == len(local) == 43

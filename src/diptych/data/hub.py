@@ -11,7 +11,7 @@ _ADDRESS = re.compile(r"hf://datasets/(?P<repository>[\w-][\w.-]*/[\w.-]+)@(?P<c
 
 
 def fetch(address: str) -> list[Path]:
-    """The files that the address names, by name: one path, a pattern (`data/train-*.parquet`), or a folder of files.
+    """Where the files and folders are now that the address names (a path, or a pattern such as `data/train-*.parquet`), by name.
 
     The commit is asked for because a branch may move between the start of a training and its resumption. What is in the cache is not
     fetched again, and without a network (HF_HUB_OFFLINE=1) the cache is all there is. Raises ValueError for another form of address, for
@@ -33,7 +33,6 @@ def fetch(address: str) -> list[Path]:
     except Exception as error:
         raise ValueError(f"the hub did not give {address!r}: {str(error)[:200]}") from error
     matched = sorted(Path(folder).glob(pattern))
-    files = [file for path in matched for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
-    if not files:
+    if not matched:
         raise ValueError(f"data set {address!r}: no file of the repository matches {pattern!r}")
-    return files
+    return matched

@@ -71,8 +71,6 @@ def record_files(name: str) -> list[Path]:
 
     Raises ValueError where there are none.
     """
-    if name.startswith(hub.PREFIX):
-        return [shard for file in hub.fetch(name) for shard in ([file] if has_records(file) else shards(file))]
     path = Path(name)
     if (path / "records.jsonl").is_file():
         return [path / "records.jsonl"]
@@ -80,8 +78,8 @@ def record_files(name: str) -> list[Path]:
         return [path] if has_records(path) else shards(path)
     if path.is_dir():
         return shards(path)
-    if found := sorted(glob.glob(name)):
-        return [shard for match in found for shard in shards(Path(match))]
+    if found := hub.fetch(name) if name.startswith(hub.PREFIX) else [Path(match) for match in sorted(glob.glob(name))]:
+        return [shard for match in found for shard in shards(match)]
     if _HUB_ID.fullmatch(name):
         raise ValueError(
             f"data set {name!r} does not exist here. If it is one of the hub, say which files of which commit: "
