@@ -22,7 +22,8 @@ from diptych.cli.app import app
 from diptych.data.problems import Problems
 from diptych.evaluation.compare import ONE_SIDED, compare, difference, examples, read_answers, read_job, sign_flip
 from diptych.models.storyboard import StoryboardModel
-from diptych.report.compare import comparison_page, findings, summary
+from diptych.report.compare import findings, summary
+from diptych.report.compare_page import comparison_page
 
 SCALE = (0.0, 5.0)
 Line = tuple[str, int, str, dict[str, float | None], str]  # id, answer, category, values, cause

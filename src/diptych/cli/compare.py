@@ -26,7 +26,8 @@ def compare(
     from diptych.data.problems import Problems
     from diptych.evaluation.compare import compare as run
     from diptych.evaluation.compare import examples, read_answers, read_job, scale_of
-    from diptych.report.compare import comparison_page, headline_table, rich_table, summary
+    from diptych.report.compare import headline_table, rich_table, summary
+    from diptych.report.compare_page import comparison_page
     from diptych.runs import atomic_text
 
     for path, ending in ((out, ".html"), (as_json, ".json")):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +111,8 @@ def answer_places(line: dict[str, Any]) -> list[int]:
 def make_record(line: dict[str, Any], place: int, path: Path) -> Record:
     """The record whose answer is message `place`. Raises ValueError for blocks that are none and pictures that do not open."""
     messages = line["messages"]
-    prompt = join(_document(message["content"], path.parent) for message in messages[:place])
-    answer = _document(messages[place]["content"], path.parent) if place < len(messages) else None
+    prompt = join(Document.from_blocks(message["content"], path.parent) for message in messages[:place])
+    answer = Document.from_blocks(messages[place]["content"], path.parent) if place < len(messages) else None
     columns = {key: value for key, value in line.items() if key != "messages"}
     if answer is not None:
         columns.setdefault("num_images", len(answer.images))
@@ -145,14 +144,3 @@ def missing_pictures(line: dict[str, Any], folder: Path) -> list[str]:
             if kind == "image" and not value.startswith("data:") and not (folder / value).is_file():
                 missing.append(value)
     return missing
-
-
-def _document(content: str | Sequence[dict[str, Any]], folder: Path) -> Document:
-    if isinstance(content, list):
-        content = [
-            {**block, "image": str(folder / block["image"])}
-            if isinstance(block, dict) and isinstance(block.get("image"), str) and not block["image"].startswith("data:")
-            else block
-            for block in content
-        ]
-    return Document.from_blocks(content)

@@ -69,10 +69,7 @@ def keywords(function: Callable[..., Any], context: Context | None, notes: Notes
     offered: dict[str, Any] = {"log_extra": notes.log_extra, "log_metric": notes.log_metric}
     if context is not None:
         offered |= {"completion_ids": context.completion_ids, "trainer_state": context.progress}
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # written in C: it says nothing of what it takes
-        return {}
+    parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return offered
     taken = {parameter.name for parameter in parameters}
