@@ -19,7 +19,7 @@ app.add_typer(evaluate_app, name="evaluate")
 
 @evaluate_app.command(
     context_settings=PASS_ON,
-    epilog="Example: diptych evaluate storyboard --model runs/demo/grpo/checkpoints/step_90/model --num_prompts 100",
+    epilog="Example: diptych evaluate storyboard --model runs/demo/grpo/checkpoints/step_120/model --num_prompts 100",
 )
 def storyboard(
     context: typer.Context,
