@@ -466,3 +466,14 @@ def test_storyboard_from_the_command_to_the_comparison(tiny_model, tmp_path):
     (tmp_path / "old.json").write_text(json.dumps({name: written["a"][name] for name in ("greedy", "sampled", "retention")}))
     with pytest.raises(ValueError, match=r"old.json does not hold the results of single prompts.*evaluate again"):
         read_job(tmp_path / "old.json", Problems())
+
+
+def test_many_aspects_without_a_difference_are_named_and_left_to_the_table():
+    even = {"mean": 0.0, "low": -0.1, "high": 0.1}
+    for count, shown in (
+        (6, "No difference can be told in a0 (+0.000, 95 % interval −0.100 to +0.100), "),
+        (7, "No difference can be told in a0, a1, "),
+    ):
+        aspects = {f"a{i}": {"scored": even, "p_holm": 1.0} for i in range(count)}
+        (line,) = findings({"aspects": aspects, "headlines": {}, "scale": [0, 1]})
+        assert line.startswith(shown)

@@ -123,7 +123,7 @@ def benchmark(
 
 for _name in BENCHMARKS:
     evaluate_app.command(
-        _name, epilog=f"Example: diptych evaluate {_name} data/{_name} --model runs/grpo/checkpoints/step_80/model --out out"
+        _name, epilog=f"Example: diptych evaluate {_name} data/{_name} --model runs/grpo/checkpoints/step_120/model --out out"
     )(benchmark)
 
 

@@ -55,7 +55,7 @@ def generate(
     console.print(f"{len(answer)} segments, {len(answer.images)} pictures: {out}")
 
 
-@app.command(epilog="Example: diptych merge runs/grpo/checkpoints/step_80/model --out merged")
+@app.command(epilog="Example: diptych merge runs/grpo/checkpoints/step_120/model --out merged")
 def merge(
     adapter: Annotated[Path, typer.Argument(help="an adapter folder, as a run with `lora` saves it")],
     out: Annotated[Path, typer.Option(help="a new folder for the whole model, in its family's own layout")],

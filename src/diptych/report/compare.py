@@ -13,7 +13,7 @@ from diptych.evaluation.compare import NUM_FLIPS, ONE_SIDED, Comparison, Job
 from diptych.evaluation.sheets import NUM_RESAMPLES
 from diptych.statistics import SURE, holm, p_text
 
-FEW_ITEMS = 20
+FEW_ITEMS, SPELLED_OUT = 20, 6
 Record = dict[str, Any]
 
 
@@ -53,7 +53,9 @@ def findings(record: Record) -> list[str]:
     for name, aspect in record["aspects"].items():
         scored = aspect["scored"]
         if scored is not None:
-            said[ahead(scored, aspect["p_holm"])].append(f"{label(name)} ({_told(scored, record)})")
+            side = ahead(scored, aspect["p_holm"])
+            brief = not side and len(record["aspects"]) > SPELLED_OUT  # the table has the numbers
+            said[side].append(label(name) if brief else f"{label(name)} ({_told(scored, record)})")
     lines = [_headline_told(name, figure) for name, figure in record["headlines"].items()]
     lines += [f"{side.upper()} is better in {', '.join(said[side])}." for side in ("b", "a") if said[side]]
     if said[""]:
