@@ -141,7 +141,7 @@ def test_the_whole_demo_at_a_small_size(tmp_path):
          "--grpo.num_generations", "4", "--grpo.sampling.max_text_tokens", "40", "--evaluate.num_prompts", "9",
          "--evaluate.num_retention", "6", "--evaluate.batch_size", "9"],
     )  # fmt: skip
-    console = Console(file=(tmp_path / "out.txt").open("w"), width=160)
+    console = Console(file=(tmp_path / "out.txt").open("w", buffering=1), width=160)
     results = run_demo(config, console)
     stored = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert stored == json.loads(json.dumps(results))
@@ -152,6 +152,9 @@ def test_the_whole_demo_at_a_small_size(tmp_path):
             for rate in ("format", "text", "image", "order", "document", "score"):
                 low, high = row[f"{rate}_ci"]
                 assert 0 <= low <= row[rate] <= high <= 1
+    kinds = stored["greedy_by_kind"]["base"]
+    assert sum(row["prompts"] for row in kinds.values()) == 9
+    assert all(kind in (tmp_path / "out.txt").read_text() for kind in kinds)
     assert set(stored["seconds"]) == {"warmup", "grpo", "evaluation", "total"}
     assert stored["checkpoints"]["base"]["greedy"]["document"] == 0  # it cannot interleave
     assert stored["parity"]["image_max"] <= 1e-4
@@ -165,6 +168,10 @@ def test_the_whole_demo_at_a_small_size(tmp_path):
     # a second run finds everything done and leaves the same numbers
     again = run_demo(config, console)
     assert again["checkpoints"] == results["checkpoints"]
+    # of a folder whose evaluations lack the kinds, they are made again
+    old = tmp_path / "demo" / "evaluation" / "base.json"
+    old.write_text(json.dumps({key: value for key, value in json.loads(old.read_text()).items() if key != "greedy_by_kind"}))
+    assert run_demo(config, console)["greedy_by_kind"] == results["greedy_by_kind"]
 
 
 def test_doctor_exits_with_1_on_problems_and_prints_json(tmp_path):

@@ -11,6 +11,7 @@ import PIL.ImageFilter
 import pytest
 
 from diptych.document import Document, Image, Text
+from diptych.evaluation.storyboard import Judged, rates_by_kind
 from diptych.worlds.storyboard import language
 from diptych.worlds.storyboard.conversations import TURNS, make_turn
 from diptych.worlds.storyboard.oracle import judge, read_pictures
@@ -454,3 +455,18 @@ def test_verdicts_say_which_step_is_wrong():
 def test_a_batch_of_documents_equals_one_by_one():
     documents = [Document((T1, P1)), STORY.document(), Document((Text("hm"),)), Document((T1, WRONG, T2, P3, T3, P3))]
     assert judge(documents, [STORY] * 4) == [judge([document], [STORY])[0] for document in documents]
+
+
+def test_rates_by_kind_are_of_the_family_and_the_pictures_asked_for():
+    tasks = list(itertools.islice(task_stream(0, "test"), 60))
+    answers = [Document(task.truth.document().segments[:4]) if task.truth.num_steps == 3 else task.truth.document() for task in tasks]
+    verdicts = judge(answers, [task.truth for task in tasks])
+    found = rates_by_kind([Judged(*parts) for parts in zip(tasks, answers, verdicts, strict=True)])
+    assert list(found) == [
+        "story, 2 pictures", "story, 3 pictures", "how_to, 2 pictures", "how_to, 3 pictures", "reasoning, 1 picture",
+        "reasoning, 2 pictures",
+    ]  # fmt: skip
+    assert sum(row["prompts"] for row in found.values()) == 60
+    for kind, row in found.items():
+        whole = float("3 pictures" not in kind)
+        assert (row["document"], row["format"], row["text"], row["image"]) == (whole, whole, *(whole or 0.6667,) * 2)

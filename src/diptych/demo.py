@@ -29,6 +29,7 @@ from diptych.evaluation.storyboard import (
     held_out_tasks,
     rate_cells,
     rates,
+    rates_by_kind,
     reward_columns,
 )
 from diptych.models import load_model
@@ -70,6 +71,7 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, An
         "retention": {
             skill: {name: e["retention"][skill] for name, e in evaluated.items()} for skill in ("text_to_image", "understanding")
         },
+        "greedy_by_kind": {name: e["greedy_by_kind"] for name, e in evaluated.items()},
         "num_prompts": config.evaluate.num_prompts,
         "parity": _parity(folder / "grpo"),
         "seconds": clock.seconds(),
@@ -150,7 +152,7 @@ def _evaluate_all(config: DemoConfig, sources: dict[str, str], folder: Path, bar
         settings = {"evaluate": config.evaluate.model_dump(), "sampling": config.grpo.sampling.model_dump(), "model": sources[name]}
         stored = json.loads(path.read_text()) if path.is_file() else {}
         bars.update(task, shown=name)
-        if stored.get("settings") == settings:
+        if stored.get("settings") == settings and "greedy_by_kind" in stored:  # demos before it had been counted lack it
             bars.advance(task, total // len(CHECKPOINTS))
         else:
             result = _evaluate_one(config, sources[name], lambda n: bars.advance(task, n))
@@ -165,6 +167,7 @@ def _evaluate_one(config: DemoConfig, source: str, progress: Any) -> dict[str, A
     sampled = evaluate_documents(model, tasks, sampling, config.evaluate, progress)
     return {
         "rates": {"greedy": rates(greedy), "sampled": rates(sampled)},
+        "greedy_by_kind": rates_by_kind(greedy),
         "retention": evaluate_retention(model, sampling, config.evaluate, progress),
         "examples": _examples(greedy[:12], config.grpo),
     }
@@ -211,6 +214,13 @@ def print_results(results: dict[str, Any], folder: Path, console: Console) -> No
         for name in CHECKPOINTS:
             table.add_row(name, *rate_cells(results["checkpoints"][name][mode]))
         console.print(table)
+    kinds = Table(title="whole documents right by kind, greedy (per cent)")
+    for head in ("", "prompts", *CHECKPOINTS):
+        kinds.add_column(head, justify="right" if head else "left")
+    counted = results["greedy_by_kind"]
+    for kind, row in counted["base"].items():
+        kinds.add_row(kind, str(row["prompts"]), *(f"{100 * counted[name][kind]['document']:.1f}" for name in CHECKPOINTS))
+    console.print(kinds)
     for skill, values in results["retention"].items():
         numbers = ", ".join(f"{name} {100 * v['accuracy']:.1f}" for name, v in values.items())
         console.print(f"retention of {skill.replace('_', ' ')} (per cent): {numbers}")

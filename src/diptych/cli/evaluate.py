@@ -33,7 +33,7 @@ def storyboard(
     """Storyboard's benchmark: held-out documents and retention of old skills, judged by the oracle."""
     from diptych.cli.figures import show_storyboard
     from diptych.evaluation.fingerprint import of_model
-    from diptych.evaluation.storyboard import evaluate_documents, held_out_tasks, old_skills, rates, retention_rates, sheet
+    from diptych.evaluation.storyboard import evaluate_documents, held_out_tasks, old_skills, rates, rates_by_kind, retention_rates, sheet
     from diptych.models import load_model
     from diptych.runs import atomic_text
     from diptych.runtime import pick_device
@@ -46,7 +46,9 @@ def storyboard(
     params = SamplingParams(image=image, max_images=config.max_images, max_text_tokens=config.max_text_tokens)
     greedy, sampled = (evaluate_documents(loaded, tasks, p, config) for p in (params.greedy(), params))
     skills = old_skills(loaded, params, config)
-    found: dict[str, Any] = {"greedy": rates(greedy), "sampled": rates(sampled), "retention": retention_rates(skills)}
+    found: dict[str, Any] = {
+        "greedy": rates(greedy), "sampled": rates(sampled), "greedy_by_kind": rates_by_kind(greedy), "retention": retention_rates(skills),
+    }  # fmt: skip
     show_storyboard(console, found)
     if out:
         settings = {

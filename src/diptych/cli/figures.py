@@ -40,6 +40,12 @@ def show_storyboard(console: Console, found: Mapping[str, Any]) -> None:
     for mode in ("greedy", "sampled"):
         table.add_row(mode, *rate_cells(found[mode]))
     console.print(table)
+    kinds = Table(title="greedy, by kind (per cent)")
+    for head in ("", "prompts", *SHOWN_RATES):
+        kinds.add_column(head, justify="right" if head else "left")
+    for kind, values in found["greedy_by_kind"].items():
+        kinds.add_row(kind, str(values["prompts"]), *(f"{100 * values[r]:.1f}" for r in SHOWN_RATES))
+    console.print(kinds)
     for skill, value in found["retention"].items():
         low, high = value["accuracy_ci"]
         console.print(

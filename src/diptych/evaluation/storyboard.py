@@ -19,7 +19,7 @@ from diptych.sampling.engine import sample
 from diptych.worlds.storyboard.conversations import Turn, make_turn
 from diptych.worlds.storyboard.language import normalise
 from diptych.worlds.storyboard.oracle import Verdict, judge, read_pictures
-from diptych.worlds.storyboard.tasks import Task, task_stream
+from diptych.worlds.storyboard.tasks import FAMILIES, Task, task_stream
 
 RATES = ("format", "text", "image", "order", "document", "score")
 SHOWN_RATES = ("format", "text", "image", "order", "score", "document")
@@ -76,6 +76,18 @@ def rates(judged: Sequence[Judged], seed: int = 0) -> dict[str, Any]:
         result[name] = round(float(values.mean()), 4)
         result[f"{name}_ci"] = interval(values, seed)
     return result
+
+
+def rates_by_kind(judged: Sequence[Judged]) -> dict[str, dict[str, float]]:
+    """For each family and number of pictures asked for (`story, 3 pictures`), in order: `prompts`, how many, and the mean of each rate."""
+    groups: dict[str, list[Judged]] = {}
+    for item in sorted(judged, key=lambda j: (FAMILIES.index(j.task.family), j.task.truth.num_steps)):
+        count = item.task.truth.num_steps
+        groups.setdefault(f"{item.task.family}, {count} picture{'s' * (count > 1)}", []).append(item)
+    return {
+        kind: {"prompts": len(found), **{r: round(float(np.mean([float(getattr(j.verdict, r)) for j in found])), 4) for r in RATES}}
+        for kind, found in groups.items()
+    }
 
 
 def rate_cells(found: Mapping[str, Any]) -> list[str]:

@@ -84,6 +84,18 @@ def results_table(checkpoints: dict[str, Any], mode: str) -> str:
     return f'<div class="scroll"><table><tr><th>{mode}</th>{head}</tr>{"".join(rows)}</table></div>'
 
 
+def kinds_table(counted: dict[str, Any]) -> str:
+    """Whole documents right, for each kind of prompt. `counted`: {checkpoint: {kind: rates}}."""
+    head = "".join(f"<th>{label}</th>" for label in NAMES.values())
+    rows = "".join(
+        f"<tr><td>{html.escape(kind)}</td><td>{row['prompts']}</td>"
+        + "".join(f'<td class="{key}">{100 * counted[key][kind]["document"]:.1f}</td>' for key in NAMES)
+        + "</tr>"
+        for kind, row in counted["base"].items()
+    )
+    return f'<div class="scroll"><table><tr><th>greedy, whole documents</th><th>prompts</th>{head}</tr>{rows}</table></div>'
+
+
 def curves(run: Path, which: Sequence[tuple[str, Sequence[tuple[str, str, str]]]]) -> str:
     """Charts of a run's metrics: (title, [(label, colour, metric name)])."""
     metrics = read_jsonl(run / "metrics.jsonl")
@@ -162,7 +174,8 @@ def demo_page(results: dict[str, Any], examples: list[dict[str, Any]], folder: P
 <div class="card">{results_table(results["checkpoints"], "greedy")}<br>{results_table(results["checkpoints"], "sampled")}
 <p class="note">Per cent, with 95 % bootstrap intervals over {results["num_prompts"]} prompts whose combinations of things were never seen in training.
 format: text and pictures alternate, with exactly the pictures asked for. text: texts exactly right. image: pictures that show exactly the true scene.
-order: events in the right order. score: the mean of these four. document: right in every respect.</p></div>
+order: events in the right order. score: the mean of these four. document: right in every respect.</p>
+{kinds_table(results["greedy_by_kind"])}</div>
 <h2>Old skills</h2>
 <div class="card"><div class="scroll"><table><tr><th>greedy</th><th>text to image</th><th>understanding</th></tr>{rows}</table></div></div>
 <h2>Learning curves</h2>
