@@ -534,6 +534,19 @@ def test_measures_beside_the_first_are_told_where_their_interval_is_off_zero(rec
     assert said.endswith(" Not tested, with an interval on one side of zero: score, sampled -9.0 (-11.5 to -6.5).")
 
 
+def test_where_warmups_differ_the_words_tell_what_grpo_added(record):
+    outcome = record["variants"][1]
+    assert all("before GRPO" not in said for said in words.findings(record))  # all start at 10 %
+    outcome["values"]["greedy/score"] = [[0.2, *row[1:]] for row in outcome["values"]["greedy/score"]]
+    packaged, other = words.findings(record)
+    assert "42.0 (37.0 to 47.0); 10.0 before GRPO, which added +32.0 (+27.0 to +37.0)" in packaged  # 0.30 0.32 0.34: half 0.04968
+    assert "; 20.0 before GRPO, which added +26.0 (+19.4 to +32.6)" in other  # 0.23 0.27 0.28: s = 0.02646, half = 0.06572
+    outcome["seeds"], outcome["values"] = [1], {m: [rows[1]] for m, rows in outcome["values"].items()}
+    assert summary.gain(outcome, "greedy/score")[1].n == 1
+    outcome["steps"], outcome["values"] = [2, 4], {m: [row[1:] for row in rows] for m, rows in outcome["values"].items()}
+    assert summary.gain(outcome, "greedy/score") is None  # its warm-up was not evaluated
+
+
 @pytest.mark.parametrize(
     ("better", "noise", "order", "shown"),
     [

@@ -117,6 +117,17 @@ def difference(variant: dict[str, Any], reference: dict[str, Any], measure: str)
     return paired([ours[s] for s in seeds], [theirs[s] for s in seeds]) if seeds else None
 
 
+def gain(variant: dict[str, Any], measure: str) -> tuple[Estimate, Estimate] | None:
+    """What GRPO started from (step 0, its warm-up), and what it added to that by its last step, over the seeds that have both."""
+    if variant["stage"] != "grpo" or 0 not in variant["steps"]:
+        return None
+    before, after = by_seed(variant, measure, 0), by_seed(variant, measure)
+    seeds = [seed for seed in after if seed in before]
+    if not seeds:
+        return None
+    return _mean([before[s] for s in seeds], measure), paired([after[s] for s in seeds], [before[s] for s in seeds])
+
+
 def reaches(variant: dict[str, Any], reference: dict[str, Any], measure: str) -> dict[str, Any] | None:
     """The first evaluated step at which the mean of a variant is at least the final mean of the reference (`step`; None: at
     none), over the seeds that both have. None where this has no meaning: no curves, no common seeds, a measure that should not rise."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from diptych.ablation.measures import MEASURES
-from diptych.ablation.summary import Record, difference
+from diptych.ablation.summary import Record, by_seed, difference, gain
 from diptych.statistics import SURE, p_text
 
 
@@ -27,9 +27,28 @@ def findings(record: Record) -> list[str]:
         sentence = f"{labels[name]}: {measure.label} {interval_text(measure.name, final)}"
         if row["difference"].get(measure.name):
             sentence += f"; {_compared(measure.name, row, labels[record['reference']])}"
+        if starts_differ(record):
+            sentence += _gained(next(v for v in record["variants"] if v["name"] == name), measure.name)
         reached = _reached(row, name == record["reference"], labels[record["reference"]])
         said.append(sentence + "." + reached + _beside(row, record["measures"][1:]))
     return said
+
+
+def starts_differ(record: Record) -> bool:
+    """Whether GRPO starts from other warm-ups in some variants: then a final value says little without what there was before."""
+    found = {
+        tuple(sorted(by_seed(v, record["measures"][0], 0).items())) for v in record["variants"] if v["stage"] == "grpo" and 0 in v["steps"]
+    }
+    return len(found) > 1
+
+
+def _gained(variant: dict[str, Any], measure: str) -> str:
+    found = gain(variant, measure)
+    if found is None:
+        return ""
+    before, added = found
+    words = f"; {MEASURES[measure].show(before.mean)} before GRPO, which added {MEASURES[measure].show(added.mean, signed=True)}"
+    return words if added.n == 1 else f"{words} ({interval_only(measure, dataclasses.asdict(added), signed=True)})"
 
 
 def _beside(row: dict[str, Any], measures: Sequence[str]) -> str:
