@@ -35,7 +35,7 @@ def warmup(context: typer.Context, recipe: Recipe = "warmup") -> None:
     console.print(f"saved: {checkpoint_of(config)}")
 
 
-@app.command(context_settings=PASS_ON, epilog="Example: diptych grpo grpo --model runs/warmup/checkpoints/step_120/model")
+@app.command(context_settings=PASS_ON, epilog="Example: diptych grpo grpo --model runs/warmup/checkpoints/step_240/model")
 def grpo(context: typer.Context, recipe: Recipe = "grpo") -> None:
     """Stage 2: unified GRPO over text and image codes. Resumes where it stopped."""
     from diptych.grpo import checkpoint_of
