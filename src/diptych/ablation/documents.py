@@ -10,7 +10,7 @@ from typing import Any
 
 from diptych.ablation.measures import MEASURES
 from diptych.ablation.summary import Record, dump, table
-from diptych.ablation.words import caveats, cost, findings, interval_text, verdicts
+from diptych.ablation.words import caveats, changes_text, cost, findings, interval_text, verdicts
 from diptych.runs import atomic_text
 from diptych.statistics import p_text
 
@@ -79,6 +79,7 @@ def suite_section(record: Record) -> str:
         *(f"- {verdict.sentence}" for verdict in verdicts(record)), *(f"- Note: {sentence}" for sentence in caveats(record)), "",
         f"| variant | seeds | {' | '.join(labels)} | p | reaches the reference's end at step |", "|---" * (len(labels) + 4) + "|",
         *(_row(record, variant, row) for variant, row in zip(record["variants"], record["table"], strict=True)), "",
+        f"All variants: {_base(record['base'])}, one thread.", "",
         f"`{command(record)}`. {cost(record)} Made with {_made_with(record)}.", "",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -91,6 +92,11 @@ def _row(record: Record, variant: dict[str, Any], row: dict[str, Any]) -> str:
     reached = "–" if found is None else "never" if found["step"] is None else str(found["step"])
     label = variant["label"] + (" (reference)" if variant["name"] == record["reference"] else "")
     return f"| {label} | {len(variant['seeds'])} | {' | '.join(cells)} | {p} | {reached} |"
+
+
+def _base(base: dict[str, Any]) -> str:
+    changes = changes_text(base["changes"])
+    return f"recipe `{base['recipe']}`" + (f" with `{changes}`" if changes else "")
 
 
 def command(record: Record) -> str:

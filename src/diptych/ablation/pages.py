@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from rich.table import Table
 from diptych.ablation.measures import MEASURES
 from diptych.ablation.suite import Suite
 from diptych.ablation.summary import Record, curve, dump
-from diptych.ablation.words import caveats, cost, findings, interval_only, verdicts
+from diptych.ablation.words import caveats, changes_text, cost, findings, interval_only, verdicts
 from diptych.report.intervals import COLOURS, Line, Point, Row, dot_chart, interval_chart, legend
 from diptych.report.pages import page
 from diptych.runs import atomic_text
@@ -158,7 +157,7 @@ def _overlays(record: Record) -> str:
 def _settings(record: Record) -> str:
     """Each variant as what it changes of the base, and the base as what it changes of its recipe."""
     base = record["base"]
-    common = ", ".join(f"{key}: {json.dumps(value)}" for key, value in base["changes"].items()) or "nothing changed"
+    common = changes_text(base["changes"]) or "nothing changed"
     rows = "".join(
         f"<tr><td>{html.escape(v['label'])}</td><td style='text-align:left'><code>{html.escape(_changes(v))}</code></td>"
         f"<td><code>{' '.join(v['cells'])}</code></td></tr>"
@@ -173,7 +172,7 @@ def _settings(record: Record) -> str:
 def _changes(variant: dict[str, Any]) -> str:
     if variant["stage"] != "grpo":
         return {"base": "nothing is trained", "warmup": "no GRPO"}[variant["stage"]]
-    return ", ".join(f"{key}: {json.dumps(value)}" for key, value in variant["changes"].items()) or "as the base"
+    return changes_text(variant["changes"]) or "as the base"
 
 
 # --- terminal ------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from diptych.ablation.measures import MEASURES
@@ -32,6 +33,10 @@ def findings(record: Record) -> list[str]:
         reached = _reached(row, name == record["reference"], labels[record["reference"]])
         said.append(sentence + "." + reached + _beside(row, record["measures"][1:]))
     return said
+
+
+def changes_text(changes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {json.dumps(value)}" for key, value in changes.items())
 
 
 def starts_differ(record: Record) -> bool:
