@@ -542,9 +542,13 @@ def test_where_warmups_differ_the_words_tell_what_grpo_added(record):
     assert "42.0 (37.0 to 47.0); 10.0 before GRPO, which added +32.0 (+27.0 to +37.0)" in packaged  # 0.30 0.32 0.34: half 0.04968
     assert "; 20.0 before GRPO, which added +26.0 (+19.4 to +32.6)" in other  # 0.23 0.27 0.28: s = 0.02646, half = 0.06572
     outcome["seeds"], outcome["values"] = [1], {m: [rows[1]] for m, rows in outcome["values"].items()}
-    assert summary.gain(outcome, "greedy/score")[1].n == 1
-    outcome["steps"], outcome["values"] = [2, 4], {m: [row[1:] for row in rows] for m, rows in outcome["values"].items()}
-    assert summary.gain(outcome, "greedy/score") is None  # its warm-up was not evaluated
+    unknown = {**outcome, "name": "third", "label": "Third", "steps": [2, 4]}  # its warm-up was not evaluated
+    unknown["values"] = {m: [row[1:] for row in rows] for m, rows in outcome["values"].items()}
+    record["variants"].append(unknown)
+    record["table"] = json.loads(json.dumps(summary.table(record)))
+    _, one_seed, third = words.findings(record)
+    assert "; 20.0 before GRPO, which added +27.0. " in one_seed
+    assert "before GRPO" not in third
 
 
 @pytest.mark.parametrize(

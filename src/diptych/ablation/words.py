@@ -16,8 +16,10 @@ from diptych.statistics import SURE, p_text
 def findings(record: Record) -> list[str]:
     """What the numbers say, a sentence for each variant, from the record alone."""
     measure = MEASURES[record["measures"][0]]
-    labels = {variant["name"]: variant["label"] for variant in record["variants"]}
+    variants = {variant["name"]: variant for variant in record["variants"]}
+    labels = {name: variant["label"] for name, variant in variants.items()}
     rows = {row["variant"]: row for row in record["table"]}
+    tell_gains = _starts_differ(record)
     said = []
     for name in [record["reference"], *(n for n in labels if n != record["reference"])]:
         row = rows[name]
@@ -28,8 +30,8 @@ def findings(record: Record) -> list[str]:
         sentence = f"{labels[name]}: {measure.label} {interval_text(measure.name, final)}"
         if row["difference"].get(measure.name):
             sentence += f"; {_compared(measure.name, row, labels[record['reference']])}"
-        if starts_differ(record):
-            sentence += _gained(next(v for v in record["variants"] if v["name"] == name), measure.name)
+        if tell_gains:
+            sentence += _gained(variants[name], measure.name)
         reached = _reached(row, name == record["reference"], labels[record["reference"]])
         said.append(sentence + "." + reached + _beside(row, record["measures"][1:]))
     return said
@@ -39,7 +41,7 @@ def changes_text(changes: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}: {json.dumps(value)}" for key, value in changes.items())
 
 
-def starts_differ(record: Record) -> bool:
+def _starts_differ(record: Record) -> bool:
     """Whether GRPO starts from other warm-ups in some variants: then a final value says little without what there was before."""
     found = {
         tuple(sorted(by_seed(v, record["measures"][0], 0).items())) for v in record["variants"] if v["stage"] == "grpo" and 0 in v["steps"]

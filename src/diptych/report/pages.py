@@ -89,7 +89,7 @@ def kinds_table(counted: dict[str, Any]) -> str:
     head = "".join(f"<th>{label}</th>" for label in NAMES.values())
     rows = "".join(
         f"<tr><td>{html.escape(kind)}</td><td>{row['prompts']}</td>"
-        + "".join(f'<td class="{key}">{100 * counted[key][kind]["document"]:.1f}</td>' for key in NAMES)
+        + "".join(f"<td>{100 * counted[key][kind]['document']:.1f}</td>" for key in NAMES)
         + "</tr>"
         for kind, row in counted["base"].items()
     )
