@@ -259,6 +259,10 @@ def test_groups_without_spread_are_sampled_again(tiny_folder, tmp_path):
     assert [r.prompt.text for r in flat.records] != [r.prompt.text for r in again.records]
     assert len(again.rollouts) == len(flat.rollouts)
     assert again.rewards.steps.shape[:2] == flat.rewards.steps.shape[:2]
+    assert (flat.num_resampled, again.num_resampled) == (0, 2 * config.prompts_per_step)  # every group, in both attempts
+    metrics = experience_module.reward_metrics(again, config.model_copy(update={"resample_attempts": 2}))
+    assert (metrics["frac_groups_resampled"], metrics["frac_reward_zero_std"]) == (2, 1)
+    assert "frac_groups_resampled" not in experience_module.reward_metrics(flat, config)
 
 
 def test_a_function_written_for_trl_trains_and_logs(tiny_folder, tmp_path, tiny_model):

@@ -39,6 +39,7 @@ class Experience:
     rollouts: list[Rollout]  # (B,)
     rewards: RewardBatch
     group_ids: Tensor  # (B,)
+    num_resampled: int = 0  # groups without spread whose place others took
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Sampled:
     records: list[Record]  # (B,)
     rollouts: list[Rollout]  # (B,)
     calls: list[Future[RewardBatch]]
+    num_resampled: int = 0
 
     def rewarded(self, config: GRPOConfig) -> Experience:
         """Waits for the rewards. Raises RewardError where one broke its contract, or too many of its values are missing."""
@@ -58,7 +60,7 @@ class Sampled:
     def experience(self, config: GRPOConfig) -> Experience:
         rewards = merge([call.result() for call in self.calls])
         group_ids = torch.arange(len(self.rollouts) // config.num_generations).repeat_interleave(config.num_generations)
-        return Experience(self.records, self.rollouts, rewards, group_ids)
+        return Experience(self.records, self.rollouts, rewards, group_ids, self.num_resampled)
 
 
 def collect(model: UnifiedModel, prompts: Mixture, reward_functions: RewardFunctions, config: GRPOConfig, step: int) -> Sampled:
@@ -166,7 +168,8 @@ def _replace_groups(old: Experience, groups: list[int], new: Experience, group_s
         **{name: getattr(rewards, name)[:, source] for name in ("steps", "applies", "documents", "documents_apply")},
     )
     records, rollouts = old.records + new.records, old.rollouts + new.rollouts
-    return Sampled([records[i] for i in source], [rollouts[i] for i in source], [_at_once(lambda: kept)])
+    num_resampled = old.num_resampled + len(groups)
+    return Sampled([records[i] for i in source], [rollouts[i] for i in source], [_at_once(lambda: kept)], num_resampled)
 
 
 # --- report --------------------------------------------------------------------------------------------------------------
@@ -190,7 +193,10 @@ def reward_metrics(experience: Experience, config: GRPOConfig) -> dict[str, floa
     if len(total):
         metrics["reward"] = float(total.mean())
         metrics["reward_std"] = float(total.std()) if len(total) > 1 else 0.0
-    metrics["frac_reward_zero_std"] = len(groups_without_spread(experience, group)) / (len(experience.rollouts) // group)
+    num_groups = len(experience.rollouts) // group
+    metrics["frac_reward_zero_std"] = len(groups_without_spread(experience, group)) / num_groups
+    if config.resample_attempts:
+        metrics["frac_groups_resampled"] = experience.num_resampled / num_groups
     lengths = [len(r.row) - r.prompt_length for r in experience.rollouts]
     metrics["completions/mean_length"] = sum(lengths) / len(lengths)
     metrics["completions/max_length"] = float(max(lengths))
