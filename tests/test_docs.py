@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md are run as they stand there."""
+"""The examples of docs/extending.md and docs/python.md are run as they stand there."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ import re
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from diptych import config, losses
 from diptych.models import loading
 from diptych.rewards import base
+from diptych.runs import read_jsonl
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "extending.md").read_text(), re.S)
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S)
+
+
+BLOCKS = blocks_of("extending.md")
 
 
 def block(start: str) -> str:
@@ -51,3 +61,14 @@ def test_the_family(monkeypatch, tmp_path):
     as_module("its_test", block("import torch\n\nfrom diptych.config import ImageSampling"), monkeypatch).test_replay_equals_sampling(
         tmp_path
     )
+
+
+def test_the_page_on_python(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    for number, source in enumerate(blocks_of("python.md")):
+        exec(compile(source, f"docs/python.md ({number})", "exec"), found)
+    assert len(found["rollouts"]) == 4
+    sampled = torch.stack([rollout.rollout_logprobs.sum() for rollout in found["rollouts"]])
+    torch.testing.assert_close(found["scores"].logprobs.sum((1, 2)), sampled, atol=1e-3, rtol=0)
+    assert [len(read_jsonl(tmp_path / "runs" / "py" / stage / "metrics.jsonl")) for stage in ("warmup", "grpo")] == [2, 2]

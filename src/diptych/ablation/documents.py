@@ -21,7 +21,13 @@ Written by `diptych ablate --docs docs/results` from the records in [results/](r
 oracle that no training has seen. Means over seeds with 95 % t intervals (cut at 0 and 100 %), in per cent but for training and
 parity. Differences are from the reference on the same seeds. Only the first measure of a suite is tested (paired t test, p corrected
 by Holm for the number of variants). The paper's numbers are of a 7B model on other benchmarks (MMIE average / InterleavedBench
-average): compare directions, not sizes.
+average): compare directions, not sizes. Unless a variant says otherwise, it has three things that the demo has and the paper does not
+have, or does not tell of: supervised examples in every update (ptx), rewards of which each trains one modality, and credit for each step
+index on its own with discount 0.5.
+
+A *cell* is one variant with one seed. *Reaches the reference's end at step*: the first of the evaluated steps at which the variant's mean
+is at least the reference's last mean; it has no interval. *Training*: means over the last five steps. *Parity*: the largest
+difference of a replayed from a sampled log-probability.
 """
 
 
