@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from diptych.worlds.storyboard.scene import Event, Scene, Thing
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -36,6 +39,32 @@ def test_comparisons_run_and_report(script):
     assert report["ratio"] > 0
     assert report["limit"] > 0
     assert len(report["ours"]) == len(report["theirs"]) == 1
+
+
+def test_mistakes_that_a_critic_must_see(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from text_critic import mistakes
+
+    ball, box = Thing("ball", "red", "small"), Thing("box", "blue", "big")
+    before = Scene("night", (ball, None, box))
+    event = Event("paint", "ball", colour="green")
+    after = event.apply(before)
+    told = dict(mistakes(np.random.default_rng(0), event, before, after))
+    assert told["nothing happened"] == before
+    assert told["all of them"] == Scene("night", (Thing("ball", "green", "small"), None, Thing("box", "green", "big")))
+    assert told["one fact"] not in (before, after)
+    moved = Event("move", "ball", place="middle")
+    assert set(dict(mistakes(np.random.default_rng(0), moved, before, moved.apply(before)))) == {"one fact", "nothing happened"}
+
+
+def test_the_text_critic_is_measured_by_mistake():
+    found = subprocess.run([sys.executable, str(BENCHMARKS / "text_critic.py"), "--quick"], capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stderr
+    report = json.loads(found.stdout.splitlines()[-1])
+    assert sum(kind["pairs"] * kind["right_preferred"] for kind in report["kinds"].values()) == pytest.approx(
+        report["right_preferred"] * sum(kind["pairs"] for kind in report["kinds"].values())
+    )
+    assert report["kinds"]["leave, one fact"]["right_preferred"] > 0.9
 
 
 @pytest.mark.parametrize(("size", "billions"), [("janus-pro-1b", 2.08), ("janus-pro-7b", 7.41), ("vila-u-7b", 7.62)])
