@@ -43,7 +43,7 @@ def test_comparisons_run_and_report(script):
 
 def test_mistakes_that_a_critic_must_see(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from text_critic import mistakes
+    from text_rewards import mistakes
 
     ball, box = Thing("ball", "red", "small"), Thing("box", "blue", "big")
     before = Scene("night", (ball, None, box))
@@ -57,14 +57,16 @@ def test_mistakes_that_a_critic_must_see(monkeypatch):
     assert set(dict(mistakes(np.random.default_rng(0), moved, before, moved.apply(before)))) == {"one fact", "nothing happened"}
 
 
-def test_the_text_critic_is_measured_by_mistake():
-    found = subprocess.run([sys.executable, str(BENCHMARKS / "text_critic.py"), "--quick"], capture_output=True, text=True, timeout=240)
+def test_rewards_of_texts_are_measured_by_mistake():
+    found = subprocess.run([sys.executable, str(BENCHMARKS / "text_rewards.py"), "--quick"], capture_output=True, text=True, timeout=240)
     assert found.returncode == 0, found.stderr
-    report = json.loads(found.stdout.splitlines()[-1])
-    assert sum(kind["pairs"] * kind["right_preferred"] for kind in report["kinds"].values()) == pytest.approx(
-        report["right_preferred"] * sum(kind["pairs"] for kind in report["kinds"].values())
-    )
-    assert report["kinds"]["leave, one fact"]["right_preferred"] > 0.9
+    report = json.loads(found.stdout.splitlines()[-1])["rewards"]
+    for told in report.values():
+        kinds = told["kinds"].values()
+        preferred = sum(kind["pairs"] * kind["right_preferred"] for kind in kinds)
+        assert preferred == pytest.approx(told["right_preferred"] * sum(kind["pairs"] for kind in kinds))
+    assert report["text_critic"]["right_preferred"] > 0.85
+    assert report["text_likelihood"]["right_preferred"] > 0.99
 
 
 @pytest.mark.parametrize(("size", "billions"), [("janus-pro-1b", 2.08), ("janus-pro-7b", 7.41), ("vila-u-7b", 7.62)])

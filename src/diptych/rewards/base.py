@@ -37,7 +37,8 @@ BUILT_IN = {
     "format": "diptych.rewards.format:format",
     "image_text": "diptych.rewards.image_text:image_text",
     "text_critic": "diptych.rewards.text_critic:text_critic",
-}  # run anywhere, without options
+    "text_likelihood": "diptych.rewards.text_likelihood:TextLikelihood",
+}  # run anywhere, without options (text_likelihood takes some)
 JUDGES = {
     "llm_text_critic": "diptych.rewards.judges:LLMTextCritic",
     "unified_reward": "diptych.rewards.judges:UnifiedReward",
@@ -70,6 +71,9 @@ ABOUT = {
     ),
     "image_text": About("each picture against the text just before it (Storyboard)", "0..1 a picture", "nothing: packaged"),
     "text_critic": About("each text, given the prompt and the texts before (Storyboard)", "0..1 a text", "nothing: packaged"),
+    "text_likelihood": About(
+        "each text, by how likely a frozen model finds it in an answer in words", "0..1 a text", "nothing: packaged; or option model"
+    ),
     "llm_text_critic": About("each text against the prompt (LLaVA-Critic's prompt)", "0..1 a text, from 0..100", _SERVER),
     "unified_reward": About("each picture against the text just before it (UnifiedReward's)", "0..1 a picture, from 1..5", _SERVER),
     "document_judge": About("the whole document with its pictures", "0..1 a step, from 0..10", _SERVER),
