@@ -955,8 +955,9 @@ def test_every_reward_says_what_it_is():
         config = build(RewardConfig, {"name": name, "options": server})
         expected = f"{name}: org/judge (no revision named) behind http://localhost:1/v1; {value}"
         assert about(config, load_reward(name)) == expected
-    for name in BUILT_IN:
+    for name in ("format", "image_text", "text_critic"):
         assert about(RewardConfig(name=name), load_reward(name)) == f"{name}: {ABOUT[name].judges}; value {ABOUT[name].values}; packaged"
+    assert "by storyboard asked 'say it in words .'" in about(RewardConfig(name="text_likelihood"), load_reward("text_likelihood"))
     assert about(RewardConfig(name="x:mine"), mine) == "x:mine: Counts words."
 
 

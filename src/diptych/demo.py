@@ -40,8 +40,8 @@ from diptych.runtime import set_threads, versions
 
 CHECKPOINTS = ("base", "warmup", "grpo")
 _SHOWN = {
-    "loss/text": "text loss", "loss/image": "image loss", "rewards/text_critic/mean": "text", "rewards/image_text/mean": "image",
-    "rewards/format/mean": "format",
+    "loss/text": "text loss", "loss/image": "image loss", "rewards/text_critic/mean": "text",
+    "rewards/text_likelihood/mean": "text", "rewards/image_text/mean": "image", "rewards/format/mean": "format",
 }  # fmt: skip
 
 

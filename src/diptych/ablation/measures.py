@@ -8,7 +8,7 @@ RATES = {
     "score": "score", "format": "format right", "text": "texts right", "image": "pictures right", "order": "order right",
     "document": "whole documents right",
 }  # fmt: skip
-REWARDS = {"text_critic": "text critic", "image_text": "image agreement", "format": "format"}
+REWARDS = {"text_critic": "text critic", "text_likelihood": "text likelihood", "image_text": "image agreement", "format": "format"}
 SKILLS = {"text_to_image": "text to image kept", "understanding": "understanding kept"}
 TRAINING = {
     "reward": "reward", "reward_std": "reward spread", "frac_reward_zero_std": "groups without spread", "kl/text": "KL per text choice",

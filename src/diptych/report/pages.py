@@ -107,7 +107,8 @@ def curves(run: Path, which: Sequence[tuple[str, Sequence[tuple[str, str, str]]]
 
 
 GRPO_CURVES = (
-    ("Rewards of sampled documents", (("text critic", "var(--good)", "rewards/text_critic/mean"), ("image agreement", "var(--grpo)", "rewards/image_text/mean"),
+    ("Rewards of sampled documents", (("text critic", "var(--good)", "rewards/text_critic/mean"), ("text likelihood", "var(--good)", "rewards/text_likelihood/mean"),
+                                      ("image agreement", "var(--grpo)", "rewards/image_text/mean"),
                                       ("format", "var(--warmup)", "rewards/format/mean"))),
     ("Entropy per choice (nats)", (("text", "var(--good)", "entropy/text"), ("image", "var(--grpo)", "entropy/image"))),
     ("KL to the reference per choice", (("text", "var(--good)", "kl/text"), ("image", "var(--grpo)", "kl/image"))),

@@ -42,12 +42,19 @@ class TextLikelihood:
         """Raises ValueError for wrong options and for a model that cannot be loaded."""
         self.options = build(TextLikelihoodOptions, options)
         self.model = load_model(self.options.model, dtype=self.options.dtype).to(pick_device(self.options.device)).requires_grad_(False)
+        self._too_long, self._told = 0, ""
 
     def about(self) -> str:
         return (
             f"text_likelihood: each text, by {self.options.model} asked {self.options.instruction!r}; "
             f"value exp of the {'mean' if self.options.per_token else 'sum'} of log p, 0..1"
         )
+
+    def take_faults(self) -> tuple[dict[str, int], str]:
+        """Missing values by cause since the last time this was called, and what happened last."""
+        found = {"too_long": self._too_long} if self._too_long else {}
+        self._too_long = 0
+        return found, self._told if found else ""
 
     def __call__(self, prompts: list[list[dict[str, Any]]], completions: list[list[dict[str, Any]]], **_: Any) -> list[list[float | None]]:
         """Per step; None for pictures and empty texts, NaN for every text of a document that is too long."""
@@ -60,7 +67,8 @@ class TextLikelihood:
             values.append([float("nan") if place in kept else None for place in range(len(answer))])
             try:
                 row = self._row(asked, [answer.segments[place].text for place in kept])  # type: ignore[union-attr]
-            except ValueError:  # longer than the context
+            except ValueError as error:  # longer than the context
+                self._too_long, self._told = self._too_long + len(kept), str(error)
                 continue
             if kept:
                 rows.append(row)
