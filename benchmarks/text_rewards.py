@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from diptych.document import Document, Text
+from diptych.document import Document, Text, to_message
 from diptych.pretrain.reward_models import spoil
 from diptych.rewards.text_critic import text_critic
 from diptych.rewards.text_likelihood import TextLikelihood
@@ -60,8 +60,8 @@ def values(reward: Callable[..., list[list[float | None]]], asked: list[tuple[Do
     found: list[float | None] = []
     for begin in range(0, len(asked), 64):
         some = asked[begin : begin + 64]
-        prompts = [[{"role": "user", "content": prompt.to_blocks()}] for prompt, _, _ in some]
-        answers = [[{"role": "assistant", "content": Document(tuple(map(Text, texts))).to_blocks()}] for _, texts, _ in some]
+        prompts = [[to_message("user", prompt)] for prompt, _, _ in some]
+        answers = [[to_message("assistant", Document(tuple(map(Text, texts))))] for _, texts, _ in some]
         found += [steps[i] for steps, (_, _, i) in zip(reward(prompts=prompts, completions=answers), some, strict=True)]
     return np.array(found, dtype=float)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diptych.config import RewardConfig
-from diptych.document import Document, Image, Text
+from diptych.document import Document, Image, Text, to_message
 from diptych.models import load_model
 from diptych.rewards import call_rewards, load_reward
 from diptych.rewards.text_likelihood import TextLikelihood
@@ -31,16 +31,17 @@ def tiny(tiny_model, tmp_path_factory) -> str:
 
 
 def values(reward: TextLikelihood, *pairs: tuple[Document, Document]) -> list[list[float | None]]:
-    prompts = [[{"role": "user", "content": prompt.to_blocks()}] for prompt, _ in pairs]
-    return reward(prompts=prompts, completions=[[{"role": "assistant", "content": answer.to_blocks()}] for _, answer in pairs])
+    prompts = [[to_message("user", prompt)] for prompt, _ in pairs]
+    return reward(prompts=prompts, completions=[[to_message("assistant", answer)] for _, answer in pairs])
 
 
 @torch.no_grad()
 def by_loop(folder: str, prompt: Document, texts: list[str], per_token: bool) -> list[float]:
-    """A full forward for each token, and no scorer."""
+    """A full forward for each token, and no scorer. Texts behind the first begin with a space."""
     model = load_model(folder)
     row = model.encode_prompt(prompt)
-    ids = [model.encode_text(text) for text in texts]
+    answer = Document(tuple(Text(text if k == 0 else f" {text}") for k, text in enumerate(texts)))
+    ids = [model.answer_text_ids(answer, k) for k in range(len(texts))]
     whole = [*(token for text in ids for token in text), model.eos_id]
     row = type(row).concat([row, type(row).text(whole, model.image_spec.depth, chosen=True, step=0)])
     begin = len(row) - len(whole)
@@ -114,9 +115,10 @@ def test_the_packaged_model_knows_right_texts():
 
 
 def test_every_family_can_judge(folders, family):
-    reward = TextLikelihood(model=str(folders[family]), instruction="")
-    found = values(reward, (Document((Text("tell of a ball"),)), Document((Text("a ball"), Text("a box")))))
-    assert all(0 <= value <= 1 for value in found[0])
+    """In the family's own template, with its own tokens; without an instruction."""
+    folder, asked = str(folders[family]), Document((Text("tell of a ball"),))
+    (found,) = values(TextLikelihood(model=folder, instruction="", per_token=True), (asked, Document((Text("a ball"), Text("a box")))))
+    assert found == pytest.approx(by_loop(folder, asked, ["a ball", "a box"], per_token=True), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ BUILT_IN = {
     "image_text": "diptych.rewards.image_text:image_text",
     "text_critic": "diptych.rewards.text_critic:text_critic",
     "text_likelihood": "diptych.rewards.text_likelihood:TextLikelihood",
-}  # run anywhere, without options (text_likelihood takes some)
+}  # run anywhere as they are
 JUDGES = {
     "llm_text_critic": "diptych.rewards.judges:LLMTextCritic",
     "unified_reward": "diptych.rewards.judges:UnifiedReward",

@@ -60,23 +60,22 @@ class TextLikelihood:
         """Per step; None for pictures and empty texts, NaN for every text of a document that is too long."""
         values: list[list[float | None]] = []
         rows: list[TokenRow] = []
-        owners: list[tuple[int, list[int]]] = []  # document, and the places of the texts that its row holds
+        owners: list[tuple[int, list[int]]] = []  # of each row: its document, and the places of its texts
         for prompt, completion in zip(prompts, completions, strict=True):
             asked, answer = Document.from_blocks(prompt[-1]["content"]), Document.from_blocks(completion[-1]["content"])
-            kept = [place for place, segment in enumerate(answer) if isinstance(segment, Text) and segment.text.strip()]
-            values.append([float("nan") if place in kept else None for place in range(len(answer))])
-            try:
-                row = self._row(asked, [answer.segments[place].text for place in kept])  # type: ignore[union-attr]
-            except ValueError as error:  # longer than the context
-                self._too_long, self._told = self._too_long + len(kept), str(error)
+            texts = {place: s.text for place, s in enumerate(answer) if isinstance(s, Text) and s.text.strip()}
+            values.append([float("nan") if place in texts else None for place in range(len(answer))])
+            if not texts:
                 continue
-            if kept:
-                rows.append(row)
-                owners.append((len(values) - 1, kept))
+            try:
+                rows.append(self._row(asked, list(texts.values())))
+                owners.append((len(values) - 1, list(texts)))
+            except ValueError as error:  # longer than the context
+                self._too_long, self._told = self._too_long + len(texts), str(error)
         for begin in range(0, len(rows), self.options.batch_size):
             some = slice(begin, begin + self.options.batch_size)
-            for (document, kept), found in zip(owners[some], self._values(rows[some]), strict=True):
-                for place, value in zip(kept, found, strict=True):
+            for (document, places), found in zip(owners[some], self._values(rows[some]), strict=True):
+                for place, value in zip(places, found, strict=True):
                     values[document][place] = value
         return values
 
