@@ -35,6 +35,7 @@ from diptych.report.intervals import Line, Point, Row, dot_chart, interval_chart
 from diptych.runs import read_jsonl
 from diptych.statistics import estimate, holm, incomplete_beta, paired, t_quantile, t_two_sided
 
+RECORDS = Path(__file__).parents[1] / "docs" / "results"
 TINY = {
     "warmup.max_steps": 2, "warmup.batch_size": 2, "warmup.num_eval_records": 2, "warmup.sampling.max_text_tokens": 4, "grpo.max_steps": 4,
     "grpo.prompts_per_step": 2, "grpo.num_generations": 2, "grpo.num_minibatches": 1, "grpo.ptx": None, "grpo.sampling.max_text_tokens": 12,
@@ -606,10 +607,19 @@ def test_the_document_is_written_from_committed_records_only(record, tmp_path):
 
 
 def test_the_committed_document_is_up_to_date():
-    folder = Path(__file__).parents[1] / "docs" / "results"
-    if not list(folder.glob("*.json")):
-        pytest.skip("no committed records yet")
-    assert documents.results_document(folder) == folder.with_suffix(".md").read_text()
+    assert documents.results_document(RECORDS) == RECORDS.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECORDS.glob("*.json")))
+def test_a_committed_record_is_of_its_suite_as_it_is_now(name):
+    """Else the command that is printed below its table would run something else."""
+    record = json.loads((RECORDS / f"{name}.json").read_text())
+    _, suite = load_suite(record["suite"], record["overrides"])
+    assert (suite.title, suite.reference, list(suite.measures)) == (record["title"], record["reference"], record["measures"])
+    assert suite.base.model_dump() == record["base"]
+    assert [(v.name, v.label, v.stage, v.changes) for v in suite.variants] == [
+        (v["name"], v["label"], v["stage"], v["changes"]) for v in record["variants"]
+    ]
 
 
 def test_changed_settings_are_told_and_make_other_cells(tmp_path):

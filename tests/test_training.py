@@ -265,6 +265,32 @@ def test_groups_without_spread_are_sampled_again(tiny_folder, tmp_path):
     assert "frac_groups_resampled" not in experience_module.reward_metrics(flat, config)
 
 
+@pytest.mark.parametrize("watch", ["likes_ball", "raises"])
+def test_a_reward_of_weight_0_watches_and_changes_nothing(tiny_folder, tmp_path, watch):
+    """Whatever it says, and where it fails: the same weights, the same metrics, and its own beside them."""
+    trains = [{"name": "toy_rewards:per_step"}]
+    grpo(grpo_config(tiny_folder, tmp_path / "alone", max_steps=2, rewards=trains))
+    grpo(grpo_config(tiny_folder, tmp_path / "watched", max_steps=2, rewards=[{"name": f"toy_rewards:{watch}", "weight": 0}, *trains]))
+    alone, watched = (weights(tmp_path / name / "checkpoints/step_2/model") for name in ("alone", "watched"))
+    assert all(torch.equal(alone[name], watched[name]) for name in alone)
+    without, beside = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("alone", "watched"))
+    for a, b in zip(without, beside, strict=True):
+        assert all(b[name] == value for name, value in a.items() if "time" not in name and not name.startswith("seconds"))
+        assert b[f"rewards/toy_rewards:{watch}/missing"] == (watch == "raises")
+        assert (f"rewards/toy_rewards:{watch}/mean" in b) == (watch == "likes_ball")
+
+
+def test_spread_in_a_reward_that_only_watches_is_none(tiny_folder, tmp_path):
+    rewards = [{"name": "toy_rewards:always_equal"}, {"name": "toy_rewards:per_step", "weight": 0}]
+    config = grpo_config(tiny_folder, tmp_path / "run", rewards=rewards)
+    _, experience = experience_of(config)
+    assert groups_without_spread(experience, config) == [0, 1]
+    trains = grpo_config(tiny_folder, tmp_path / "run", rewards=[{**reward, "weight": 1} for reward in rewards])
+    assert groups_without_spread(experience, trains) == []
+    with pytest.raises(ValueError, match=r"all rewards have weight 0 \(format\): they would watch and nothing would be trained"):
+        grpo_config(tiny_folder, tmp_path / "run", rewards=[{"name": "format", "weight": 0}])
+
+
 def test_a_function_written_for_trl_trains_and_logs(tiny_folder, tmp_path, tiny_model):
     config = grpo_config(
         tiny_folder, tmp_path / "run", max_steps=2, rollout_batch_size=1, rewards=[{"name": "toy_rewards:as_for_trl", "content": "text"}]
@@ -473,6 +499,7 @@ def test_steps_logged_before_the_first_checkpoint_are_logged_once(tiny_folder, t
 def test_spread_is_looked_for_in_every_step(tiny_folder, tmp_path):
     """Step rewards (0, 1) and (1, 0) have the same mean, but there is something to learn."""
     config = grpo_config(tiny_folder, tmp_path / "run")
+    assert len(config.rewards) == 1
     _, experience = experience_of(config)
     nothing = torch.zeros(1, 8, 2, dtype=torch.bool)
     steps = torch.zeros(1, 8, 2)
@@ -480,7 +507,7 @@ def test_spread_is_looked_for_in_every_step(tiny_folder, tmp_path):
     steps[0, 1:4] = torch.tensor([1.0, 0.0])
     steps[0, 4:] = torch.tensor([float("nan"), 2.0])  # the second group: missing, and all the same
     rewards = RewardBatch(steps, ~nothing, torch.zeros(1, 8), nothing[..., 0], {}, {})
-    assert groups_without_spread(dataclasses.replace(experience, rewards=rewards), 4) == [1]
+    assert groups_without_spread(dataclasses.replace(experience, rewards=rewards), config) == [1]
 
 
 def test_parity_that_is_not_a_number_stops_the_run(tiny_folder, tmp_path):

@@ -128,7 +128,7 @@ class RewardConfig(Config):
     """One reward. `name` is built in (`diptych rewards list`) or `package.module:function`."""
 
     name: str
-    weight: float = 1.0
+    weight: float = Field(1.0, description="0: watches; it is called and logged, and trains nothing")
     scale: float = Field(1.0, gt=0, description="the raw value is divided by this after `shift` is subtracted")
     shift: float = 0.0
     modality: Literal["text", "image", "both"] = "both"
@@ -239,6 +239,8 @@ class GRPOConfig(RunConfig):
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"a reward is listed twice ({', '.join(names)}); give it one entry with a weight")
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError(f"all rewards have weight 0 ({', '.join(names)}): they would watch and nothing would be trained")
         if self.loss_type == "gspo" and self.num_iterations * self.num_minibatches == 1:
             raise ValueError("gspo with a single update per batch has ratio 1: use num_iterations or num_minibatches > 1")
         return self

@@ -16,11 +16,13 @@ def token_advantages(
 ) -> Tensor:
     """(B, T) float32; 0 in the prompt.
 
-    A reward with `modality="image"` trains image choices only, one with "text" text choices only. A reward that speaks of
-    the whole document reaches every token: it is normalised over the group, as if it stood at the last step with discount 1.
+    A reward with `modality="image"` trains image choices only, one with "text" text choices only, and one with weight 0 none. A
+    reward that speaks of the whole document reaches every token: it is normalised over the group, as if it stood at the last
+    step with discount 1.
     """
+    trains = {r: reward.modality for r, reward in enumerate(configs) if reward.weight != 0}
     text, image = (
-        _advantages([r for r, c in enumerate(configs) if c.modality in (kind, "both")], rewards, configs, group_ids, batch, config)
+        _advantages([r for r, modality in trains.items() if modality in (kind, "both")], rewards, configs, group_ids, batch, config)
         for kind in ("text", "image")
     )
     return torch.where(batch.image_mask, image, text)

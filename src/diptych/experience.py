@@ -72,7 +72,7 @@ def collect(model: UnifiedModel, prompts: Mixture, reward_functions: RewardFunct
         sampled = _collect_once(model, records, reward_functions, config, (step, 0), submit)
         for attempt in range(1, config.resample_attempts + 1):
             experience = sampled.experience(config)
-            flat = groups_without_spread(experience, config.num_generations)
+            flat = groups_without_spread(experience, config)
             if not flat:
                 break
             fresh = prompts.batch(step + attempt * 1_000_003, config.prompts_per_step)[mine][: len(flat)]
@@ -128,7 +128,8 @@ def _at_once(function: Callable[..., RewardBatch], *arguments: Any) -> Future[Re
 
 
 def refuse_missing(rewards: RewardBatch, config: GRPOConfig) -> None:
-    worst = max(rewards.missing, key=rewards.missing.__getitem__)
+    """Raises RewardError where too much is missing of a reward that trains."""
+    worst = max((reward.name for reward in config.rewards if reward.weight), key=rewards.missing.__getitem__)
     if rewards.missing[worst] > config.max_missing_rewards:
         raise RewardError(
             f"{rewards.missing[worst]:.0%} of the values of reward {worst!r} are missing (allowed: {config.max_missing_rewards:.0%}); "
@@ -137,21 +138,25 @@ def refuse_missing(rewards: RewardBatch, config: GRPOConfig) -> None:
         )
 
 
-def groups_without_spread(experience: Experience, group_size: int) -> list[int]:
-    """Groups in which every reward gives all members the same: nothing can be learned from them."""
-    rewards = experience.rewards
-    values, speaks, missing = document_rewards(*_reward_parts(rewards))  # (R, B)
-    steps = rewards.steps.permute(0, 2, 1).flatten(0, 1)  # (R * J, B): each step is compared with the same step
-    applies = rewards.applies.permute(0, 2, 1).flatten(0, 1)
+def groups_without_spread(experience: Experience, config: GRPOConfig) -> list[int]:
+    """Groups in which every reward that trains gives all members the same: nothing can be learned from them."""
+    parts = _reward_parts(experience.rewards, _trains(config))
+    values, speaks, missing = document_rewards(*parts)  # (R, B)
+    steps, applies = (part.permute(0, 2, 1).flatten(0, 1) for part in parts[:2])  # (R * J, B): each step is compared with the same step
     everything = torch.cat([values, steps.nan_to_num()])
     known = torch.cat([speaks & ~missing, applies & ~steps.isnan()])
-    high = everything.masked_fill(~known, -torch.inf).unflatten(1, (-1, group_size)).amax(-1)
-    low = everything.masked_fill(~known, torch.inf).unflatten(1, (-1, group_size)).amin(-1)
+    high = everything.masked_fill(~known, -torch.inf).unflatten(1, (-1, config.num_generations)).amax(-1)
+    low = everything.masked_fill(~known, torch.inf).unflatten(1, (-1, config.num_generations)).amin(-1)
     return [g for g, spread in enumerate((high > low).any(0).tolist()) if not spread]
 
 
-def _reward_parts(rewards: RewardBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return rewards.steps, rewards.applies, rewards.documents, rewards.documents_apply
+def _trains(config: GRPOConfig) -> Tensor:
+    """(R,) bool: the rewards that do more than watch."""
+    return torch.tensor([reward.weight != 0 for reward in config.rewards])
+
+
+def _reward_parts(rewards: RewardBatch, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return rewards.steps[chosen], rewards.applies[chosen], rewards.documents[chosen], rewards.documents_apply[chosen]
 
 
 def _replace_groups(old: Experience, groups: list[int], new: Experience, group_size: int) -> Sampled:
@@ -176,8 +181,8 @@ def _replace_groups(old: Experience, groups: list[int], new: Experience, group_s
 
 
 def reward_metrics(experience: Experience, config: GRPOConfig) -> dict[str, float]:
-    rewards, group = experience.rewards, config.num_generations
-    values, speaks, missing = document_rewards(*_reward_parts(rewards))  # (R, B)
+    rewards, trains = experience.rewards, _trains(config)
+    values, speaks, missing = document_rewards(*_reward_parts(rewards, torch.ones_like(trains)))  # (R, B)
     valid = speaks & ~missing
     metrics: dict[str, float] = {}
     for r, reward in enumerate(config.rewards):
@@ -189,12 +194,12 @@ def reward_metrics(experience: Experience, config: GRPOConfig) -> dict[str, floa
     metrics |= {f"rewards/{fault}": float(count) for fault, count in rewards.faults.items()}
     metrics |= {f"rewards/{name}": sum(found) / len(found) for name, found in rewards.metrics.items()}
     weights = torch.tensor([reward.weight for reward in config.rewards])
-    total = (values * weights[:, None]).sum(0)[~missing.any(0)]
+    total = (values * weights[:, None]).sum(0)[~missing[trains].any(0)]
     if len(total):
         metrics["reward"] = float(total.mean())
         metrics["reward_std"] = float(total.std()) if len(total) > 1 else 0.0
-    num_groups = len(experience.rollouts) // group
-    metrics["frac_reward_zero_std"] = len(groups_without_spread(experience, group)) / num_groups
+    num_groups = len(experience.rollouts) // config.num_generations
+    metrics["frac_reward_zero_std"] = len(groups_without_spread(experience, config)) / num_groups
     if config.resample_attempts:
         metrics["frac_groups_resampled"] = experience.num_resampled / num_groups
     lengths = [len(r.row) - r.prompt_length for r in experience.rollouts]

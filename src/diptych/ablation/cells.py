@@ -275,7 +275,7 @@ def _summary(cell: Cell, root: Path, evaluations: dict[int, dict[str, Any]], sec
 
 
 def _training(lines: list[dict[str, Any]], step: int) -> dict[str, float]:
-    """Means of the last steps up to a checkpoint, of the known metrics and of every reward that was trained on."""
+    """Means of the last steps up to a checkpoint, of the known metrics and of every reward of the recipe."""
     recent = [line for line in lines if line["step"] <= step][-WINDOW:]
     found = {}
     for name in recent[-1] if recent else ():

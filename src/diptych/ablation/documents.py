@@ -25,6 +25,9 @@ average): compare directions, not sizes. Unless a variant says otherwise, it has
 have, or does not tell of: supervised examples in every update (ptx), rewards of which each trains one modality, and credit for each step
 index on its own with discount 0.5.
 
+The text reward of most suites is `text_critic`, the weaker one (`grpo.rewards.1.name` in the settings below a table; the demo's is
+`text_likelihood`): most were run before the demo had another, and a reward that is wrong somewhere is what is met in practice.
+
 A *cell* is one variant with one seed. *Reaches the reference's end at step*: the first of the evaluated steps at which the variant's mean
 is at least the reference's last mean; it has no interval. *Training*: means over the last five steps. *Parity*: the largest
 difference of a replayed from a sampled log-probability.

@@ -44,6 +44,7 @@ def _all() -> dict[str, Measure]:
         found += [Measure(f"{mode}_reward/{name}", f"reward: {label}, {mode}", True, True) for name, label in REWARDS.items()]
     found += [Measure(f"retention/{name}", label, True, True) for name, label in SKILLS.items()]
     found += [Measure(f"train/{name}", f"training: {label}", False, False) for name, label in TRAINING.items()]
+    found += [Measure(f"train/rewards/{name}/mean", f"training: {label}", True, True) for name, label in REWARDS.items()]
     found += [Measure(f"parity/{kind}_max", f"largest |replayed - sampled|, {kind}", False, False) for kind in ("text", "image")]
     return {measure.name: measure for measure in found}
 

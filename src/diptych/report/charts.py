@@ -11,9 +11,9 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 340, 190, 58, 26, 12
 Series = tuple[str, str, Sequence[tuple[float, float]]]  # label, colour, points
 
 
-def smooth(points: Sequence[tuple[float, float]], window: int = 5) -> list[tuple[float, float]]:
-    """A centred running median over up to `window` points: a single outlier leaves it as it is."""
-    half = window // 2
+def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """A centred running median over 5 points, or a 25th of a long curve: a single outlier leaves it as it is."""
+    half = max(2, len(points) // 50)
     ys = [y for _, y in points]
     return [(x, median(ys[max(0, i - half) : i + half + 1])) for i, (x, _) in enumerate(points)]
 

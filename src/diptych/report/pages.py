@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 from base64 import b64encode
 from collections.abc import Sequence
 from importlib import resources
@@ -18,6 +19,7 @@ from diptych.runs import read_jsonl
 NAMES = {"base": "Base model", "warmup": "After warm-up", "grpo": "After GRPO"}
 RATES = ("format", "text", "image", "order", "score", "document")
 
+Line = tuple[str, str, str]  # label, colour, metric
 THUMBNAIL = 208  # pixels of height
 
 
@@ -96,20 +98,26 @@ def kinds_table(counted: dict[str, Any]) -> str:
     return f'<div class="scroll"><table><tr><th>greedy, whole documents</th><th>prompts</th>{head}</tr>{rows}</table></div>'
 
 
-def curves(run: Path, which: Sequence[tuple[str, Sequence[tuple[str, str, str]]]]) -> str:
-    """Charts of a run's metrics: (title, [(label, colour, metric name)])."""
+def curves(run: Path, which: Sequence[tuple[str, Sequence[Line]]]) -> str:
+    """Charts of a run's metrics: (title, lines); without lines, one for each reward that was logged."""
     metrics = read_jsonl(run / "metrics.jsonl")
     charts = []
     for title, lines in which:
+        lines = lines or _reward_lines(metrics)
         series = [(label, colour, [(m["step"], m[name]) for m in metrics if name in m]) for label, colour, name in lines]
         charts.append(line_chart(title, [s for s in series if s[2]]))
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
-GRPO_CURVES = (
-    ("Rewards of sampled documents", (("text critic", "var(--good)", "rewards/text_critic/mean"), ("text likelihood", "var(--good)", "rewards/text_likelihood/mean"),
-                                      ("image agreement", "var(--grpo)", "rewards/image_text/mean"),
-                                      ("format", "var(--warmup)", "rewards/format/mean"))),
+def _reward_lines(metrics: Sequence[dict[str, Any]]) -> list[Line]:
+    names = dict.fromkeys(name.removesuffix("/missing") for line in metrics for name in line if name.endswith("/missing"))
+    colours = itertools.cycle(("warmup", "good", "grpo", "bad", "soft"))
+    return [(name.removeprefix("rewards/"), f"var(--{colour})", f"{name}/mean") for name, colour in zip(names, colours, strict=False)]
+
+
+GRPO_CURVES: tuple[tuple[str, tuple[Line, ...]], ...] = (
+    ("Rewards of sampled documents", ()),
+    ("Groups without spread", (("share of groups", "var(--grpo)", "frac_reward_zero_std"),)),
     ("Entropy per choice (nats)", (("text", "var(--good)", "entropy/text"), ("image", "var(--grpo)", "entropy/image"))),
     ("KL to the reference per choice", (("text", "var(--good)", "kl/text"), ("image", "var(--grpo)", "kl/image"))),
     ("Largest |replayed - sampled| log-probability", (("text", "var(--good)", "parity/text_max"), ("image", "var(--grpo)", "parity/image_max"))),
@@ -136,7 +144,7 @@ def sentences(results: dict[str, Any]) -> str:
     )
     gain = 100 * (c["grpo"]["image"] - c["warmup"]["image"])
     third = (
-        f"Unified GRPO, rewarded only by learned models and a format rule, moved pictures by {gain:+.1f} points to "
+        f"Unified GRPO, rewarded only by models and a rule of form, moved pictures by {gain:+.1f} points to "
         f"{_per_cent(c['grpo']['image'])} and whole documents from {_per_cent(c['warmup']['document'])} to {_per_cent(c['grpo']['document'])} right, "
         "as judged by an oracle that was never a reward."
     )
@@ -144,7 +152,7 @@ def sentences(results: dict[str, Any]) -> str:
 
 
 def _per_cent(value: float) -> str:
-    return f"{100 * value:.0f} %"
+    return f"{100 * value:.1f} %"
 
 
 def demo_page(results: dict[str, Any], examples: list[dict[str, Any]], folder: Path) -> str:
