@@ -1,17 +1,23 @@
-"""The examples of docs/extending.md and docs/python.md are run as they stand there."""
+"""The examples of docs/extending.md, docs/python.md and docs/your_own.md are run as they stand there, the last one at toy size."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
+import toy_checkpoints
+import toy_scorers
+from typer.testing import CliRunner
 
 from diptych import config, losses
+from diptych.cli.app import app
 from diptych.models import loading
 from diptych.rewards import base
 from diptych.runs import read_jsonl
@@ -72,3 +78,38 @@ def test_the_page_on_python(monkeypatch, tmp_path):
     sampled = torch.stack([rollout.rollout_logprobs.sum() for rollout in found["rollouts"]])
     torch.testing.assert_close(found["scores"].logprobs.sum((1, 2)), sampled, atol=1e-3, rtol=0)
     assert [len(read_jsonl(tmp_path / "runs" / "py" / stage / "metrics.jsonl")) for stage in ("warmup", "grpo")] == [2, 2]
+
+
+SMALLER = {  # of docs/your_own.md, for a toy model and a test
+    "step_400": "step_2", "max_steps: 400": "max_steps: 2", "step_200": "step_1", "max_steps: 200": "max_steps: 1",
+    "batch_size: 16": "batch_size: 2", "prompts_per_step: 4": "prompts_per_step: 2", "num_generations: 8": "num_generations: 2",
+    "max_text_tokens: 96": "max_text_tokens: 12",
+}  # fmt: skip
+
+
+def test_the_page_on_documents_of_your_own(monkeypatch, tmp_path):
+    """Its files are written as they stand (fewer steps), its commands run one after the other; only downloads are made here."""
+    page = (DOCS / "your_own.md").read_text()
+    for given, smaller in SMALLER.items():
+        assert given in page
+        page = page.replace(given, smaller)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name in ("soil", "fern"):
+        PIL.Image.new("RGB", (40, 30), "green").save(tmp_path / "mine" / f"{name}.png")
+    for name, text in re.findall(r"`([\w/]+\.(?:jsonl|yaml))`:\n\n```(?:json|yaml)\n(.*?)```", page, re.S):
+        Path(name).write_text(text * (40 if name.endswith(".jsonl") else 1))
+    toy_checkpoints.make_janus(tmp_path / "checkpoints" / "Janus-Pro-1B")
+    toy_scorers.write_clip(tmp_path / "checkpoints" / "clip")
+    commands = [shlex.split(line) for text in re.findall(r"```bash\n(.*?)```", page, re.S) for line in text.splitlines()]
+    ours = [words[1:] for words in commands if words[:2] != ["hf", "download"]]
+    assert [words[0] for words in ours] == ["doctor", "data", "warmup", "view", "generate", "rewards", "grpo", "view", "merge", "generate"]
+    for words in ours:
+        result = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert result.exit_code == 0, f"diptych {shlex.join(words)}: {result.output}"
+    assert (tmp_path / "kite.html").stat().st_size > 1000
+    assert {path.name for path in (tmp_path / "merged").iterdir()} >= {"config.json", "model.safetensors"}
+    (line,) = read_jsonl(tmp_path / "runs" / "mine" / "grpo" / "metrics.jsonl")
+    for column in re.findall(r"^\| `([^`]+)`(?:, `([^`]+)`)? \|", page, re.M):
+        for name in filter(None, column):
+            assert name.replace("NAME", "format") in line, f"the page's metric {name} is not logged"
