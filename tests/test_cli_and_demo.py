@@ -18,7 +18,7 @@ from diptych.cli import app
 from diptych.config import DemoConfig, load_config
 from diptych.demo import run_demo
 from diptych.document import Document
-from diptych.report import run_page
+from diptych.report import demo_page, run_page
 from diptych.report.charts import line_chart
 
 
@@ -162,11 +162,26 @@ def test_the_whole_demo_at_a_small_size(tmp_path):
     assert stored["parity"]["first_ratio_gap"] <= 1e-4
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "<script" not in page
-    assert all(f">{curve}<" in page for curve in ("text_likelihood", "image_text", "format"))  # one for each reward of the recipe
+    assert all(f">{curve}<" in page for curve in ("format", "text_likelihood"))  # one for each reward that spoke
     assert all(f"<td>{kind}</td><td>{row['prompts']}</td>" in page for kind, row in kinds.items())
     assert not re.search(r'(src|href)="(?!data:image/png;base64,)', page)  # one self-contained file
-    assert page.count('class="task card"') == 9
+    assert page.count('class="task card"') == 6
     assert "rewards" in run_page(tmp_path / "demo" / "grpo").lower()
+
+    # prompts behind the first six are shown where the verdict changed
+    def example(*right: bool) -> dict:
+        answers = {
+            n: {"answer": [], "steps": [], "document": {"whole document": r}}
+            for n, r in zip(("base", "warmup", "grpo"), right, strict=True)
+        }
+        return {"family": "story", "prompt": [{"type": "text", "text": f"told {right}"}], "answers": answers}
+
+    assert "GRPO changed the verdict" not in page
+    same, won, lost = example(False, True, True), example(False, False, True), example(True, True, False)
+    page = demo_page(stored, [won, *[same] * 5, same, won, same, lost], tmp_path / "demo")
+    first, changed = page.split("Where GRPO changed the verdict")
+    assert [part.count('class="task card"') for part in (first, changed)] == [6, 2]
+    assert "The first 2 prompts after those above" in changed
     # a second run finds everything done and leaves the same numbers
     again = run_demo(config, console)
     assert again["checkpoints"] == results["checkpoints"]

@@ -39,6 +39,8 @@ from diptych.runs import atomic_text, read_jsonl
 from diptych.runtime import set_threads, versions
 
 CHECKPOINTS = ("base", "warmup", "grpo")
+NUM_EXAMPLES = 60
+"""Prompts whose answers are kept for the page, which shows the first ones and those whose verdict GRPO changed."""
 _SHOWN = {
     "loss/text": "text loss", "loss/image": "image loss", "rewards/text_critic/mean": "text",
     "rewards/text_likelihood/mean": "text", "rewards/image_text/mean": "image", "rewards/format/mean": "format",
@@ -79,8 +81,8 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, An
     }
     atomic_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     examples = [
-        {**shown, "answers": {name: evaluated[name]["examples"][i]["answer"] for name in CHECKPOINTS}}
-        for i, shown in enumerate(evaluated["base"]["examples"])
+        {**answered[0], "answers": {name: example["answer"] for name, example in zip(CHECKPOINTS, answered, strict=True)}}
+        for answered in zip(*(evaluated[name]["examples"] for name in CHECKPOINTS), strict=False)  # an older demo kept fewer
     ]
     atomic_text(folder / "report.html", demo_page(results, examples, folder))
     print_results(results, folder, console)
@@ -169,7 +171,7 @@ def _evaluate_one(config: DemoConfig, source: str, progress: Any) -> dict[str, A
         "rates": {"greedy": rates(greedy), "sampled": rates(sampled)},
         "greedy_by_kind": rates_by_kind(greedy),
         "retention": evaluate_retention(model, sampling, config.evaluate, progress),
-        "examples": _examples(greedy[:12], config.grpo),
+        "examples": _examples(greedy[:NUM_EXAMPLES], config.grpo),
     }
 
 

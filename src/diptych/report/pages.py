@@ -19,6 +19,7 @@ from diptych.runs import read_jsonl
 NAMES = {"base": "Base model", "warmup": "After warm-up", "grpo": "After GRPO"}
 RATES = ("format", "text", "image", "order", "score", "document")
 
+NUM_FIRST, NUM_CHANGED = 6, 6  # documents on the demo's page
 Line = tuple[str, str, str]  # label, colour, metric
 THUMBNAIL = 208  # pixels of height
 
@@ -155,6 +156,19 @@ def _per_cent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def _right(example: dict[str, Any], checkpoint: str) -> bool:
+    return example["answers"][checkpoint]["document"]["whole document"]
+
+
+def example_html(example: dict[str, Any]) -> str:
+    """A prompt, and what each checkpoint answers."""
+    answers = "".join(f'<div class="{key}"><h3>{label}</h3>{answer_html(example["answers"][key])}</div>' for key, label in NAMES.items())
+    return (
+        f'<div class="task card"><div class="prompt"><span class="kind">{html.escape(example["family"])}</span>{blocks_html(example["prompt"])}</div>'
+        f'<div class="answers">{answers}</div></div>'
+    )
+
+
 def demo_page(results: dict[str, Any], examples: list[dict[str, Any]], folder: Path) -> str:
     """The demo's report. `examples`: {"family", "prompt" blocks, "answers": {checkpoint: answer}}."""
     retention = results["retention"]
@@ -165,15 +179,7 @@ def demo_page(results: dict[str, Any], examples: list[dict[str, Any]], folder: P
         + "</tr>"
         for key, label in NAMES.items()
     )  # fmt: skip
-    documents = []
-    for example in examples:
-        answers = "".join(
-            f'<div class="{key}"><h3>{label}</h3>{answer_html(example["answers"][key])}</div>' for key, label in NAMES.items()
-        )
-        documents.append(
-            f'<div class="task card"><div class="prompt"><span class="kind">{html.escape(example["family"])}</span>{blocks_html(example["prompt"])}</div>'
-            f'<div class="answers">{answers}</div></div>'
-        )
+    changed = [example for example in examples[NUM_FIRST:] if _right(example, "warmup") != _right(example, "grpo")][:NUM_CHANGED]
     parity = results["parity"]
     seconds = results["seconds"]
     body = f"""
@@ -193,8 +199,13 @@ order: events in the right order. score: the mean of these four. document: right
 <p class="note">Sampled and replayed log-probabilities differed by at most {parity["text_max"]:.1e} (text) and {parity["image_max"]:.1e} (image codes, guidance on);
 the ratio of the first update of a batch differed from 1 by at most {parity["first_ratio_gap"]:.1e}.</p>
 <h2>The same prompts, before and after</h2>
-<p class="note">Greedy answers. Numbers: what the learned rewards say. Green and red: the oracle's verdict, never seen in training.</p>
-{"".join(documents)}"""
+<p class="note">Greedy answers. Numbers: what the rewards say. Green and red: the oracle's verdict, never seen in training.</p>
+{"".join(example_html(example) for example in examples[:NUM_FIRST])}"""
+    if changed:
+        body += f"""
+<h2>Where GRPO changed the verdict</h2>
+<p class="note">The first {len(changed)} prompts after those above whose document was right before GRPO and is not any more, or the other way round.</p>
+{"".join(example_html(example) for example in changed)}"""
     footer = f"Warm-up {seconds['warmup']:.0f} s, GRPO {seconds['grpo']:.0f} s, evaluation {seconds['evaluation']:.0f} s. " + html.escape(
         ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     )
