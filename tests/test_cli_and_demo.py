@@ -162,7 +162,7 @@ def test_the_whole_demo_at_a_small_size(tmp_path):
     assert stored["parity"]["first_ratio_gap"] <= 1e-4
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "<script" not in page
-    assert all(f">{curve}<" in page for curve in ("format", "text_likelihood"))  # one for each reward that spoke
+    assert all(f"</i>{curve}<" in page for curve in ("format", "text_likelihood"))  # one for each reward that spoke
     assert all(f"<td>{kind}</td><td>{row['prompts']}</td>" in page for kind, row in kinds.items())
     assert not re.search(r'(src|href)="(?!data:image/png;base64,)', page)  # one self-contained file
     assert page.count('class="task card"') == 6

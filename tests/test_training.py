@@ -23,7 +23,8 @@ from diptych.experience import collect, groups_without_spread
 from diptych.grpo import ParityError, accumulate_gradient, check_parity, grpo, minibatches, replay
 from diptych.logprobs import score
 from diptych.models import load_model
-from diptych.rewards import RewardBatch, RewardError, load_reward
+from diptych.report import run_page
+from diptych.rewards import RewardBatch, RewardError, base, load_reward
 from diptych.rewards.base import merge
 from diptych.runs import read_jsonl
 from diptych.supervised import encode, supervised_gradient
@@ -265,19 +266,27 @@ def test_groups_without_spread_are_sampled_again(tiny_folder, tmp_path):
     assert "frac_groups_resampled" not in experience_module.reward_metrics(flat, config)
 
 
-@pytest.mark.parametrize("watch", ["likes_ball", "raises"])
-def test_a_reward_of_weight_0_watches_and_changes_nothing(tiny_folder, tmp_path, watch):
-    """Whatever it says, and where it fails: the same weights, the same metrics, and its own beside them."""
-    trains = [{"name": "toy_rewards:per_step"}]
-    grpo(grpo_config(tiny_folder, tmp_path / "alone", max_steps=2, rewards=trains))
-    grpo(grpo_config(tiny_folder, tmp_path / "watched", max_steps=2, rewards=[{"name": f"toy_rewards:{watch}", "weight": 0}, *trains]))
-    alone, watched = (weights(tmp_path / name / "checkpoints/step_2/model") for name in ("alone", "watched"))
+@pytest.mark.parametrize(
+    ("watch", "changes"),
+    [("toy_rewards:likes_ball", {}), ("toy_rewards:per_step", {"advantages": {"normalize": "group"}}), ("toy_rewards:raises", {}),
+     ("text_likelihood", {"lora": {"r": 2}})],
+)  # fmt: skip
+def test_a_reward_of_weight_0_watches_and_changes_nothing(tiny_folder, tmp_path, watch, changes):
+    """Whatever it says, of which steps, where it fails, and whatever it draws while it is made: the same weights and metrics."""
+    trains = [{"name": "toy_rewards:texts_only"}]
+    rewards = {"alone": trains, "watched": [{"name": watch, "weight": 0}, *trains]}
+    for name, given in rewards.items():
+        base._made.clear()
+        grpo(grpo_config(tiny_folder, tmp_path / name, max_steps=2, rewards=given, **changes))
+    files = [next((tmp_path / name / "checkpoints/step_2/model").glob("*.safetensors")) for name in rewards]
+    alone, watched = (load_file(file) for file in files)
     assert all(torch.equal(alone[name], watched[name]) for name in alone)
-    without, beside = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("alone", "watched"))
+    without, beside = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in rewards)
     for a, b in zip(without, beside, strict=True):
         assert all(b[name] == value for name, value in a.items() if "time" not in name and not name.startswith("seconds"))
-        assert b[f"rewards/toy_rewards:{watch}/missing"] == (watch == "raises")
-        assert (f"rewards/toy_rewards:{watch}/mean" in b) == (watch == "likes_ball")
+        assert b[f"rewards/{watch}/missing"] == (watch == "toy_rewards:raises")
+        assert (f"rewards/{watch}/mean" in b) == (watch != "toy_rewards:raises")
+    assert (f"</i>{watch} (watches)<" in run_page(tmp_path / "watched")) == (watch != "toy_rewards:raises")
 
 
 def test_spread_in_a_reward_that_only_watches_is_none(tiny_folder, tmp_path):

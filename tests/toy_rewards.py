@@ -27,6 +27,14 @@ def per_step(completions, **_):
     ]
 
 
+def texts_only(completions, **kwargs):
+    """`per_step`, and nothing of pictures."""
+    return [
+        [None if block["type"] == "image" else value for block, value in zip(messages[-1]["content"], values, strict=True)]
+        for messages, values in zip(completions, per_step(completions), strict=True)
+    ]
+
+
 def slow(completions, **kwargs):
     """Leaves time to be killed in the middle of a step."""
     time.sleep(float(os.environ.get("TOY_REWARD_SECONDS", "0")))

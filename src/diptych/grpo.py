@@ -53,7 +53,6 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
     """
     init_processes()
     set_threads(config.num_threads)
-    seed_everything(config.seed)
     if config.prompts_per_step % world_size():
         raise ValueError(f"prompts_per_step={config.prompts_per_step} cannot be shared by {world_size()} processes")
     if config.prompts_per_step * config.num_generations // world_size() % config.num_minibatches:
@@ -73,6 +72,7 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
     folder: Path | None = None
     if step:
         folder, state = run.load(step)
+    seed_everything(config.seed)  # behind the rewards: what they draw while they are made is not in the policy's adapters
     model = open_policy(config, device, folder).eval()  # no dropout: the policy that is scored is the policy that samples
     needs_reference = bool(config.text.beta or config.image.beta)
     reference = Reference(model, config, device, offload="reference" in config.offload) if needs_reference else None

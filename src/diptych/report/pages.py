@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+import yaml
 
 from diptych.report.charts import line_chart
 from diptych.runs import read_jsonl
@@ -104,16 +105,21 @@ def curves(run: Path, which: Sequence[tuple[str, Sequence[Line]]]) -> str:
     metrics = read_jsonl(run / "metrics.jsonl")
     charts = []
     for title, lines in which:
-        lines = lines or _reward_lines(metrics)
+        lines = lines or _reward_lines(run, metrics)
         series = [(label, colour, [(m["step"], m[name]) for m in metrics if name in m]) for label, colour, name in lines]
         charts.append(line_chart(title, [s for s in series if s[2]]))
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
-def _reward_lines(metrics: Sequence[dict[str, Any]]) -> list[Line]:
-    names = dict.fromkeys(name.removesuffix("/missing") for line in metrics for name in line if name.endswith("/missing"))
+def _reward_lines(run: Path, metrics: Sequence[dict[str, Any]]) -> list[Line]:
+    names = dict.fromkeys(name.split("/", 1)[1].removesuffix("/missing") for line in metrics for name in line if name.endswith("/missing"))
+    settings = yaml.safe_load((run / "config.yaml").read_text())["config"] if names else {}
+    watching = {reward["name"] for reward in settings.get("rewards", ()) if not reward["weight"]}
     colours = itertools.cycle(("warmup", "good", "grpo", "bad", "soft"))
-    return [(name.removeprefix("rewards/"), f"var(--{colour})", f"{name}/mean") for name, colour in zip(names, colours, strict=False)]
+    return [
+        (f"{name} (watches)" if name in watching else name, f"var(--{colour})", f"rewards/{name}/mean")
+        for name, colour in zip(names, colours, strict=False)
+    ]
 
 
 GRPO_CURVES: tuple[tuple[str, tuple[Line, ...]], ...] = (

@@ -128,7 +128,7 @@ class Steps:
                 self._undo(started)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # rewards may use the GPU in a thread of their own
             self._step()
         self._undo(started)
         return graph
