@@ -289,6 +289,22 @@ def test_a_reward_of_weight_0_watches_and_changes_nothing(tiny_folder, tmp_path,
     assert (f"</i>{watch} (watches)<" in run_page(tmp_path / "watched")) == (watch != "toy_rewards:raises")
 
 
+def test_a_label_tells_one_reward_from_another_of_the_same_name(tiny_folder, tmp_path):
+    twice = [{"name": "toy_rewards:per_step"}, {"name": "toy_rewards:per_step", "label": "second opinion", "weight": 0, "scale": 2.0}]
+    config = grpo_config(tiny_folder, tmp_path / "run", max_steps=1, sample_steps=1, rewards=twice)
+    grpo(config)
+    (line,) = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    first, second = (line[f"rewards/{key}/mean"] for key in ("toy_rewards:per_step", "second opinion"))
+    assert 0 < second == pytest.approx(first / 2)
+    record = read_jsonl(tmp_path / "run" / "samples" / "step_1.jsonl")[0]
+    assert record["steps"][0]["second opinion"] == pytest.approx(record["steps"][0]["toy_rewards:per_step"] / 2, abs=1e-4)
+    assert "label" not in config.model_dump()["rewards"][0]  # runs saved before there was one resume
+    with pytest.raises(ValueError, match="or a label where its options differ"):
+        grpo_config(tiny_folder, tmp_path / "run", rewards=[twice[0], twice[0]])
+    with pytest.raises(ValueError, match="label"):
+        grpo_config(tiny_folder, tmp_path / "run", rewards=[{**twice[0], "label": "a/b"}])
+
+
 def test_spread_in_a_reward_that_only_watches_is_none(tiny_folder, tmp_path):
     rewards = [{"name": "toy_rewards:always_equal"}, {"name": "toy_rewards:per_step", "weight": 0}]
     config = grpo_config(tiny_folder, tmp_path / "run", rewards=rewards)

@@ -128,6 +128,7 @@ class RewardConfig(Config):
     """One reward. `name` is built in (`diptych rewards list`) or `package.module:function`."""
 
     name: str
+    label: str = Field("", pattern=r"^[^/]*$", description="its name in metrics and documents; for one reward that is listed twice")
     weight: float = Field(1.0, description="0: watches; it is called and logged, and trains nothing")
     scale: float = Field(1.0, gt=0, description="the raw value is divided by this after `shift` is subtracted")
     shift: float = 0.0
@@ -136,6 +137,11 @@ class RewardConfig(Config):
         "blocks", description="what the function sees: text and image blocks, or one string (TRL's own functions)"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="of the reward itself, such as a judge's server and model")
+
+    @property
+    def key(self) -> str:
+        """What it is called in metrics, errors and documents."""
+        return self.label or self.name
 
     @model_validator(mode="after")
     def _no_keys(self) -> RewardConfig:
@@ -147,7 +153,7 @@ class RewardConfig(Config):
     @model_serializer(mode="wrap")
     def _without_what_is_new(self, handler: Any) -> dict[str, Any]:
         """Fields that are younger than some saved runs stand in the configuration only where they are used, so that these resume."""
-        new = {"options": {}, "content": "blocks"}
+        new = {"options": {}, "content": "blocks", "label": ""}
         return {name: value for name, value in handler(self).items() if name not in new or value != new[name]}
 
 
@@ -236,9 +242,11 @@ class GRPOConfig(RunConfig):
             )
         if self.sampling.text.temperature == 0 or self.sampling.image.temperature == 0:
             raise ValueError("temperature 0 is greedy: all rollouts of a group would be equal; use a temperature > 0")
-        names = [reward.name for reward in self.rewards]
+        names = [reward.key for reward in self.rewards]
         if len(set(names)) < len(names):
-            raise ValueError(f"a reward is listed twice ({', '.join(names)}); give it one entry with a weight")
+            raise ValueError(
+                f"a reward is listed twice ({', '.join(names)}); give it one entry with a weight, or a label where its options differ"
+            )
         if not any(reward.weight for reward in self.rewards):
             raise ValueError(f"all rewards have weight 0 ({', '.join(names)}): they would watch and nothing would be trained")
         if self.loss_type == "gspo" and self.num_iterations * self.num_minibatches == 1:

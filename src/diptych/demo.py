@@ -186,7 +186,7 @@ def _examples(judged: list[Judged], config: GRPOConfig) -> list[dict[str, Any]]:
         drawn = 0
         for j, block in enumerate(to_json_blocks(item.answer)):
             values: dict[str, Any] = {
-                reward.name: float(rewards.steps[r, b, j]) for r, reward in enumerate(config.rewards) if rewards.applies[r, b, j]
+                reward.key: float(rewards.steps[r, b, j]) for r, reward in enumerate(config.rewards) if rewards.applies[r, b, j]
             }
             if drawn < len(item.verdict.steps) and item.answer.images:
                 values["text" if block["type"] == "text" else "picture"] = item.verdict.steps[drawn][0 if block["type"] == "text" else 1]

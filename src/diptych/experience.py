@@ -129,7 +129,7 @@ def _at_once(function: Callable[..., RewardBatch], *arguments: Any) -> Future[Re
 
 def refuse_missing(rewards: RewardBatch, config: GRPOConfig) -> None:
     """Raises RewardError where too much is missing of a reward that trains."""
-    worst = max((reward.name for reward in config.rewards if reward.weight), key=rewards.missing.__getitem__)
+    worst = max((reward.key for reward in config.rewards if reward.weight), key=rewards.missing.__getitem__)
     if rewards.missing[worst] > config.max_missing_rewards:
         raise RewardError(
             f"{rewards.missing[worst]:.0%} of the values of reward {worst!r} are missing (allowed: {config.max_missing_rewards:.0%}); "
@@ -188,9 +188,9 @@ def reward_metrics(experience: Experience, config: GRPOConfig) -> dict[str, floa
     for r, reward in enumerate(config.rewards):
         used = values[r][valid[r]]
         if len(used):
-            metrics[f"rewards/{reward.name}/mean"] = float(used.mean())
-            metrics[f"rewards/{reward.name}/std"] = float(used.std()) if len(used) > 1 else 0.0
-        metrics[f"rewards/{reward.name}/missing"] = rewards.missing[reward.name]
+            metrics[f"rewards/{reward.key}/mean"] = float(used.mean())
+            metrics[f"rewards/{reward.key}/std"] = float(used.std()) if len(used) > 1 else 0.0
+        metrics[f"rewards/{reward.key}/missing"] = rewards.missing[reward.key]
     metrics |= {f"rewards/{fault}": float(count) for fault, count in rewards.faults.items()}
     metrics |= {f"rewards/{name}": sum(found) / len(found) for name, found in rewards.metrics.items()}
     weights = torch.tensor([reward.weight for reward in config.rewards])

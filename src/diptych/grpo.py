@@ -58,7 +58,7 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
     if config.prompts_per_step * config.num_generations // world_size() % config.num_minibatches:
         raise ValueError(f"num_minibatches={config.num_minibatches} does not divide the rollouts of one of {world_size()} processes")
     reward_functions = [(reward, load_reward(reward.name)) for reward in config.rewards]
-    told = [{"name": reward.name, "about": about(reward, function)} for reward, function in reward_functions]  # refuses wrong options
+    told = [{"name": reward.key, "about": about(reward, function)} for reward, function in reward_functions]  # refuses wrong options
     run = RunFolder(config.output_dir, config)
     run.describe("rewards.json", told)
     device = pick_device(config.device)

@@ -114,7 +114,7 @@ def curves(run: Path, which: Sequence[tuple[str, Sequence[Line]]]) -> str:
 def _reward_lines(run: Path, metrics: Sequence[dict[str, Any]]) -> list[Line]:
     names = dict.fromkeys(name.split("/", 1)[1].removesuffix("/missing") for line in metrics for name in line if name.endswith("/missing"))
     settings = yaml.safe_load((run / "config.yaml").read_text())["config"] if names else {}
-    watching = {reward["name"] for reward in settings.get("rewards", ()) if not reward["weight"]}
+    watching = {reward.get("label") or reward["name"] for reward in settings.get("rewards", ()) if not reward["weight"]}
     colours = itertools.cycle(("warmup", "good", "grpo", "bad", "soft"))
     return [
         (f"{name} (watches)" if name in watching else name, f"var(--{colour})", f"rewards/{name}/mean")

@@ -99,9 +99,9 @@ class RewardBatch:
 
     steps: (R, B, J) float32, rescaled, NaN where missing. applies: (R, B, J) bool.
     documents: (R, B) float32 of rewards that speak of the whole document, NaN where missing; documents_apply: (R, B).
-    missing: name -> share of the values it owed that are missing. errors: name -> the last error.
-    faults: "name/cause" -> missing values, of rewards that say why.
-    metrics: "name/metric" -> what a function logged, a number for each time. extras: "name/column" -> B values.
+    missing: key of the recipe's entry -> share of the values it owed that are missing. errors: key -> the last error.
+    faults: "key/cause" -> missing values, of rewards that say why.
+    metrics: "key/metric" -> what a function logged, a number for each time. extras: "key/column" -> B values.
     """
 
     steps: Tensor
@@ -240,10 +240,10 @@ def call_rewards(
             if inspect.isgenerator(returned):
                 returned = list(returned)
         except Exception as error:  # rewards are untrusted: counted, logged, masked out
-            errors[config.name] = f"{type(error).__name__}: {error}"
-            logger.warning("reward %s failed: %s", config.name, errors[config.name])
+            errors[config.key] = f"{type(error).__name__}: {error}"
+            logger.warning("reward %s failed: %s", config.key, errors[config.key])
             returned = [_AllMissing()] * len(sizes)
-        returned = _checked(config.name, returned, sizes)
+        returned = _checked(config.key, returned, sizes)
         for b, value in enumerate(returned):
             if isinstance(value, _AllMissing):
                 documents[r, b], documents_apply[r, b] = math.nan, True
@@ -255,14 +255,14 @@ def call_rewards(
                 documents[r, b] = _rescale(value, config)
         owed = int(applies[r].sum() + documents_apply[r].sum())
         lost = int((applies[r] & steps[r].isnan()).sum() + (documents_apply[r] & documents[r].isnan()).sum())
-        missing[config.name] = lost / max(1, owed)
+        missing[config.key] = lost / max(1, owed)
         if hasattr(function, "take_faults"):
             causes, shown = function.take_faults()
-            faults |= {f"{config.name}/{cause}": count for cause, count in causes.items()}
+            faults |= {f"{config.key}/{cause}": count for cause, count in causes.items()}
             if causes:
-                errors.setdefault(config.name, shown)
-        metrics |= {f"{config.name}/{name}": values for name, values in notes.metrics.items()}
-        extras |= {f"{config.name}/{name}": values for name, values in notes.extras.items()}
+                errors.setdefault(config.key, shown)
+        metrics |= {f"{config.key}/{name}": values for name, values in notes.metrics.items()}
+        extras |= {f"{config.key}/{name}": values for name, values in notes.extras.items()}
     return RewardBatch(steps, applies, documents, documents_apply, missing, errors, faults, metrics, extras)
 
 
