@@ -650,6 +650,21 @@ def test_every_row_of_the_document_has_as_many_columns_as_its_head(record):
     assert len({row.count("|") for row in rows}) == 1
 
 
+def test_measures_of_one_chart_are_told_by_step(record):
+    """Means over the three seeds: outcome has 0.1 before GRPO, 0.43 at step 2 and 0.46 at the end; what was not measured is a dash."""
+    section = documents.suite_section(record | {"overlays": [["greedy/score", "sampled_reward/text_likelihood"], ["greedy/score"]]})
+    _, outcome = section.split("by step:")[1:]
+    rows = [line for line in outcome.splitlines() if line.startswith("|")]
+    assert rows == [
+        "| step | score, greedy | reward: text likelihood, sampled |",
+        "|---|---|---|",
+        "| 0 | 10.0 | – |",
+        "| 2 | 43.0 | – |",
+        "| 4 | 46.0 | – |",
+    ]
+    assert "by step:" not in documents.suite_section(record)
+
+
 def test_nothing_finished_is_no_record(tmp_path):
     name, suite = load_suite(str(suite_of(tmp_path)))
     with pytest.raises(ValueError, match="no cell of suite 'tiny' is finished yet; run diptych ablate tiny"):

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from diptych.ablation.measures import MEASURES
-from diptych.ablation.summary import Record, dump, table
+from diptych.ablation.summary import Record, curve, dump, table
 from diptych.ablation.words import caveats, changes_text, cost, findings, interval_text, verdicts
 from diptych.runs import atomic_text
-from diptych.statistics import p_text
+from diptych.statistics import Estimate, p_text
 
 HEAD = """# Results of the ablations
 
@@ -88,10 +88,29 @@ def suite_section(record: Record) -> str:
         *(f"- {verdict.sentence}" for verdict in verdicts(record)), *(f"- Note: {sentence}" for sentence in caveats(record)), "",
         f"| variant | seeds | {' | '.join(labels)} | p | reaches the reference's end at step |", "|---" * (len(labels) + 4) + "|",
         *(_row(record, variant, row) for variant, row in zip(record["variants"], record["table"], strict=True)), "",
+        *_courses(record),
         f"All variants: {_base(record['base'])}, one thread.", "",
         f"`{command(record)}`. {cost(record)} Made with {_made_with(record)}.", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _courses(record: Record) -> list[str]:
+    """Where a suite draws measures into one chart: their means over seeds at each evaluated step, a table for each variant."""
+    measures = list(dict.fromkeys(m for chart in record["overlays"] for m in chart))
+    lines = []
+    for variant in record["variants"] if measures else ():
+        courses = {m: dict(curve(variant, m)) for m in measures}
+        head = " | ".join(MEASURES[m].label.replace("|", "\\|") for m in measures)
+        lines += [f"{variant['label']}, by step:", "", f"| step | {head} |", "|---" * (len(measures) + 1) + "|"]
+        for step in variant["steps"]:
+            lines.append(f"| {step} | {' | '.join(MEASURES[m].show(_mean_at(courses[m], step)) for m in measures)} |")
+        lines.append("")
+    return lines
+
+
+def _mean_at(course: dict[int, Estimate], step: int) -> float | None:
+    return course[step].mean if step in course else None
 
 
 def _row(record: Record, variant: dict[str, Any], row: dict[str, Any]) -> str:
