@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## the whole method on the packaged model: warm-up, GRPO, evaluation, report (ARGS="--seed 1" is passed on)
-	@echo "Running the demo (about 13 minutes on 2 cores; the same command resumes it) ..."
+	@echo "Running the demo (about 15 minutes on 2 cores; the same command resumes it) ..."
 	@$(BIN)/diptych demo $(ARGS)
 
 test: $(STAMP)  ## all tests that need no GPU (ARGS="-k losses" is passed on)

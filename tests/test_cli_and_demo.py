@@ -171,7 +171,7 @@ def test_the_whole_demo_at_a_small_size(tmp_path):
     # prompts behind the first six are shown where the verdict changed
     def example(*right: bool) -> dict:
         answers = {
-            n: {"answer": [], "steps": [], "document": {"whole document": r}}
+            n: {"answer": [], "steps": [], "document": {"oracle/whole document": r}}
             for n, r in zip(("base", "warmup", "grpo"), right, strict=True)
         }
         return {"family": "story", "prompt": [{"type": "text", "text": f"told {right}"}], "answers": answers}

@@ -41,10 +41,7 @@ from diptych.runtime import set_threads, versions
 CHECKPOINTS = ("base", "warmup", "grpo")
 NUM_EXAMPLES = 60
 """Prompts whose answers are kept for the page, which shows the first ones and those whose verdict GRPO changed."""
-_SHOWN = {
-    "loss/text": "text loss", "loss/image": "image loss", "rewards/text_critic/mean": "text",
-    "rewards/text_likelihood/mean": "text", "rewards/image_text/mean": "image", "rewards/format/mean": "format",
-}  # fmt: skip
+_LOSSES = {"loss/text": "text loss", "loss/image": "image loss"}
 
 
 def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
@@ -56,10 +53,11 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, An
     clock = _Clock(folder / "seconds.json")
     with _bars(console) as bars:
         with clock.of("warmup"):
-            warmup_stage.warmup(warmup_config, _stage(bars, "1/3 Warm-up", warmup_config.max_steps))
+            warmup_stage.warmup(warmup_config, _stage(bars, "1/3 Warm-up", warmup_config.max_steps, _LOSSES))
             _complete(bars)
         with clock.of("grpo"):
-            grpo_stage.grpo(grpo_config, _stage(bars, "2/3 GRPO", grpo_config.max_steps))
+            rewards = {f"rewards/{reward.key}/mean": reward.key for reward in grpo_config.rewards}
+            grpo_stage.grpo(grpo_config, _stage(bars, "2/3 GRPO", grpo_config.max_steps, rewards))
             _complete(bars)
         with clock.of("evaluation"):
             sources = {
@@ -126,11 +124,12 @@ def _bars(console: Console) -> Progress:
     )  # fmt: skip
 
 
-def _stage(bars: Progress, title: str, total: int) -> Any:
+def _stage(bars: Progress, title: str, total: int, shown_metrics: dict[str, str]) -> Any:
+    """What a training reports its steps to. `shown_metrics`: metric -> the word for it beside the bar."""
     task = bars.add_task(title, total=total, shown="")
 
     def update(step: int, total: int, metrics: dict[str, float]) -> None:
-        shown = "  ".join(f"{label} {metrics[name]:.2f}" for name, label in _SHOWN.items() if name in metrics)
+        shown = "  ".join(f"{label} {metrics[name]:.2f}" for name, label in shown_metrics.items() if name in metrics)
         bars.update(task, completed=step, shown=shown)
         if not bars.console.is_terminal and (step % 10 == 0 or step == total):
             bars.console.print(f"{title} {step}/{total}  {shown}")
@@ -189,10 +188,11 @@ def _examples(judged: list[Judged], config: GRPOConfig) -> list[dict[str, Any]]:
                 reward.key: float(rewards.steps[r, b, j]) for r, reward in enumerate(config.rewards) if rewards.applies[r, b, j]
             }
             if drawn < len(item.verdict.steps) and item.answer.images:
-                values["text" if block["type"] == "text" else "picture"] = item.verdict.steps[drawn][0 if block["type"] == "text" else 1]
+                kind = 0 if block["type"] == "text" else 1
+                values[("oracle/text", "oracle/picture")[kind]] = item.verdict.steps[drawn][kind]
             drawn += block["type"] == "image"
             steps.append(values)
-        whole = {"whole document": item.verdict.document == 1}
+        whole = {"oracle/whole document": item.verdict.document == 1}
         answer = {"answer": to_json_blocks(item.answer), "steps": steps, "document": whole}
         shown.append({"family": item.task.family, "prompt": to_json_blocks(item.task.prompt), "answer": answer})
     return shown

@@ -57,6 +57,7 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
         raise ValueError(f"prompts_per_step={config.prompts_per_step} cannot be shared by {world_size()} processes")
     if config.prompts_per_step * config.num_generations // world_size() % config.num_minibatches:
         raise ValueError(f"num_minibatches={config.num_minibatches} does not divide the rollouts of one of {world_size()} processes")
+    seed_everything(config.seed)  # for rewards that draw while they are made
     reward_functions = [(reward, load_reward(reward.name)) for reward in config.rewards]
     told = [{"name": reward.key, "about": about(reward, function)} for reward, function in reward_functions]  # refuses wrong options
     run = RunFolder(config.output_dir, config)
@@ -72,7 +73,7 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
     folder: Path | None = None
     if step:
         folder, state = run.load(step)
-    seed_everything(config.seed)  # behind the rewards: what they draw while they are made is not in the policy's adapters
+    seed_everything(config.seed)  # again: the adapters are the same whatever the rewards drew
     model = open_policy(config, device, folder).eval()  # no dropout: the policy that is scored is the policy that samples
     needs_reference = bool(config.text.beta or config.image.beta)
     reference = Reference(model, config, device, offload="reference" in config.offload) if needs_reference else None

@@ -102,7 +102,9 @@ def _courses(record: Record) -> list[str]:
     for variant in record["variants"] if measures else ():
         courses = {m: dict(curve(variant, m)) for m in measures}
         head = " | ".join(MEASURES[m].label.replace("|", "\\|") for m in measures)
-        lines += [f"{variant['label']}, by step:", "", f"| step | {head} |", "|---" * (len(measures) + 1) + "|"]
+        count = len(variant["seeds"])
+        of = "one seed" if count == 1 else f"means of {count} seeds, without intervals"
+        lines += [f"{variant['label']}, by step ({of}):", "", f"| step | {head} |", "|---" * (len(measures) + 1) + "|"]
         for step in variant["steps"]:
             lines.append(f"| {step} | {' | '.join(MEASURES[m].show(_mean_at(courses[m], step)) for m in measures)} |")
         lines.append("")

@@ -45,11 +45,13 @@ def blocks_html(blocks: Sequence[dict[str, Any]]) -> str:
 
 
 def chips_html(values: dict[str, Any]) -> str:
-    """Numbers as plain chips, verdicts (bool) as green or red ones."""
+    """Numbers as plain chips, verdicts (bool; `oracle/NAME`, which no reward can be called) as green or red ones."""
     chips = []
     for name, value in values.items():
         if isinstance(value, bool):
-            chips.append(f'<span class="chip {"good" if value else "bad"}">{html.escape(name)} {"right" if value else "wrong"}</span>')
+            chips.append(
+                f'<span class="chip {"good" if value else "bad"}">{html.escape(name.removeprefix("oracle/"))} {"right" if value else "wrong"}</span>'
+            )
         elif value is None or value != value:
             chips.append(f'<span class="chip bad">{html.escape(name)} missing</span>')
         else:
@@ -163,7 +165,7 @@ def _per_cent(value: float) -> str:
 
 
 def _right(example: dict[str, Any], checkpoint: str) -> bool:
-    return example["answers"][checkpoint]["document"]["whole document"]
+    return bool(example["answers"][checkpoint]["document"].get("oracle/whole document"))
 
 
 def example_html(example: dict[str, Any]) -> str:

@@ -180,7 +180,7 @@ def configured(config: RewardConfig, reward: Callable[..., Any]) -> Callable[...
         unknown = [name for name in config.options if name not in parameters or parameters[name].kind is inspect.Parameter.VAR_KEYWORD]
         if unknown:
             raise ValueError(
-                f"reward {config.name!r} takes no option {unknown[0]!r}; allowed are the parameters that it names: {', '.join(parameters)}"
+                f"reward {config.key!r} takes no option {unknown[0]!r}; allowed are the parameters that it names: {', '.join(parameters)}"
             )
         return functools.partial(reward, **config.options)
     factory: Any = reward
@@ -189,7 +189,7 @@ def configured(config: RewardConfig, reward: Callable[..., Any]) -> Callable[...
         try:
             _made[key] = factory(**config.options)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"reward {config.name!r} cannot be made with options {sorted(config.options)}: {error}") from error
+            raise ValueError(f"reward {config.key!r} cannot be made with options {sorted(config.options)}: {error}") from error
     return _made[key]
 
 
