@@ -19,6 +19,7 @@ from diptych import experience as experience_module
 from diptych import grpo as grpo_module
 from diptych.config import GRPOConfig, WarmupConfig, build, to_yaml
 from diptych.data import Mixture
+from diptych.document import to_message
 from diptych.experience import collect, groups_without_spread
 from diptych.grpo import ParityError, accumulate_gradient, check_parity, grpo, minibatches, replay
 from diptych.logprobs import score
@@ -27,6 +28,7 @@ from diptych.report import run_page
 from diptych.rewards import RewardBatch, RewardError, base, load_reward
 from diptych.rewards.base import merge
 from diptych.runs import read_jsonl
+from diptych.sampling.engine import sample
 from diptych.supervised import encode, supervised_gradient
 from diptych.tokens import collate
 from diptych.warmup import warmup
@@ -287,6 +289,35 @@ def test_a_reward_of_weight_0_watches_and_changes_nothing(tiny_folder, tmp_path,
         assert b[f"rewards/{watch}/missing"] == (watch == "toy_rewards:raises")
         assert (f"rewards/{watch}/mean" in b) == (watch != "toy_rewards:raises")
     assert (f"</i>{watch} (watches)<" in run_page(tmp_path / "watched")) == (watch != "toy_rewards:raises")
+
+
+def test_held_out_prompts_are_rewarded_and_nothing_is_learned_from_them(tiny_folder, tmp_path):
+    """The same weights and metrics as without; the means are those of the rewards, called here on greedy answers sampled here."""
+    rewards = [{"name": "toy_rewards:per_step"}, {"name": "toy_rewards:raises", "label": "broken", "weight": 0}]
+    grpo(grpo_config(tiny_folder, tmp_path / "without", max_steps=3, save_steps=3, rewards=rewards))
+    config = grpo_config(tiny_folder, tmp_path / "with", max_steps=3, save_steps=3, rewards=rewards, eval_steps=2, num_eval_prompts=5)
+    model = grpo(config)
+    without, beside = (weights(tmp_path / name / "checkpoints/step_3/model") for name in ("without", "with"))
+    assert all(torch.equal(without[name], beside[name]) for name in without)
+    lines = read_jsonl(tmp_path / "with" / "metrics.jsonl")
+    assert ["eval/rewards/toy_rewards:per_step/mean" in line for line in lines] == [False, True, True]
+    assert [line.get("eval/rewards/broken/missing") for line in lines] == [None, 1.0, 1.0]
+    assert not any("eval/rewards/broken/mean" in line for line in lines)
+
+    records = Mixture(config.prompts, config.seed, "validation").batch(0, 5)
+    trained = Mixture(config.prompts, config.seed).batch(0, 50)
+    in_words = [{r.prompt.text for r in some if not r.prompt.images} for some in (records, trained)]
+    assert in_words[0]
+    assert not in_words[0] & in_words[1]
+    noise = torch.Generator().manual_seed(9)  # greedy answers do not depend on it
+    rollouts = [sample(model, [model.encode_prompt(r.prompt)], config.sampling.greedy(), generator=noise)[0] for r in records]
+    said = load_reward("toy_rewards:per_step")(completions=[[to_message("assistant", r.document)] for r in rollouts])
+    expected = sum(sum(steps) / len(steps) for steps in said) / 5
+    assert lines[-1]["eval/rewards/toy_rewards:per_step/mean"] == pytest.approx(expected, abs=1e-5)
+    assert "Rewards of held-out prompts" in run_page(tmp_path / "with")
+    assert "Rewards of held-out prompts" not in run_page(tmp_path / "without")
+    saved = grpo_config(tiny_folder, tmp_path / "without", rewards=rewards).model_dump()
+    assert not {"eval_steps", "num_eval_prompts"} & set(saved)  # runs saved before there were these resume
 
 
 def test_a_label_tells_one_reward_from_another_of_the_same_name(tiny_folder, tmp_path):

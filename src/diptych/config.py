@@ -224,8 +224,18 @@ class GRPOConfig(RunConfig):
         (), description="what waits in the host's memory while a GPU does not need it"
     )
     resample_attempts: int = Field(0, ge=0, description="sample groups without spread again, so many times")
+    eval_steps: int | None = Field(
+        None, ge=1, description="every so many steps, the rewards of greedy answers to held-out prompts; None: never"
+    )
+    num_eval_prompts: int = Field(48, ge=1)
     max_missing_rewards: float = Field(0.2, ge=0, le=1, description="a larger share of missing rewards stops the run")
     parity_bound: float = Field(1e-3, gt=0, description="largest allowed |replayed - sampled| log-probability")
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, handler: Any) -> dict[str, Any]:
+        found = handler(self)
+        unused = {"code_cache": self.code_cache is None, "eval_steps": not self.eval_steps, "num_eval_prompts": not self.eval_steps}
+        return {name: value for name, value in found.items() if not unused.get(name)}  # so that runs saved before there were these resume
 
     @field_validator("prompts", mode="before")
     @classmethod

@@ -28,6 +28,7 @@ from diptych.sampling.engine import sample
 from diptych.sampling.rollout import Rollout
 from diptych.tokens import Modality
 
+_EVALUATION = 2**20  # in the place of an attempt: random numbers of its own
 RewardFunctions = Sequence[tuple[Any, Callable[..., Any]]]
 
 
@@ -100,6 +101,25 @@ def _collect_once(
         call = submit(call_rewards, reward_functions, [r.prompt for r in repeated], [r.document for r in rollouts], columns, context)
         found = Sampled(found.records + repeated, found.rollouts + rollouts, [*found.calls, call])
     return found
+
+
+@torch.no_grad()
+def held_out_rewards(
+    model: UnifiedModel, records: list[Record], reward_functions: RewardFunctions, config: GRPOConfig, step: int
+) -> dict[str, float]:
+    """Means of what the rewards say of greedy answers to prompts that are not trained on: `eval/rewards/KEY/mean`, `/missing`.
+
+    Nothing is learned from them and nothing stops a run. A reward that trains and one that watches part here where a hole is found.
+    """
+    rows = (config.rollout_batch_size or config.prompts_per_step) * config.num_generations
+    greedy = config.model_copy(update={"sampling": config.sampling.greedy(), "num_generations": 1, "rollout_batch_size": rows})
+    rewards = _collect_once(model, records, reward_functions, greedy, (step, _EVALUATION), _at_once).experience(greedy).rewards
+    values, speaks, missing = document_rewards(rewards.steps, rewards.applies, rewards.documents, rewards.documents_apply)  # (R, B)
+    metrics = {f"eval/rewards/{key}/missing": share for key, share in rewards.missing.items()}
+    for reward, value, known in zip(config.rewards, values, speaks & ~missing, strict=True):
+        if known.any():
+            metrics[f"eval/rewards/{reward.key}/mean"] = float(value[known].mean())
+    return metrics
 
 
 def _chosen_ids(rollout: Rollout) -> list[int]:

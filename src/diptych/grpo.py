@@ -24,7 +24,7 @@ from torch import Tensor
 from diptych.config import GRPOConfig, ModalityConfig, SamplingParams
 from diptych.credit import token_advantages
 from diptych.data import Mixture
-from diptych.experience import collect, reward_metrics, sample_records
+from diptych.experience import collect, held_out_rewards, reward_metrics, sample_records
 from diptych.logprobs import Scores, score
 from diptych.losses import Counts, ModalityTerms, PolicyBatch, policy_loss
 from diptych.models import UnifiedModel, open_policy
@@ -33,7 +33,7 @@ from diptych.optim import make_optimizer, move_state, optimizer_step
 from diptych.rewards import load_reward
 from diptych.rewards.base import about
 from diptych.runs import RunFolder
-from diptych.runtime import generator, init_processes, pick_device, seed_everything, set_threads, sum_over_processes, world_size
+from diptych.runtime import generator, init_processes, pick_device, rank, seed_everything, set_threads, sum_over_processes, world_size
 from diptych.sampling.rollout import Rollout
 from diptych.supervised import encode, supervised_gradient
 from diptych.tokens import TokenBatch, collate
@@ -66,6 +66,7 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
     if config.offload and device.type == "cpu":
         raise ValueError(f"offload={list(config.offload)} frees a GPU's memory, and this run is on the CPU; leave it out")
     prompts = Mixture(config.prompts, config.seed)
+    held_out = Mixture(config.prompts, config.seed, "validation").batch(0, config.num_eval_prompts) if config.eval_steps else []
     old_skills = Mixture(config.ptx.sources, config.seed) if config.ptx else None
     step = (run.steps() or [0])[-1]
     state: dict[str, Any] = {}
@@ -111,6 +112,8 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
         metrics |= update_metrics(sums, config) | reward_metrics(experience, config)
         metrics |= {"seconds/rollout": sampling_ended - began, "step_time": time.perf_counter() - began}
         metrics["num_tokens"] = float(batch.attention_mask.sum())
+        if config.eval_steps and rank() == 0 and (step % config.eval_steps == 0 or step == config.max_steps):
+            metrics |= held_out_rewards(model, held_out, reward_functions, config, step)
         if step % config.logging_steps == 0 or step == config.max_steps:
             run.log(step, metrics)
         if step % config.sample_steps == 0 or step == config.max_steps:

@@ -102,30 +102,32 @@ def kinds_table(counted: dict[str, Any]) -> str:
     return f'<div class="scroll"><table><tr><th>greedy, whole documents</th><th>prompts</th>{head}</tr>{rows}</table></div>'
 
 
-def curves(run: Path, which: Sequence[tuple[str, Sequence[Line]]]) -> str:
-    """Charts of a run's metrics: (title, lines); without lines, one for each reward that was logged."""
+def curves(run: Path, which: Sequence[tuple[str, Sequence[Line] | str]]) -> str:
+    """Charts of a run's metrics: (title, lines); or the beginning of names, for one line for each reward that was logged under it."""
     metrics = read_jsonl(run / "metrics.jsonl")
     charts = []
-    for title, lines in which:
-        lines = lines or _reward_lines(run, metrics)
+    for title, given in which:
+        lines = _reward_lines(run, metrics, given) if isinstance(given, str) else given
         series = [(label, colour, [(m["step"], m[name]) for m in metrics if name in m]) for label, colour, name in lines]
         charts.append(line_chart(title, [s for s in series if s[2]]))
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
-def _reward_lines(run: Path, metrics: Sequence[dict[str, Any]]) -> list[Line]:
-    names = dict.fromkeys(name.split("/", 1)[1].removesuffix("/missing") for line in metrics for name in line if name.endswith("/missing"))
-    settings = yaml.safe_load((run / "config.yaml").read_text())["config"] if names else {}
+def _reward_lines(run: Path, metrics: Sequence[dict[str, Any]], prefix: str) -> list[Line]:
+    logged = dict.fromkeys(name for line in metrics for name in line if name.startswith(prefix) and name.endswith("/missing"))
+    keys = [name.removeprefix(prefix).removesuffix("/missing") for name in logged]
+    settings = yaml.safe_load((run / "config.yaml").read_text())["config"] if keys else {}
     watching = {reward.get("label") or reward["name"] for reward in settings.get("rewards", ()) if not reward["weight"]}
     colours = itertools.cycle(("warmup", "good", "grpo", "bad", "soft"))
     return [
-        (f"{name} (watches)" if name in watching else name, f"var(--{colour})", f"rewards/{name}/mean")
-        for name, colour in zip(names, colours, strict=False)
+        (f"{key} (watches)" if key in watching else key, f"var(--{colour})", f"{prefix}{key}/mean")
+        for key, colour in zip(keys, colours, strict=False)
     ]
 
 
-GRPO_CURVES: tuple[tuple[str, tuple[Line, ...]], ...] = (
-    ("Rewards of sampled documents", ()),
+GRPO_CURVES: tuple[tuple[str, tuple[Line, ...] | str], ...] = (
+    ("Rewards of sampled documents", "rewards/"),
+    ("Rewards of held-out prompts, greedy", "eval/rewards/"),
     ("Groups without spread", (("share of groups", "var(--grpo)", "frac_reward_zero_std"),)),
     ("Entropy per choice (nats)", (("text", "var(--good)", "entropy/text"), ("image", "var(--grpo)", "entropy/image"))),
     ("KL to the reference per choice", (("text", "var(--good)", "kl/text"), ("image", "var(--grpo)", "kl/image"))),
