@@ -653,7 +653,7 @@ def test_every_row_of_the_document_has_as_many_columns_as_its_head(record):
 def test_measures_of_one_chart_are_told_by_step(record):
     """Means over the three seeds: outcome has 0.1 before GRPO, 0.43 at step 2 and 0.46 at the end; what was not measured is a dash."""
     section = documents.suite_section(record | {"overlays": [["greedy/score", "sampled_reward/text_likelihood"], ["greedy/score"]]})
-    _, outcome = section.split("by step (means of 3 seeds, without intervals):")[1:]
+    _, outcome = section.split("at each evaluated step (means of 3 seeds, without intervals):")[1:]
     rows = [line for line in outcome.splitlines() if line.startswith("|")]
     assert rows == [
         "| step | score, greedy | reward: text likelihood, sampled |",
@@ -662,7 +662,7 @@ def test_measures_of_one_chart_are_told_by_step(record):
         "| 2 | 43.0 | – |",
         "| 4 | 46.0 | – |",
     ]
-    assert "by step (" not in documents.suite_section(record)
+    assert "at each evaluated step" not in documents.suite_section(record)
 
 
 def test_nothing_finished_is_no_record(tmp_path):

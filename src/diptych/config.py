@@ -87,12 +87,15 @@ class RunConfig(Config):
     image_size: int | None = Field(None, ge=1, description="pixels a side of drawn pictures (Emu3); None: the family's own")
     code_cache: str | None = Field(None, description="folder for the codes of data sets' pictures; None: encoded at every use")
 
+    def _unused(self) -> set[str]:
+        """Fields that are younger than some saved runs and not used here."""
+        return {"code_cache"} if self.code_cache is None else set()
+
     @model_serializer(mode="wrap")
-    def _without_cache(self, handler: Any) -> dict[str, Any]:
-        found = handler(self)
-        if self.code_cache is None:
-            found.pop("code_cache", None)  # so that runs saved before there was one resume
-        return found
+    def _without_what_is_not_used(self, handler: Any) -> dict[str, Any]:
+        """Runs that were saved before there were these fields resume."""
+        unused = self._unused()
+        return {name: value for name, value in handler(self).items() if name not in unused}
 
 
 class MixtureSource(Config):
@@ -231,11 +234,8 @@ class GRPOConfig(RunConfig):
     max_missing_rewards: float = Field(0.2, ge=0, le=1, description="a larger share of missing rewards stops the run")
     parity_bound: float = Field(1e-3, gt=0, description="largest allowed |replayed - sampled| log-probability")
 
-    @model_serializer(mode="wrap")
-    def _without_what_is_not_used(self, handler: Any) -> dict[str, Any]:
-        found = handler(self)
-        unused = {"code_cache": self.code_cache is None, "eval_steps": not self.eval_steps, "num_eval_prompts": not self.eval_steps}
-        return {name: value for name, value in found.items() if not unused.get(name)}  # so that runs saved before there were these resume
+    def _unused(self) -> set[str]:
+        return super()._unused() | (set() if self.eval_steps else {"eval_steps", "num_eval_prompts"})
 
     @field_validator("prompts", mode="before")
     @classmethod

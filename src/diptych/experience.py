@@ -109,7 +109,8 @@ def held_out_rewards(
 ) -> dict[str, float]:
     """Means of what the rewards say of greedy answers to prompts that are not trained on: `eval/rewards/KEY/mean`, `/missing`.
 
-    Nothing is learned from them and nothing stops a run. A reward that trains and one that watches part here where a hole is found.
+    Nothing is learned from them, and values that are missing stop no run. A reward that trains and one that watches part here where a
+    hole is found.
     """
     rows = (config.rollout_batch_size or config.prompts_per_step) * config.num_generations
     greedy = config.model_copy(update={"sampling": config.sampling.greedy(), "num_generations": 1, "rollout_batch_size": rows})

@@ -12,7 +12,7 @@ from diptych.ablation.measures import MEASURES
 from diptych.ablation.summary import Record, curve, dump, table
 from diptych.ablation.words import caveats, changes_text, cost, findings, interval_text, verdicts
 from diptych.runs import atomic_text
-from diptych.statistics import Estimate, p_text
+from diptych.statistics import p_text
 
 HEAD = """# Results of the ablations
 
@@ -100,19 +100,15 @@ def _courses(record: Record) -> list[str]:
     measures = list(dict.fromkeys(m for chart in record["overlays"] for m in chart))
     lines = []
     for variant in record["variants"] if measures else ():
-        courses = {m: dict(curve(variant, m)) for m in measures}
+        courses = {m: {step: found.mean for step, found in curve(variant, m)} for m in measures}
         head = " | ".join(MEASURES[m].label.replace("|", "\\|") for m in measures)
         count = len(variant["seeds"])
         of = "one seed" if count == 1 else f"means of {count} seeds, without intervals"
-        lines += [f"{variant['label']}, by step ({of}):", "", f"| step | {head} |", "|---" * (len(measures) + 1) + "|"]
+        lines += [f"{variant['label']}, at each evaluated step ({of}):", "", f"| step | {head} |", "|---" * (len(measures) + 1) + "|"]
         for step in variant["steps"]:
-            lines.append(f"| {step} | {' | '.join(MEASURES[m].show(_mean_at(courses[m], step)) for m in measures)} |")
+            lines.append(f"| {step} | {' | '.join(MEASURES[m].show(courses[m].get(step)) for m in measures)} |")
         lines.append("")
     return lines
-
-
-def _mean_at(course: dict[int, Estimate], step: int) -> float | None:
-    return course[step].mean if step in course else None
 
 
 def _row(record: Record, variant: dict[str, Any], row: dict[str, Any]) -> str:
