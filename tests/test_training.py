@@ -320,6 +320,28 @@ def test_held_out_prompts_are_rewarded_and_nothing_is_learned_from_them(tiny_fol
     assert not {"eval_steps", "num_eval_prompts"} & set(saved)  # runs saved before there were these resume
 
 
+@pytest.mark.parametrize("stage", ["warmup", "grpo"])
+def test_what_was_evaluated_is_logged_between_the_logging_steps_too(tiny_folder, tmp_path, stage):
+    few = {"max_steps": 5, "logging_steps": 4, "eval_steps": 3}
+    if stage == "warmup":
+        warmup(warmup_config(tiny_folder, tmp_path / "run", **few))
+    else:
+        grpo(grpo_config(tiny_folder, tmp_path / "run", num_eval_prompts=2, **few))
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    evaluated = [any(name.startswith("eval/") for name in line) for line in lines]
+    assert dict(zip([line["step"] for line in lines], evaluated, strict=True)) == {3: True, 4: False, 5: True}
+
+
+def test_a_reward_that_draws_while_it_is_made_draws_the_same_in_every_run(tiny_folder, tmp_path):
+    found = []
+    for name in ("one", "two"):
+        base._made.clear()
+        torch.rand(len(name) + len(found))  # wherever the global generator stands
+        grpo(grpo_config(tiny_folder, tmp_path / name, max_steps=1, rewards=[{"name": "toy_rewards:Draws"}]))
+        found.append(read_jsonl(tmp_path / name / "metrics.jsonl")[0]["rewards/toy_rewards:Draws/mean"])
+    assert found[0] == found[1]
+
+
 def test_a_label_tells_one_reward_from_another_of_the_same_name(tiny_folder, tmp_path):
     twice = [{"name": "toy_rewards:per_step"}, {"name": "toy_rewards:per_step", "label": "second opinion", "weight": 0, "scale": 2.0}]
     config = grpo_config(tiny_folder, tmp_path / "run", max_steps=1, sample_steps=1, rewards=twice)

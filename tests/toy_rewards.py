@@ -6,6 +6,8 @@ import math
 import os
 import time
 
+import torch
+
 
 def likes_ball(completions, **_):
     """Share of words that are "ball": something that any model can learn in a few steps."""
@@ -33,6 +35,16 @@ def texts_only(completions, **kwargs):
         [None if block["type"] == "image" else value for block, value in zip(messages[-1]["content"], values, strict=True)]
         for messages, values in zip(completions, per_step(completions), strict=True)
     ]
+
+
+class Draws:
+    """Has weights of its own, drawn while it is made."""
+
+    def __init__(self):
+        self.weight = float(torch.rand(()))
+
+    def __call__(self, completions, **_):
+        return [self.weight * len(messages[-1]["content"]) for messages in completions]
 
 
 def slow(completions, **kwargs):

@@ -112,9 +112,10 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
         metrics |= update_metrics(sums, config) | reward_metrics(experience, config)
         metrics |= {"seconds/rollout": sampling_ended - began, "step_time": time.perf_counter() - began}
         metrics["num_tokens"] = float(batch.attention_mask.sum())
-        if config.eval_steps and rank() == 0 and (step % config.eval_steps == 0 or step == config.max_steps):
+        evaluates = config.eval_steps is not None and (step % config.eval_steps == 0 or step == config.max_steps)
+        if evaluates and rank() == 0:
             metrics |= held_out_rewards(model, held_out, reward_functions, config, step)
-        if step % config.logging_steps == 0 or step == config.max_steps:
+        if step % config.logging_steps == 0 or step == config.max_steps or evaluates:
             run.log(step, metrics)
         if step % config.sample_steps == 0 or step == config.max_steps:
             run.save_samples(step, sample_records(experience, config.num_generations))

@@ -57,9 +57,10 @@ def warmup(config: WarmupConfig, progress: Progress | None = None) -> UnifiedMod
         )
         metrics |= optimizer_step(model, optimizer, schedule, config.optim)
         step += 1
-        if step % config.eval_steps == 0 or step == config.max_steps:
+        evaluates = step % config.eval_steps == 0 or step == config.max_steps
+        if evaluates:
             metrics |= validation_loss(model, held_out, config)
-        if step % config.logging_steps == 0 or step == config.max_steps:
+        if step % config.logging_steps == 0 or evaluates:
             run.log(step, metrics)
         if step % config.sample_steps == 0 or step == config.max_steps:
             save_samples(run, model, held_out, config, step)
