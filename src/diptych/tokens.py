@@ -222,3 +222,15 @@ def collate(rows: Sequence[TokenRow]) -> TokenBatch:
         completion_mask=pad("completion_mask", False),
         pixels=tuple(r.pixels for r in rows) if any(r.pixels for r in rows) else (),
     )
+
+
+def valid_text(text: str) -> str:
+    """The text itself. Raises ValueError for a lone surrogate: Python keeps one in a string, but no tokenizer or file can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text holds a lone surrogate ({text[error.start]!r}) at character {error.start} of {len(text)}: half of a character "
+            "(of an emoji, say), as a string that was cut leaves it; mend the text"
+        ) from None
+    return text
