@@ -5,12 +5,15 @@ arXiv:2501.17811. Stock class: `JanusForConditionalGeneration`.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import JanusForConditionalGeneration
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
@@ -22,7 +25,7 @@ from diptych.models.hf import HFModel, load_image_processor
 from diptych.models.pixels import square, to_images, to_pixels
 from diptych.tokens import TokenRow
 
-BEGIN, END, PLACEHOLDER = "<begin_of_image>", "<end_of_image>", "<image_placeholder>"
+BEGIN, END, PLACEHOLDER, PAD = "<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<｜▁pad▁｜>"
 # Kept in full precision under 4 bits: small, or what draws.
 _NOT_IN_4BIT = ["vision_model", "aligner", "vqmodel", "generation_embeddings", "generation_aligner", "generation_head", "lm_head"]
 
@@ -31,10 +34,12 @@ class JanusModel(HFModel):
     family = "janus"
     hf_class = JanusForConditionalGeneration
     image_marker = PLACEHOLDER
-    # Jinja drops a newline right after a block, so those of the template are written as expressions
+    # As DeepSeek's code writes a conversation: stripped, and an empty message is its role alone. Jinja drops a newline right after a
+    # block, so those of the template are written as expressions.
     default_template = (
-        "{% for m in messages %}<|User|>: {% for c in m['content'] %}{% if c['type'] == 'image' %}"
-        "{{ '" + PLACEHOLDER + "\\n' }}{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}{{ '\\n\\n' }}{% endfor %}<|Assistant|>:"
+        "{% for m in messages %}{% set said = namespace(text='') %}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+        "{% set said.text = said.text + '" + PLACEHOLDER + "\\n' %}{% else %}{% set said.text = said.text + c['text'] | trim %}{% endif %}"
+        "{% endfor %}<|User|>:{{ ' ' + said.text | trim + '\\n\\n' if said.text | trim }}{% endfor %}<|Assistant|>:"
     )
     default_sampling = SamplingParams(image=ImageSampling(guidance_scale=5.0))
 
@@ -51,7 +56,8 @@ class JanusModel(HFModel):
             end_id=self.token_id(END),
         )
         self.num_features = int(vision.num_image_tokens)
-        pad = hf.generation_config.pad_token_id if hf.generation_config.pad_token_id is not None else tokenizer.pad_token_id
+        pads = (self.vocabulary.get(PAD), hf.generation_config.pad_token_id, tokenizer.pad_token_id)  # by name first, as DeepSeek's code
+        pad = next((i for i in pads if i is not None), None)
         if pad is None:
             raise ValueError(f"{folder} names no pad token, of which Janus makes its unconditional prompt; use the release's files")
         self._pad = int(pad)
@@ -74,20 +80,46 @@ class JanusModel(HFModel):
         return self.hf.model.generation_head(hidden)
 
     @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """The nearest row of the codebook by direction, the first of equals, as DeepSeek's tokenizer finds it; transformers' `encode`
+        counts lengths too and finds others. In float32 whatever the weights' type: in less, rounding decides close calls."""
+        vq = self.hf.model.vqmodel
+        with _full_precision(pixels.device):
+            latents = _in_float32(vq.quant_conv, _in_float32(vq.encoder, pixels.float()))  # (N, C, s, s)
+            vectors = F.normalize(latents.flatten(2).transpose(1, 2), dim=-1)  # (N, positions, C)
+            rows = F.normalize(vq.quantize.embedding.weight.float(), dim=-1)  # (K, C)
+            distances = rows.square().sum(1) - 2 * vectors @ rows.T  # (N, positions, K), less what all codes share
+            return distances.argmin(-1, keepdim=True)
+
+    @torch.no_grad()
     def decode_codes(self, codes: Tensor) -> Tensor:
         return self.hf.model.vqmodel.decode(codes[..., 0])
 
     # --- words and pictures ---
     def unconditional_prompt(self, prompt_length: int) -> list[int]:
-        """Every token of the prompt but its first replaced by padding, as `generate` does: positions stay what they were."""
+        """Every token of the prompt but its first replaced by padding, as DeepSeek's code does: positions stay what they were.
+        transformers' `generate` keeps the begin tokens of the prompt's pictures too."""
         return [self.bos_id] + [self._pad] * (prompt_length - 1)
 
     def begin_prompt(self, rendered: str, num_images: int) -> str:
-        """As the release was trained: with its system prompt where pictures are read, without it where one is only drawn."""
-        return super().begin_prompt(self.system_prompt + rendered if num_images else rendered, num_images)
+        """As the release was trained: with its system prompt where pictures are read, without it where one is only drawn. The begin
+        token stands first and once, whether or not the template writes one."""
+        bos = self.tokenizer.bos_token
+        return bos + (self.system_prompt if num_images else "") + rendered.replace(bos, "")
 
     def target_pixels(self, image: PIL.Image.Image) -> Tensor:
         return to_pixels([square(to_rgb(image))], self.image_spec.pixel_size)[0]
+
+    def processed(self, image: PIL.Image.Image) -> Tensor:
+        """(3, S, S) float32. Sides are cut off to whole pixels, as in DeepSeek's code. The stock processor, which does the rest here,
+        rounds them, and a side that is one pixel longer changes all of the picture."""
+        settings, rgb = self.image_processor, to_rgb(image)
+        size = settings.size["height"]
+        width, height = (max(int(side / max(rgb.size) * size), settings.min_size) for side in rgb.size)
+        canvas = PIL.Image.new("RGB", (size, size), settings.background_color)
+        resized = rgb.resize((width, height), PIL.Image.Resampling.BICUBIC)
+        canvas.paste(resized, ((size - width) // 2, (size - height) // 2))
+        return super().processed(canvas)
 
     def prompt_image_row(self, image: Image) -> TokenRow:
         """SigLIP features between the image tokens; a picture that has codes only is decoded first."""
@@ -104,13 +136,34 @@ class JanusModel(HFModel):
         return self.hf.model.language_model
 
     def frozen_modules(self) -> list[nn.Module]:
-        return [self.hf.model.vision_model, self.hf.model.vqmodel]
+        """The order is part of the name that `code_cache` gives its folder (`tokenizer_hash`). It was the other way round while codes were
+        those of transformers' `encode`, which must not be found again."""
+        return [self.hf.model.vqmodel, self.hf.model.vision_model]
 
     @classmethod
     def load(
         cls, folder: Path, *, dtype: torch.dtype | None = None, load_in_4bit: bool = False, image_size: int | None = None
     ) -> JanusModel:
         hf, tokenizer = cls.load_parts(folder, dtype, load_in_4bit, _NOT_IN_4BIT)
+        # JanusConfig's default is a tied head; the releases' are not, and a config.json that leaves it open must not say so when saved
+        hf.config.tie_word_embeddings = hf.lm_head.weight is hf.get_input_embeddings().weight
         model = cls(hf, tokenizer, load_image_processor(folder), folder)
         check_image_size(image_size, model.image_spec.pixel_size, cls.family)
         return model
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast, and no TF32 in convolutions, which is torch's default on GPUs."""
+    cudnn: Any = torch.backends.cudnn
+    before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        cudnn.conv.fp32_precision = before
+
+
+def _in_float32(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Its output with weights cast for this call alone: nothing is kept, saved or hashed twice."""
+    return torch.func.functional_call(module, {name: value.float() for name, value in module.state_dict().items()}, (inputs,))
