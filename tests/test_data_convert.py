@@ -27,7 +27,8 @@ from test_training import warmup_config
 from typer.testing import CliRunner
 
 from diptych.cli import app
-from diptych.data import JsonlFile, Mixture, Problems, open_source
+from diptych.data import Mixture, Problems, open_source
+from diptych.data.rows import RowFile
 from diptych.data.convert import KINDS, Options, run
 from diptych.data.convert.activitynet import events
 from diptych.data.convert.job import _Job
@@ -388,7 +389,7 @@ def test_messages_in_every_format(tmp_path, form):
     (tmp_path / "in").mkdir()
     report, lines = converted("messages", tmp_path / "out", FORMS[form](tmp_path / "in"))
     assert (report["kept"], report["images"], report["skipped"]) == (3, 3, {})
-    file = JsonlFile(tmp_path / "out" / "records.jsonl")
+    file = RowFile([tmp_path / "out" / "records.jsonl"], "rows")
     for i in range(3):
         assert file[i].prompt.text == f"draw {i}"
         assert np.array_equal(np.asarray(file[i].answer.images[0].pixels), np.asarray(picture(i)))
@@ -409,7 +410,7 @@ def test_pictures_in_every_form(tmp_path):
     _, (line,) = converted("messages", tmp_path / "out", tmp_path / "a.jsonl")
     assert texts(line, 0) == ["*", "*", "*", "which?"]
     assert (line["id"], line["license"], line["topic"]) == ("a.jsonl:1", "mit", "cats")
-    file = JsonlFile(tmp_path / "out" / "records.jsonl")
+    file = RowFile([tmp_path / "out" / "records.jsonl"], "rows")
     assert [file[i].answer.text for i in range(len(file))] == ["two"]  # the flag is kept
     assert len(list((tmp_path / "out" / "images").rglob("*.*"))) == 2  # the same picture is stored once
     assert np.array_equal(np.asarray(file[0].prompt.images[0].pixels), np.asarray(picture(0)))
@@ -755,11 +756,11 @@ def conversation(path: Path, loss: bool | None) -> Path:
 
 
 def test_each_trained_answer_is_a_record(tmp_path):
-    both = JsonlFile(conversation(tmp_path / "a.jsonl", None))
+    both = RowFile([conversation(tmp_path / "a.jsonl", None)], "rows")
     assert [(r.prompt.text, r.answer.text) for r in (both[0], both[1])] == [("be brief . one", "two"), ("be brief . one two three", "four")]
     assert (both[0].id, both[0].source, both[0].license) == ("c", "chats", "mit")
     assert both.lines.tolist() == [0, 0]  # one line: never on both sides of the split
-    last = JsonlFile(conversation(tmp_path / "b.jsonl", False))
+    last = RowFile([conversation(tmp_path / "b.jsonl", False)], "rows")
     assert [last[i].answer.text for i in range(len(last))] == ["four"]
 
 
@@ -795,15 +796,15 @@ def test_old_files_split_as_before(tmp_path):
 
 
 def test_missing_pictures_far_down_are_found_when_the_file_is_opened(tmp_path, monkeypatch):
-    monkeypatch.setattr("diptych.data.jsonl.PICTURES_CHECKED", 2)
+    monkeypatch.setattr("diptych.data.rows.PICTURES_CHECKED", 2)
     path = messages_file(tmp_path, 6)
     (tmp_path / "5.png").write_bytes(b"broken")
-    file = JsonlFile(path)
-    with pytest.raises(ValueError, match=r"rows.jsonl:6: not a record: cannot read image"):
+    file = RowFile([path], "rows")
+    with pytest.raises(ValueError, match=r"rows.jsonl:6: not a record: .*5\.png"):
         file[5]
     (tmp_path / "4.png").unlink()
-    with pytest.raises(ValueError, match=r"rows.jsonl:5: not a record: cannot read image .*no such file"):
-        JsonlFile(path)
+    with pytest.raises(ValueError, match=r"rows.jsonl:5: not a record: .*4\.png does not exist"):
+        RowFile([path], "rows")
 
 
 def storyboard_records(tmp_path: Path) -> Path:
@@ -860,7 +861,7 @@ def test_inspect_counts_and_shows(tiny_model, tmp_path):
     assert found.problems.by_cause() == {"broken line": 1, "cannot be encoded": 1, "duplicate id": 1, "missing picture": 1}
     assert [p.where.rsplit(":", 1)[1] for p in found.problems.found] == ["25", "26", "27", "28"]
     assert (found.num_lines, found.num_records) == (27, 26)
-    first = JsonlFile(tmp_path / "in" / "rows.jsonl")[0]
+    first = RowFile([tmp_path / "in" / "rows.jsonl"], "rows")[0]
     assert found.samples[0].num_tokens == len(tiny_model.encode_example(first.prompt, first.answer))  # without encoding its pictures
     assert summary(found)["tokens_per_record"]["max"] <= tiny_model.max_positions
     page = records_page(found)

@@ -12,7 +12,8 @@ import typer
 
 from diptych.cli import compare as command  # noqa: F401  adds the command
 from diptych.cli.app import app
-from diptych.config import GRPOConfig, RewardConfig, WarmupConfig, build, load_config, parse_overrides
+from diptych.config import GRPOConfig, RewardConfig, WarmupConfig, build, load_config
+from diptych.overrides import parse_pairs
 from diptych.data.convert import KINDS
 from diptych.grpo import checkpoint_of as grpo_checkpoint
 from diptych.rewards import load_reward
@@ -76,10 +77,10 @@ def test_commands_and_options_exist(words):
     if name == "data convert":
         assert parameters["kind"] in KINDS
     if name == "rewards try":
-        build(RewardConfig, {"name": parameters["name"], "options": dict(parse_overrides([f"--{o}" for o in parameters["option"]]))})
+        build(RewardConfig, {"name": parameters["name"], "options": parse_pairs("option", parameters["option"])})
         load_reward(parameters["name"])
     if parameters.get("judge"):
-        build(JudgeOptions, dict(parse_overrides([f"--{option}" for option in parameters["judge"]])))
+        build(JudgeOptions, parse_pairs("judge", parameters["judge"]))
 
 
 def test_an_option_that_does_not_exist_would_be_found():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,18 +39,25 @@ def config(**changes) -> WarmupConfig:
 
 
 @pytest.fixture
-def run(tmp_path) -> RunFolder:
-    return RunFolder(tmp_path / "run", config())
+def run(tmp_path) -> Iterator[RunFolder]:
+    with RunFolder(tmp_path / "run", config()) as opened:
+        yield opened
+
+
+def opened(path: Path, config: WarmupConfig) -> WarmupConfig:
+    """The settings with which a run goes on that was opened and left."""
+    with RunFolder(path, config) as run:
+        return run.config
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_a_run_is_made_of_is_written_by_its_first_start(run):
-    run.describe("rewards.json", [{"about": "né"}])
-    run.describe("rewards.json", [{"about": "another"}])
-    assert json.loads((run.path / "rewards.json").read_text()) == [{"about": "né"}]
+def test_what_a_run_is_made_of_is_written(run):
+    for told in ("né", "another"):
+        run.describe("rewards.json", [{"about": told}])
+        assert json.loads((run.path / "rewards.json").read_text()) == [{"about": told}]
 
 
 # --- atomic writing ----------------------------------------------------------------------------------------------------
@@ -199,11 +207,11 @@ def test_trainer_state_runs_no_code(run):
 
 
 def test_the_same_settings_open_a_run_again_and_others_are_refused(tmp_path):
-    RunFolder(tmp_path / "run", config())
+    opened(tmp_path / "run", config())
     before = (tmp_path / "run" / "config.yaml").read_text()
-    RunFolder(tmp_path / "run", config())
-    with pytest.raises(ValueError, match=r"holds a run with other settings \(different: optim, seed\)\. Choose another output_dir"):
-        RunFolder(tmp_path / "run", config(seed=1, optim={"lr": 2e-3}))
+    opened(tmp_path / "run", config())
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(different: seed, optim\.lr\)\. Choose another output_dir"):
+        opened(tmp_path / "run", config(seed=1, optim={"lr": 2e-3}))
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 

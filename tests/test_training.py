@@ -20,7 +20,7 @@ from diptych import grpo as grpo_module
 from diptych.config import GRPOConfig, WarmupConfig, build, to_yaml
 from diptych.data import Mixture
 from diptych.document import to_message
-from diptych.experience import collect, groups_without_spread
+from diptych.experience import collect, groups_without_spread, seen_by_all
 from diptych.grpo import ParityError, accumulate_gradient, check_parity, grpo, minibatches, replay
 from diptych.logprobs import score
 from diptych.models import load_model
@@ -123,7 +123,7 @@ def experience_of(config: GRPOConfig):
     model = load_model(config.model)
     rewards = [(r, load_reward(r.name)) for r in config.rewards]
     prompts = Mixture(config.prompts, config.seed)
-    return model, collect(model, prompts, rewards, config, 0).rewarded(config)
+    return model, collect(model, prompts, rewards, config, 0).experience(config)
 
 
 def gradient(config: GRPOConfig, micro: int) -> torch.Tensor:
@@ -263,9 +263,9 @@ def test_groups_without_spread_are_sampled_again(tiny_folder, tmp_path):
     assert len(again.rollouts) == len(flat.rollouts)
     assert again.rewards.steps.shape[:2] == flat.rewards.steps.shape[:2]
     assert (flat.num_resampled, again.num_resampled) == (0, 2 * config.prompts_per_step)  # every group, in both attempts
-    metrics = experience_module.reward_metrics(again, config.model_copy(update={"resample_attempts": 2}))
+    metrics = experience_module.reward_metrics(seen_by_all(again, config), config.model_copy(update={"resample_attempts": 2}))
     assert (metrics["frac_groups_resampled"], metrics["frac_reward_zero_std"]) == (2, 1)
-    assert "frac_groups_resampled" not in experience_module.reward_metrics(flat, config)
+    assert "frac_groups_resampled" not in experience_module.reward_metrics(seen_by_all(flat, config), config)
 
 
 @pytest.mark.parametrize(
@@ -316,8 +316,6 @@ def test_held_out_prompts_are_rewarded_and_nothing_is_learned_from_them(tiny_fol
     assert lines[-1]["eval/rewards/toy_rewards:per_step/mean"] == pytest.approx(expected, abs=1e-5)
     assert "Rewards of held-out prompts" in run_page(tmp_path / "with")
     assert "Rewards of held-out prompts" not in run_page(tmp_path / "without")
-    saved = grpo_config(tiny_folder, tmp_path / "without", rewards=rewards).model_dump()
-    assert not {"eval_steps", "num_eval_prompts"} & set(saved)  # runs saved before there were these resume
 
 
 @pytest.mark.parametrize("stage", ["warmup", "grpo"])
@@ -351,7 +349,6 @@ def test_a_label_tells_one_reward_from_another_of_the_same_name(tiny_folder, tmp
     assert 0 < second == pytest.approx(first / 2)
     record = read_jsonl(tmp_path / "run" / "samples" / "step_1.jsonl")[0]
     assert record["steps"][0]["second opinion"] == pytest.approx(record["steps"][0]["toy_rewards:per_step"] / 2, abs=1e-4)
-    assert "label" not in config.model_dump()["rewards"][0]  # runs saved before there was one resume
     with pytest.raises(ValueError, match="or a label where its options differ"):
         grpo_config(tiny_folder, tmp_path / "run", rewards=[twice[0], twice[0]])
     with pytest.raises(ValueError, match="label"):
@@ -362,9 +359,9 @@ def test_spread_in_a_reward_that_only_watches_is_none(tiny_folder, tmp_path):
     rewards = [{"name": "toy_rewards:always_equal"}, {"name": "toy_rewards:per_step", "weight": 0}]
     config = grpo_config(tiny_folder, tmp_path / "run", rewards=rewards)
     _, experience = experience_of(config)
-    assert groups_without_spread(experience, config) == [0, 1]
+    assert groups_without_spread(experience.rewards, config) == [0, 1]
     trains = grpo_config(tiny_folder, tmp_path / "run", rewards=[{**reward, "weight": 1} for reward in rewards])
-    assert groups_without_spread(experience, trains) == []
+    assert groups_without_spread(experience.rewards, trains) == []
     with pytest.raises(ValueError, match=r"all rewards have weight 0 \(format\): they would watch and nothing would be trained"):
         grpo_config(tiny_folder, tmp_path / "run", rewards=[{"name": "format", "weight": 0}])
 
@@ -423,7 +420,7 @@ def test_background_rewards_run_while_the_next_batch_is_sampled(tiny_folder, tmp
     config = grpo_config(tiny_folder, tmp_path / "run", rollout_batch_size=1, prompts_per_step=2, background_rewards=True)
     prompts = Mixture(config.prompts, config.seed)
     sampled = collect(load_model(config.model), prompts, [(config.rewards[0], reward)], config, 0)
-    assert sampled.rewarded(config).rewards.documents.tolist() == [[1.0] * 2 * config.num_generations]
+    assert sampled.experience(config).rewards.documents.tolist() == [[1.0] * 2 * config.num_generations]
     assert order.index("reward ends") > [i for i, what in enumerate(order) if what == "sampled"][1]
 
 
@@ -584,7 +581,7 @@ def test_spread_is_looked_for_in_every_step(tiny_folder, tmp_path):
     steps[0, 1:4] = torch.tensor([1.0, 0.0])
     steps[0, 4:] = torch.tensor([float("nan"), 2.0])  # the second group: missing, and all the same
     rewards = RewardBatch(steps, ~nothing, torch.zeros(1, 8), nothing[..., 0], {}, {})
-    assert groups_without_spread(dataclasses.replace(experience, rewards=rewards), config) == [1]
+    assert groups_without_spread(rewards, config) == [1]
 
 
 def test_parity_that_is_not_a_number_stops_the_run(tiny_folder, tmp_path):

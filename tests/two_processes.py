@@ -11,7 +11,7 @@ from test_training import grpo_config, warmup_config
 from diptych.data import Mixture
 from diptych.grpo import accumulate_gradient, add_supervised_gradient, replay
 from diptych.models import load_model
-from diptych.runtime import generator, init_processes, rank, sum_gradients, world_size
+from diptych.runtime import generator, joined_processes, rank, sum_gradients, world_size
 from diptych.sampling.engine import sample
 from diptych.supervised import encode, supervised_gradient
 from diptych.tokens import collate
@@ -51,7 +51,7 @@ def gradients(folder: Path) -> dict[str, torch.Tensor]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    init_processes()
-    result = gradients(Path(sys.argv[1]))
-    if rank() == 0:
-        torch.save({**result, "world_size": world_size()}, sys.argv[2])
+    with joined_processes():
+        result = gradients(Path(sys.argv[1]))
+        if rank() == 0:
+            torch.save({**result, "world_size": world_size()}, sys.argv[2])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from diptych.overrides import parse_overrides, set_leaf
+from diptych.userfiles import dump_yaml, load_yaml, read_text
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 
@@ -68,7 +70,18 @@ class LoraConfig(Config):
 
 
 class RunConfig(Config):
-    """What every training has."""
+    """What every training has.
+
+    may_change: settings that a run may be resumed with in another way, because what is trained does not depend on them (but for the last
+    digits, and for `max_steps` under a schedule that falls).
+    """
+
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {
+            "device", "num_threads", "max_steps", "save_steps", "logging_steps", "sample_steps", "report_to", "gradient_checkpointing",
+            "code_cache", "max_skipped_records",
+        }
+    )  # fmt: skip
 
     model: str = Field("storyboard", description="packaged name, checkpoint or adapter folder, or hub id")
     output_dir: str
@@ -87,15 +100,12 @@ class RunConfig(Config):
     image_size: int | None = Field(None, ge=1, description="pixels a side of drawn pictures (Emu3); None: the family's own")
     code_cache: str | None = Field(None, description="folder for the codes of data sets' pictures; None: encoded at every use")
 
-    def _unused(self) -> set[str]:
-        """Fields that are younger than some saved runs and not used here."""
-        return {"code_cache"} if self.code_cache is None else set()
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_not_used(self, handler: Any) -> dict[str, Any]:
-        """Runs that were saved before there were these fields resume."""
-        unused = self._unused()
-        return {name: value for name, value in handler(self).items() if name not in unused}
+    max_skipped_records: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of a source's rows that may be left out because they cannot be used; more stop the run",
+    )
 
 
 class MixtureSource(Config):
@@ -108,6 +118,8 @@ class MixtureSource(Config):
 
 class WarmupConfig(RunConfig):
     """Supervised fine-tuning on a hybrid mixture (the paper's stage 1)."""
+
+    may_change: ClassVar[frozenset[str]] = RunConfig.may_change | {"micro_batch_size", "eval_steps", "num_eval_records"}
 
     optim: OptimConfig
     sources: tuple[MixtureSource, ...] = Field(min_length=1)
@@ -153,12 +165,6 @@ class RewardConfig(Config):
             raise ValueError("options hold a secret, and the configuration is saved: name an environment variable with api_key_env")
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_what_is_new(self, handler: Any) -> dict[str, Any]:
-        """Fields that are younger than some saved runs stand in the configuration only where they are used, so that these resume."""
-        new = {"options": {}, "content": "blocks", "label": ""}
-        return {name: value for name, value in handler(self).items() if name not in new or value != new[name]}
-
 
 class ModalityConfig(Config):
     """What the objective does with the choices of one modality."""
@@ -200,6 +206,11 @@ class PTXConfig(Config):
 class GRPOConfig(RunConfig):
     """Unified group-relative policy optimisation (the paper's stage 2)."""
 
+    may_change: ClassVar[frozenset[str]] = RunConfig.may_change | {
+        "micro_batch_size", "rollout_batch_size", "background_rewards", "offload", "eval_steps", "num_eval_prompts", "max_missing_rewards",
+        "parity_bound",
+    }  # fmt: skip
+
     optim: OptimConfig
     prompts: tuple[MixtureSource, ...] = Field(
         (MixtureSource(name="storyboard:prompts", weight=1.0),), min_length=1, description="one source, or a list of them"
@@ -233,9 +244,6 @@ class GRPOConfig(RunConfig):
     num_eval_prompts: int = Field(48, ge=1)
     max_missing_rewards: float = Field(0.2, ge=0, le=1, description="a larger share of missing rewards stops the run")
     parity_bound: float = Field(1e-3, gt=0, description="largest allowed |replayed - sampled| log-probability")
-
-    def _unused(self) -> set[str]:
-        return super()._unused() | (set() if self.eval_steps else {"eval_steps", "num_eval_prompts"})
 
     @field_validator("prompts", mode="before")
     @classmethod
@@ -297,22 +305,21 @@ def recipe_path(name: str | Path) -> Path:
     return candidate
 
 
-def load_config(cls: type[ConfigT], recipe: str | Path | None, overrides: Sequence[str] = ()) -> ConfigT:
-    """A recipe with overrides such as `["--optim.lr", "1e-4", "--seed=1"]`.
+def load_config(cls: type[ConfigT], recipe: str | Path | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> ConfigT:
+    """A recipe with overrides such as `["--optim.lr", "1e-4", "--seed=1"]` (text, read as `overrides.py` says), or a mapping of dotted keys
+    to values.
 
     Raises ValueError naming each wrong key with what is allowed.
     """
     data: dict[str, Any] = {}
     if recipe is not None:
-        try:
-            loaded = yaml.safe_load(recipe_path(recipe).read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"recipe {str(recipe)!r} is no valid YAML: {error}") from error
+        loaded = load_yaml(read_text(recipe_path(recipe)), f"recipe {str(recipe)!r}")
         if not isinstance(loaded, dict):
             raise ValueError(f"recipe {str(recipe)!r} holds no mapping of settings")
         data = loaded
-    for key, value in parse_overrides(overrides):
-        _set_leaf(data, key, value)
+    written = not isinstance(overrides, Mapping)
+    for key, value in overrides.items() if isinstance(overrides, Mapping) else parse_overrides(overrides):
+        set_leaf(data, cls, key, value, written=written)
     return build(cls, data)
 
 
@@ -322,54 +329,6 @@ def build(cls: type[ConfigT], data: dict[str, Any]) -> ConfigT:
     except ValidationError as error:
         lines = [_explain(cls, problem) for problem in error.errors()]
         raise ValueError(f"wrong configuration ({cls.__name__}):\n  " + "\n  ".join(lines)) from None
-
-
-def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    rest = list(arguments)
-    while rest:
-        item = rest.pop(0)
-        if not item.startswith("--"):
-            raise ValueError(f"cannot read {item!r}; overrides look like --optim.lr 1e-4 or --seed=1")
-        key, equals, value = item[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise ValueError(f"--{key} needs a value")
-            value = rest.pop(0)
-        found.append((key.replace("-", "_"), _read_value(value)))
-    return found
-
-
-def _read_value(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"cannot read the value {text!r}: {error}") from error
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a word
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _set_leaf(data: dict[str, Any], key: str, value: Any) -> None:
-    *parents, leaf = key.split(".")
-    node: Any = data
-    for parent in parents:
-        node = node[_index(key, parent, node)] if isinstance(node, list) else node.setdefault(parent, {})
-    if isinstance(node, list):
-        node[_index(key, leaf, node)] = value
-    elif isinstance(node, dict):
-        node[leaf] = value
-    else:
-        raise ValueError(f"--{key}: {parents[-1]!r} is no group of settings")
-
-
-def _index(key: str, part: str, items: list[Any]) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        raise ValueError(f"--{key}: {part!r} is no index of a list of {len(items)}; allowed are 0 to {len(items) - 1}")
-    return int(part)
 
 
 def _explain(cls: type[Config], problem: Any) -> str:
@@ -390,4 +349,4 @@ def _explain(cls: type[Config], problem: Any) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(config.model_dump(mode="json"))

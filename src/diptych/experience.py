@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diptych.config import GRPOConfig
+from diptych.config import GRPOConfig, SamplingParams
 from diptych.credit import document_rewards
 from diptych.data import Mixture, Record
 from diptych.document import to_json_blocks
@@ -23,24 +25,36 @@ from diptych.models import UnifiedModel
 from diptych.rewards import RewardBatch, RewardError, call_rewards
 from diptych.rewards.base import merge
 from diptych.rewards.protocol import Context, Progress
-from diptych.runtime import generator, rank, world_size
-from diptych.sampling.engine import sample
+from diptych.runtime import gather, generator, rank, world_size
+from diptych.sampling.engine import check_room, noise_of, sample
 from diptych.sampling.rollout import Rollout
-from diptych.tokens import Modality
+from diptych.tokens import Modality, TokenRow
 
+logger = logging.getLogger(__name__)
 _EVALUATION = 2**20  # in the place of an attempt: random numbers of its own
 RewardFunctions = Sequence[tuple[Any, Callable[..., Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
-    """B rollouts (P prompts, G each, groups adjacent) with everything an update needs."""
+    """B rollouts (P prompts, G each, groups adjacent) of this process with everything an update needs."""
 
     records: list[Record]  # (B,)
     rollouts: list[Rollout]  # (B,)
     rewards: RewardBatch
     group_ids: Tensor  # (B,)
     num_resampled: int = 0  # groups without spread whose place others took
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What the metrics of a step are about: the documents of all processes, in the order that one process would have them."""
+
+    rewards: RewardBatch
+    lengths: list[int]  # (B,) positions of the answers
+    num_images: list[int]  # (B,)
+    truncated: list[bool]  # (B,)
+    num_resampled: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,69 +66,138 @@ class Sampled:
     calls: list[Future[RewardBatch]]
     num_resampled: int = 0
 
-    def rewarded(self, config: GRPOConfig) -> Experience:
-        """Waits for the rewards. Raises RewardError where one broke its contract, or too many of its values are missing."""
-        experience = self.experience(config)
-        refuse_missing(experience.rewards, config)
-        return experience
-
     def experience(self, config: GRPOConfig) -> Experience:
+        """Waits for the rewards. Raises RewardError where one broke its contract."""
         rewards = merge([call.result() for call in self.calls])
         group_ids = torch.arange(len(self.rollouts) // config.num_generations).repeat_interleave(config.num_generations)
         return Experience(self.records, self.rollouts, rewards, group_ids, self.num_resampled)
 
 
+def seen_by_all(experience: Experience, config: GRPOConfig) -> Seen:
+    """Process r has the prompts r, r + W, ... of the step; here they stand in their order again."""
+    rollouts = experience.rollouts
+    mine = Seen(
+        experience.rewards,
+        [len(r.row) - r.prompt_length for r in rollouts],
+        [len(r.document.images) for r in rollouts],
+        [r.truncated for r in rollouts],
+        experience.num_resampled,
+    )
+    parts = gather(mine)
+    if len(parts) == 1:
+        return mine
+    sizes = [len(part.lengths) for part in parts]
+    begins = [sum(sizes[:r]) for r in range(len(parts))]
+    group = config.num_generations
+    order = [
+        begins[r] + at * group + member
+        for at in range(max(sizes) // group)
+        for r in range(len(parts))
+        for member in range(group)
+        if at * group < sizes[r]
+    ]
+
+    def ordered(name: str) -> list[Any]:
+        values = [value for part in parts for value in getattr(part, name)]
+        return [values[place] for place in order]
+
+    rewards = rearranged(merge([part.rewards for part in parts]), order)
+    resampled = sum(part.num_resampled for part in parts)
+    return Seen(rewards, ordered("lengths"), ordered("num_images"), ordered("truncated"), resampled)
+
+
+def rearranged(rewards: RewardBatch, places: list[int]) -> RewardBatch:
+    """The rewards of some of the documents, in the order of `places`."""
+    return dataclasses.replace(
+        rewards,
+        extras={name: [values[i] for i in places] for name, values in rewards.extras.items()},
+        **{name: getattr(rewards, name)[:, places] for name in ("steps", "applies", "documents", "documents_apply")},
+    )
+
+
 def collect(model: UnifiedModel, prompts: Mixture, reward_functions: RewardFunctions, config: GRPOConfig, step: int) -> Sampled:
     """Samples this process's share of the step's prompts and has them rewarded; groups without spread are sampled again from
-    other prompts, `resample_attempts` times at most."""
-    mine = slice(rank(), None, world_size())
-    records = prompts.batch(step, config.prompts_per_step)[mine]
+    other prompts, `resample_attempts` times at most. Which documents are sampled does not depend on the number of processes."""
+    places = list(range(rank(), config.prompts_per_step, world_size()))
+    prompt = functools.partial(_encoded, model, config)
+    columns = prompts.columns
     with background(config, model.device) as submit:
-        sampled = _collect_once(model, records, reward_functions, config, (step, 0), submit)
+        asked = prompts.made(step, config.prompts_per_step, prompt, places)
+        sampled = _collect_once(model, asked, reward_functions, config, (step, 0), submit, places, columns)
         for attempt in range(1, config.resample_attempts + 1):
             experience = sampled.experience(config)
-            flat = groups_without_spread(experience, config)
-            if not flat:
+            flat = groups_without_spread(experience.rewards, config)
+            everywhere = sorted(place for found in gather([places[g] for g in flat]) for place in found)
+            if not everywhere:
                 break
-            fresh = prompts.batch(step + attempt * 1_000_003, config.prompts_per_step)[mine][: len(flat)]
-            again = _collect_once(model, fresh, reward_functions, config, (step, attempt), submit).experience(config)
-            sampled = _replace_groups(experience, flat, again, config.num_generations)
+            fresh = [everywhere.index(places[g]) for g in flat]  # the k-th of all flat groups takes the k-th of the new prompts
+            asked = prompts.made(step + attempt * 1_000_003, config.prompts_per_step, prompt, fresh)
+            if asked:
+                again = _collect_once(model, asked, reward_functions, config, (step, attempt), submit, fresh, columns)
+                sampled = _replace_groups(experience, flat, again.experience(config), config.num_generations)
     return sampled
 
 
+Asked = tuple[Record, TokenRow]  # a record, and its prompt in tokens
+
+
+def _encoded(model: UnifiedModel, config: GRPOConfig, _: int, record: Record) -> Asked:
+    """Raises ValueError naming the record where the model cannot take its prompt with the longest possible answer."""
+    try:
+        return record, prompt_row(model, record, config.sampling)
+    except ValueError as error:
+        raise ValueError(f"{record.name}: {error}") from error
+
+
+def prompt_row(model: UnifiedModel, record: Record, params: SamplingParams) -> TokenRow:
+    """Raises ValueError where the prompt cannot be encoded, or the longest possible answer does not fit behind it."""
+    row = model.encode_prompt(record.prompt)
+    check_room(model, len(row), params)
+    return row
+
+
 def _collect_once(
-    model: UnifiedModel, records: list[Record], reward_functions: RewardFunctions, config: GRPOConfig, stream: tuple[int, int],
-    submit: Callable[..., Future[RewardBatch]],
+    model: UnifiedModel, asked: Sequence[Asked], reward_functions: RewardFunctions, config: GRPOConfig, stream: tuple[int, int],
+    submit: Callable[..., Future[RewardBatch]], places: Sequence[int], columns: Sequence[str],
 ) -> Sampled:  # fmt: skip
-    noise = generator(config.seed, 10, *stream, rank())
-    size = config.rollout_batch_size or len(records)
+    """`places`: of the prompts among those of the step, by which each has its random numbers."""
+    noise = noise_of(model, config.sampling, config.num_generations, generator(config.seed, 10, *stream, 0), places)
+    size = config.rollout_batch_size or len(asked)
     found = Sampled([], [], [])
-    for begin in range(0, len(records), size):
-        some = records[begin : begin + size]
-        rows = [model.encode_prompt(record.prompt) for record in some]
-        rollouts = sample(model, rows, config.sampling, num_generations=config.num_generations, generator=noise)
-        repeated = [record for record in some for _ in range(config.num_generations)]
-        keys = sorted({key for record in records for key in record.columns})
-        columns: dict[str, list[Any]] = {key: [record.columns.get(key) for record in repeated] for key in keys}
-        columns["truncated"] = [rollout.truncated for rollout in rollouts]
+    for begin in range(0, len(asked), size):
+        some = slice(begin, begin + size)
+        rows = [row for _, row in asked[some]]
+        rollouts = sample(model, rows, config.sampling, num_generations=config.num_generations, generator=noise[some])
+        repeated = [record for record, _ in asked[some] for _ in range(config.num_generations)]
+        keys = sorted({*columns, *(key for record, _ in asked for key in record.columns)})
+        values: dict[str, list[Any]] = {key: [record.columns.get(key) for record in repeated] for key in keys}
+        values["truncated"] = [rollout.truncated for rollout in rollouts]
         context = Context(Progress(stream[0], config.max_steps), [_chosen_ids(rollout) for rollout in rollouts])
-        call = submit(call_rewards, reward_functions, [r.prompt for r in repeated], [r.document for r in rollouts], columns, context)
+        call = submit(call_rewards, reward_functions, [r.prompt for r in repeated], [r.document for r in rollouts], values, context)
         found = Sampled(found.records + repeated, found.rollouts + rollouts, [*found.calls, call])
     return found
 
 
 @torch.no_grad()
 def held_out_rewards(
-    model: UnifiedModel, records: list[Record], reward_functions: RewardFunctions, config: GRPOConfig, step: int
+    model: UnifiedModel, records: list[Record], columns: Sequence[str], reward_functions: RewardFunctions, config: GRPOConfig, step: int
 ) -> dict[str, float]:
-    """Means of what the rewards say of greedy answers to prompts that are not trained on: `eval/rewards/KEY/mean`, `/missing`.
+    """Means of what the rewards say of greedy answers to prompts that are not trained on: `eval/rewards/KEY/mean`, `/missing`. Every
+    process answers its share.
 
     Nothing is learned from them, and values that are missing stop no run. A reward that trains and one that watches part here where a
     hole is found.
     """
     rows = (config.rollout_batch_size or config.prompts_per_step) * config.num_generations
     greedy = config.model_copy(update={"sampling": config.sampling.greedy(), "num_generations": 1, "rollout_batch_size": rows})
-    rewards = _collect_once(model, records, reward_functions, greedy, (step, _EVALUATION), _at_once).experience(greedy).rewards
+    places = list(range(rank(), len(records), world_size()))
+    asked = [_encoded(model, greedy, place, records[place]) for place in places]
+    mine = None
+    if asked:
+        mine = (
+            _collect_once(model, asked, reward_functions, greedy, (step, _EVALUATION), _at_once, places, columns).experience(greedy).rewards
+        )
+    rewards = merge([part for part in gather(mine) if part is not None])
     values, speaks, missing = document_rewards(rewards.steps, rewards.applies, rewards.documents, rewards.documents_apply)  # (R, B)
     metrics = {f"eval/rewards/{key}/missing": share for key, share in rewards.missing.items()}
     for reward, value, known in zip(config.rewards, values, speaks & ~missing, strict=True):
@@ -159,9 +242,9 @@ def refuse_missing(rewards: RewardBatch, config: GRPOConfig) -> None:
         )
 
 
-def groups_without_spread(experience: Experience, config: GRPOConfig) -> list[int]:
+def groups_without_spread(rewards: RewardBatch, config: GRPOConfig) -> list[int]:
     """Groups in which every reward that trains gives all members the same: nothing can be learned from them."""
-    parts = _reward_parts(experience.rewards, _trains(config))
+    parts = _reward_parts(rewards, _trains(config))
     values, speaks, missing = document_rewards(*parts)  # (R, B)
     steps, applies = (part.permute(0, 2, 1).flatten(0, 1) for part in parts[:2])  # (R * J, B): each step is compared with the same step
     everything = torch.cat([values, steps.nan_to_num()])
@@ -186,13 +269,8 @@ def _replace_groups(old: Experience, groups: list[int], new: Experience, group_s
     for position, group in enumerate(groups):
         for member in range(group_size):
             source[group * group_size + member] = len(old.rollouts) + position * group_size + member
-    rewards = merge([old.rewards, new.rewards])
-    kept = dataclasses.replace(
-        rewards,
-        extras={name: [values[i] for i in source] for name, values in rewards.extras.items()},
-        missing={name: max(share, new.rewards.missing[name]) for name, share in old.rewards.missing.items()},
-        **{name: getattr(rewards, name)[:, source] for name in ("steps", "applies", "documents", "documents_apply")},
-    )
+    missing = {name: max(share, new.rewards.missing[name]) for name, share in old.rewards.missing.items()}
+    kept = dataclasses.replace(rearranged(merge([old.rewards, new.rewards]), source), missing=missing)
     records, rollouts = old.records + new.records, old.rollouts + new.rollouts
     num_resampled = old.num_resampled + len(groups)
     return Sampled([records[i] for i in source], [rollouts[i] for i in source], [_at_once(lambda: kept)], num_resampled)
@@ -201,8 +279,8 @@ def _replace_groups(old: Experience, groups: list[int], new: Experience, group_s
 # --- report --------------------------------------------------------------------------------------------------------------
 
 
-def reward_metrics(experience: Experience, config: GRPOConfig) -> dict[str, float]:
-    rewards, trains = experience.rewards, _trains(config)
+def reward_metrics(seen: Seen, config: GRPOConfig) -> dict[str, float]:
+    rewards, trains = seen.rewards, _trains(config)
     values, speaks, missing = document_rewards(*_reward_parts(rewards, torch.ones_like(trains)))  # (R, B)
     valid = speaks & ~missing
     metrics: dict[str, float] = {}
@@ -219,16 +297,42 @@ def reward_metrics(experience: Experience, config: GRPOConfig) -> dict[str, floa
     if len(total):
         metrics["reward"] = float(total.mean())
         metrics["reward_std"] = float(total.std()) if len(total) > 1 else 0.0
-    num_groups = len(experience.rollouts) // config.num_generations
-    metrics["frac_reward_zero_std"] = len(groups_without_spread(experience, config)) / num_groups
+    count = len(seen.lengths)
+    num_groups = count // config.num_generations
+    metrics["frac_reward_zero_std"] = len(groups_without_spread(rewards, config)) / num_groups
     if config.resample_attempts:
-        metrics["frac_groups_resampled"] = experience.num_resampled / num_groups
-    lengths = [len(r.row) - r.prompt_length for r in experience.rollouts]
-    metrics["completions/mean_length"] = sum(lengths) / len(lengths)
-    metrics["completions/max_length"] = float(max(lengths))
-    metrics["completions/mean_images"] = sum(len(r.document.images) for r in experience.rollouts) / len(lengths)
-    metrics["completions/clipped_ratio"] = sum(r.truncated for r in experience.rollouts) / len(lengths)
+        metrics["frac_groups_resampled"] = seen.num_resampled / num_groups
+    metrics["completions/mean_length"] = sum(seen.lengths) / count
+    metrics["completions/max_length"] = float(max(seen.lengths))
+    metrics["completions/mean_images"] = sum(seen.num_images) / count
+    metrics["completions/clipped_ratio"] = sum(seen.truncated) / count
     return metrics
+
+
+class Silence:
+    """Notices rewards that train and say nothing of any document, step after step: they teach nothing."""
+
+    LONG = 10  # steps
+
+    def __init__(self, config: GRPOConfig) -> None:
+        self.config, self.silent = config, dict.fromkeys((reward.key for reward in config.rewards if reward.weight), 0)
+
+    def heard(self, rewards: RewardBatch) -> None:
+        """Warns at the first such step and after 10, 100, ...; raises RewardError where all of them have been silent for LONG steps."""
+        speaks = rewards.applies.any(2).any(1) | rewards.documents_apply.any(1)  # (R,)
+        for reward, says in zip(self.config.rewards, speaks.tolist(), strict=True):
+            if reward.key in self.silent:
+                self.silent[reward.key] = 0 if says else self.silent[reward.key] + 1
+                if str(self.silent[reward.key]).strip("0") == "1":
+                    logger.warning(
+                        "reward %s says nothing (None) of any document for %d step(s): it trains nothing. Does it read a column that the "
+                        "data set does not have?", reward.key, self.silent[reward.key],
+                    )  # fmt: skip
+        if min(self.silent.values()) >= self.LONG:
+            raise RewardError(
+                f"no reward that trains ({', '.join(self.silent)}) has said anything of a document for {self.LONG} steps, so nothing is "
+                "trained: look at what they return, and at the columns that they read"
+            )
 
 
 def sample_records(experience: Experience, group_size: int, num_groups: int = 1) -> list[dict[str, Any]]:

@@ -15,28 +15,54 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diptych.config import GRPOConfig, ModalityConfig, SamplingParams
+from diptych.admission import admit
+from diptych.config import GRPOConfig, MixtureSource, ModalityConfig, SamplingParams
 from diptych.credit import token_advantages
 from diptych.data import Mixture
-from diptych.experience import collect, held_out_rewards, reward_metrics, sample_records
+from diptych.experience import (
+    RewardFunctions,
+    Silence,
+    collect,
+    held_out_rewards,
+    prompt_row,
+    refuse_missing,
+    reward_metrics,
+    sample_records,
+    seen_by_all,
+)
+from diptych.inputs import check_inputs, summary
 from diptych.logprobs import Scores, score
 from diptych.losses import Counts, ModalityTerms, PolicyBatch, policy_loss
 from diptych.models import UnifiedModel, open_policy
 from diptych.models.loading import Reference
-from diptych.optim import make_optimizer, move_state, optimizer_step
+from diptych.optim import make_optimizer, move_state, optimizer_step, restore
 from diptych.rewards import load_reward
-from diptych.rewards.base import about
-from diptych.runs import RunFolder
-from diptych.runtime import generator, init_processes, pick_device, rank, seed_everything, set_threads, sum_over_processes, world_size
+from diptych.rewards.base import about, changeable_options, check_columns
+from diptych.runs import SHARED_FOLDER, RunFolder
+from diptych.runtime import (
+    agree,
+    gather,
+    generator,
+    joined_processes,
+    pick_device,
+    seed_everything,
+    set_threads,
+    sum_over_processes,
+    weights_checksum,
+    world_size,
+)
+from diptych.sampling.engine import context_needed
 from diptych.sampling.rollout import Rollout
-from diptych.supervised import encode, supervised_gradient
+from diptych.supervised import encode_batch, example_row, supervised_gradient
 from diptych.tokens import TokenBatch, collate
+from diptych.worlds.storyboard.scene import Split
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -51,24 +77,33 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
     Raises ValueError for settings, data or checkpoints that cannot be used, RewardError, ParityError, and
     FloatingPointError for a loss or gradient that is not finite; each before the optimizer step that it would spoil.
     """
-    init_processes()
+    with joined_processes():
+        check_shares(config)
+        seed_everything(config.seed)  # for rewards that draw while they are made
+        reward_functions = [(reward, load_reward(reward.name)) for reward in config.rewards]
+        told = [{"name": reward.key, "about": about(reward, function)} for reward, function in reward_functions]  # refuses wrong options
+        with RunFolder(config.output_dir, config, changeable_options(reward_functions)) as run:
+            run.describe("rewards.json", told)
+            return _train(run, [(reward, load_reward(reward.name)) for reward in run.config.rewards], progress)
+
+
+def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progress: Progress | None) -> UnifiedModel:
+    config = run.config
     set_threads(config.num_threads)
-    if config.prompts_per_step % world_size():
-        raise ValueError(f"prompts_per_step={config.prompts_per_step} cannot be shared by {world_size()} processes")
-    if config.prompts_per_step * config.num_generations // world_size() % config.num_minibatches:
-        raise ValueError(f"num_minibatches={config.num_minibatches} does not divide the rollouts of one of {world_size()} processes")
-    seed_everything(config.seed)  # for rewards that draw while they are made
-    reward_functions = [(reward, load_reward(reward.name)) for reward in config.rewards]
-    told = [{"name": reward.key, "about": about(reward, function)} for reward, function in reward_functions]  # refuses wrong options
-    run = RunFolder(config.output_dir, config)
-    run.describe("rewards.json", told)
     device = pick_device(config.device)
     if config.offload and device.type == "cpu":
         raise ValueError(f"offload={list(config.offload)} frees a GPU's memory, and this run is on the CPU; leave it out")
-    prompts = Mixture(config.prompts, config.seed)
-    held_out = Mixture(config.prompts, config.seed, "validation").batch(0, config.num_eval_prompts) if config.eval_steps else []
-    old_skills = Mixture(config.ptx.sources, config.seed) if config.ptx else None
+    prompts, held_out_prompts, old_skills = (
+        Mixture(sources, config.seed, split, max_skipped=config.max_skipped_records) if sources else None
+        for sources, split in training_data(config)
+    )
+    assert prompts is not None
+    check_columns(reward_functions, prompts.columns)
+    needs_reference = bool(config.text.beta or config.image.beta)
+    mixtures = [mixture for mixture in (prompts, old_skills) if mixture is not None]
+    inputs = check_inputs(run, config, mixtures, config.rewards, needs_model=needs_reference or config.lora is not None)
     step = (run.steps() or [0])[-1]
+    agree(step, "last checkpoint", SHARED_FOLDER)
     state: dict[str, Any] = {}
     run.truncate_logs(step)
     folder: Path | None = None
@@ -76,12 +111,19 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
         folder, state = run.load(step)
     seed_everything(config.seed)  # again: the adapters are the same whatever the rewards drew
     model = open_policy(config, device, folder).eval()  # no dropout: the policy that is scored is the policy that samples
-    needs_reference = bool(config.text.beta or config.image.beta)
+    agree(weights_checksum(model), "weights (by their checksum)", SHARED_FOLDER)
     reference = Reference(model, config, device, offload="reference" in config.offload) if needs_reference else None
     optimizer, schedule = make_optimizer(model, config.optim, config.max_steps * updates_per_step(config))
     if state:
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
+        restore(optimizer, schedule, state)
+    known = {"inputs": summary(inputs), "lengths": [model.max_positions, context_needed(model, config.sampling)]}
+    for name, mixture in (("prompts", prompts), ("held_out", held_out_prompts)):
+        if mixture is not None:
+            admit(mixture, partial(prompt_row, model, params=config.sampling), run, name, known)
+    if old_skills is not None:
+        admit(old_skills, partial(example_row, model), run, "ptx", known)
+    held_out = held_out_prompts.batch(0, config.num_eval_prompts) if held_out_prompts else []
+    silence = Silence(config)
 
     while step < config.max_steps:
         began = time.perf_counter()
@@ -97,7 +139,10 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
         if reference is not None:
             with reference.active() as frozen:
                 ref_logprobs = replay(frozen, batch, config, guided).logprobs  # (B, T, D)
-        experience = sampled.rewarded(config)
+        experience = sampled.experience(config)
+        seen = seen_by_all(experience, config)
+        refuse_missing(seen.rewards, config)
+        silence.heard(seen.rewards)
         advantages = token_advantages(experience.rewards, config.rewards, experience.group_ids, batch.to("cpu"), config.advantages).to(
             device
         )  # (B, T)
@@ -109,12 +154,13 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
                 metrics |= add_supervised_gradient(model, old_skills, config, step * updates_per_step(config) + update)
             metrics |= optimizer_step(model, optimizer, schedule, config.optim)
         step += 1
-        metrics |= update_metrics(sums, config) | reward_metrics(experience, config)
+        metrics |= update_metrics(sums) | reward_metrics(seen, config)
         metrics |= {"seconds/rollout": sampling_ended - began, "step_time": time.perf_counter() - began}
-        metrics["num_tokens"] = float(batch.attention_mask.sum())
+        metrics["num_tokens"] = float(sum(gather(int(batch.attention_mask.sum()))))
+        share_skipped(mixtures)
         evaluates = config.eval_steps is not None and (step % config.eval_steps == 0 or step == config.max_steps)
-        if evaluates and rank() == 0:
-            metrics |= held_out_rewards(model, held_out, reward_functions, config, step)
+        if evaluates:
+            metrics |= held_out_rewards(model, held_out, prompts.columns, reward_functions, config, step)
         if step % config.logging_steps == 0 or step == config.max_steps or evaluates:
             run.log(step, metrics)
         if step % config.sample_steps == 0 or step == config.max_steps:
@@ -123,7 +169,22 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
             run.save(step, model, {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step})
         if progress:
             progress(step, config.max_steps, metrics)
+    run.describe("skipped.json", [line for mixture in mixtures for line in mixture.told()])
     return model.eval()
+
+
+def training_data(config: GRPOConfig) -> list[tuple[tuple[MixtureSource, ...], Split]]:
+    """Prompts, those that are held out, and the examples of old skills; empty where there are none."""
+    held_out = config.prompts if config.eval_steps else ()
+    return [(config.prompts, "train"), (held_out, "validation"), (config.ptx.sources if config.ptx else (), "train")]
+
+
+def check_shares(config: GRPOConfig) -> None:
+    """Raises ValueError where the processes could not take equal shares."""
+    if config.prompts_per_step % world_size():
+        raise ValueError(f"prompts_per_step={config.prompts_per_step} cannot be shared by {world_size()} processes")
+    if config.prompts_per_step * config.num_generations // world_size() % config.num_minibatches:
+        raise ValueError(f"num_minibatches={config.num_minibatches} does not divide the rollouts of one of {world_size()} processes")
 
 
 # --- score -------------------------------------------------------------------------------------------------------------
@@ -146,11 +207,15 @@ def check_parity(logprobs: Tensor, rollouts: list[Rollout], batch: TokenBatch, c
     ignored on purpose: there the gap is the finding)."""
     sampled = torch.nn.utils.rnn.pad_sequence([r.rollout_logprobs for r in rollouts], batch_first=True).to(batch.device)
     gap = (logprobs - sampled).abs()
-    metrics = {}
-    for name, mask in (("text", batch.text_mask), ("image", batch.image_mask)):
+    mine = []
+    for mask in (batch.text_mask, batch.image_mask):
         values = gap[batch.choice_mask & mask[..., None]]
-        metrics[f"parity/{name}_max"] = float(values.max()) if len(values) else 0.0
-        metrics[f"parity/{name}_mean"] = float(values.mean()) if len(values) else 0.0
+        mine.append([float(values.max()), float(values.sum(dtype=torch.float64)), len(values)] if len(values) else [0.0, 0.0, 0])
+    metrics = {}
+    for name, parts in zip(("text", "image"), zip(*gather(mine), strict=True), strict=True):
+        largest, total, count = torch.tensor(parts, dtype=torch.float64).unbind(1)  # (W,) each
+        metrics[f"parity/{name}_max"] = float(largest.max())  # NaN where any is
+        metrics[f"parity/{name}_mean"] = float(total.sum() / count.sum().clamp(min=1))
     holds = [metrics[f"parity/{name}_max"] <= config.parity_bound for name in ("text", "image")]  # False for NaN
     if guided and not all(holds):
         raise ParityError(
@@ -219,10 +284,19 @@ def add_supervised_gradient(model: UnifiedModel, old_skills: Mixture, config: GR
     """Backward of ptx.coef * (text loss + image loss) on examples of the old skills."""
     ptx = config.ptx
     assert ptx is not None
-    batch = encode(model, old_skills.batch(update, ptx.batch_size), ptx.caption_dropout, config.seed, update)
+    batch = encode_batch(model, old_skills, ptx.batch_size, ptx.caption_dropout, config.seed, update)
     weights = {"text_weight": ptx.coef * ptx.text_weight, "image_weight": ptx.coef * ptx.image_weight}
     losses = supervised_gradient(model, batch, **weights, micro_batch_size=config.micro_batch_size)
     return {"ptx/loss/text": losses["loss/text"], "ptx/loss/image": losses["loss/image"]}
+
+
+def share_skipped(mixtures: list[Mixture]) -> None:
+    """What any process left out of its prompts, all leave out. Raises ValueError, in all of them, where it is too much."""
+    for mixture, parts in ((m, gather(m.skipped)) for m in mixtures if world_size() > 1):
+        for number, skipped in enumerate(mixture.skipped):
+            for part in parts:
+                skipped |= part[number]
+            mixture.check_share(number)
 
 
 def global_counts(batch: TokenBatch, rows: Tensor, sampling: SamplingParams, model: UnifiedModel) -> Counts:
@@ -241,8 +315,15 @@ def terms(config: ModalityConfig) -> ModalityTerms:
 # --- report ------------------------------------------------------------------------------------------------------------
 
 
-def update_metrics(sums: list[dict[str, float]], config: GRPOConfig) -> dict[str, float]:
-    """TRL's names where the quantity is the same, with `/text` and `/image` behind those that we have per modality."""
+def update_metrics(own: list[dict[str, float]]) -> dict[str, float]:
+    """TRL's names where the quantity is the same, with `/text` and `/image` behind those that we have per modality.
+
+    `own`: for each update the sums over this process's share; the metrics are about all of them.
+    """
+    sums = [
+        {name: (max if name.endswith("ratio_gap") else sum)(part[name] for part in parts) for name in parts[0]}
+        for parts in zip(*gather(own), strict=True)
+    ]
     metrics = {"loss": sum(s["loss"] for s in sums) / len(sums)}
     for kind in ("text", "image"):
         choices = max(1.0, sum(s[f"{kind}/choices"] for s in sums))

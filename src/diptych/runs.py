@@ -6,20 +6,28 @@ config.yaml   rewards.json   metrics.jsonl   samples/step_N.jsonl   checkpoints/
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import yaml
 
-from diptych.config import Config
-from diptych.runtime import barrier, rank, versions
+from diptych.config import RunConfig
+from diptych.resumption import resumed_settings, set_keys
+from diptych.runtime import barrier, on_first, rank, versions
+from diptych.userfiles import dump_yaml
+
+logger = logging.getLogger(__name__)
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+SHARED_FOLDER = "output_dir must be a folder that all of them see (a shared file system)"
 
 
 @contextmanager
@@ -87,38 +95,78 @@ def atomic_text(path: Path, text: str) -> None:
         raise
 
 
-class RunFolder:
-    """One training run. Only the first process writes."""
+class RunFolder(Generic[ConfigT]):
+    """One training run. Only the first process writes, and only one run at a time: `with RunFolder(...) as run` holds its lock.
 
-    def __init__(self, path: str | Path, config: Config) -> None:
-        """Opens or makes the folder. Raises ValueError where it holds a run with other settings."""
-        self.path = Path(path)
+    config: the settings that the run goes on with. Outside of `with` the folder can be looked into.
+    """
+
+    def __init__(self, path: str | Path, config: ConfigT, may_change: Collection[str] = ()) -> None:
+        """`may_change`: settings beside `config.may_change` with which it may be resumed in another way, by their dotted keys."""
+        self.path, self.config = Path(path), config
         self.checkpoints = self.path / "checkpoints"
+        self._may_change = {*config.may_change, *may_change}
         self._writer: Any = None
+        self._lock: Any = None
+
+    def __enter__(self) -> RunFolder[ConfigT]:
+        """Opens or makes the folder. Raises ValueError where another process trains in it, or it holds a run with other settings."""
+        try:
+            settings = on_first(self._open)
+        except BaseException:
+            self._release()
+            raise
+        self.config = type(self.config).model_validate(settings)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._release()
+
+    def _open(self) -> dict[str, Any]:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / "lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {self.path}; wait for it, or choose another output_dir") from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): start no other run in it", self.path, error)
+        settings = self._settled()
+        for leftover in self.checkpoints.glob(".tmp-*"):  # of a killed process
+            shutil.rmtree(leftover, ignore_errors=True)
+        return settings
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _settled(self) -> dict[str, Any]:
+        """The settings to go on with, noted in config.yaml."""
+        file, config = self.path / "config.yaml", self.config
+        stored = (yaml.safe_load(file.read_text()) or {}) if file.is_file() else None
+        made_with: dict[str, Any] = versions()
+        history: list[dict[str, Any]] = []
+        if stored is not None:
+            step = (self.steps() or [0])[-1]
+            config, changed = resumed_settings(config, stored, self._may_change, self.path)
+            if config.max_steps < step:
+                raise ValueError(f"{self.path} has done {step} steps already, and max_steps is {config.max_steps}; ask for {step} or more")
+            others = {name: [stored.get("versions", {}).get(name), one] for name, one in made_with.items()}
+            others = {name: pair for name, pair in others.items() if pair[0] != pair[1] and name in ("diptych", "torch", "transformers")}
+            history = stored.get("history", [])
+            if changed or others:
+                entry = {"step": step, "changed": {key: list(pair) for key, pair in changed.items()}, "versions": others}
+                history = [*history, {key: value for key, value in entry.items() if value}]
+                told = "; ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in [*changed.items(), *others.items()])
+                logger.warning("%s goes on behind step %d with other settings: %s", self.path, step, told)
         settings = config.model_dump(mode="json")
-        file = self.path / "config.yaml"
-        if file.is_file():
-            old = (yaml.safe_load(file.read_text()) or {}).get("config")
-            changed = sorted(key for key in settings if old is None or old.get(key) != settings[key])
-            if changed:
-                raise ValueError(
-                    f"{self.path} holds a run with other settings (different: {', '.join(changed)}). "
-                    "Choose another output_dir, or delete the folder to start over."
-                )
-        elif rank() == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump({"config": settings, "versions": versions()}, sort_keys=False)
-            atomic_text(file, text)
-        if rank() == 0:
-            for leftover in self.checkpoints.glob(".tmp-*"):  # of a killed process
-                shutil.rmtree(leftover, ignore_errors=True)
-        barrier()
-        if settings.get("report_to") == "tensorboard" and rank() == 0:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ValueError("report_to=tensorboard needs the extra: pip install 'diptych[track]'") from error
-            self._writer = SummaryWriter(self.path / "tensorboard")
+        content = {"config": settings, "set": sorted(set_keys(config)), "versions": made_with, **({"history": history} if history else {})}
+        if stored is None or stored != content:
+            atomic_text(file, dump_yaml(content))
+        return settings
 
     # --- checkpoints ---
     def steps(self) -> list[int]:
@@ -149,14 +197,21 @@ class RunFolder:
 
     # --- logs ---
     def describe(self, name: str, content: Any) -> None:
-        """A JSON file that says what the run is made of, written by its first start."""
-        if rank() == 0 and not (self.path / name).is_file():
-            atomic_text(self.path / name, json.dumps(content, indent=1) + "\n")
+        """A JSON file that says what the run is made of."""
+        text = json.dumps(content, indent=1) + "\n"
+        if rank() == 0 and not ((self.path / name).is_file() and (self.path / name).read_text() == text):
+            atomic_text(self.path / name, text)
 
     def truncate_logs(self, step: int) -> None:
-        """Forgets metrics and samples after `step`: they will be written again by the resumed run."""
+        """Forgets metrics, samples and TensorBoard's events after `step`: they will be written again by the resumed run."""
         if rank() != 0:
             return
+        if self.config.report_to == "tensorboard":
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ValueError("report_to=tensorboard needs the extra: pip install 'diptych[track]'") from error
+            self._writer = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
         kept = [line for line in self.metrics() if line["step"] <= step]
         atomic_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
         for path in (self.path / "samples").glob("step_*.jsonl"):

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
+import contextvars
+import hashlib
 import os
 import platform
 import random
 import subprocess
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def generator(seed: int, *stream: int) -> torch.Generator:
@@ -86,27 +94,57 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def run_async(awaitable: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine, also from within a running event loop (a notebook's cell): there it runs in a thread of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(awaitable)
+    with ThreadPoolExecutor(1, "async") as pool:
+        return pool.submit(contextvars.copy_context().run, asyncio.run, awaitable).result()
+
+
 # --- processes ---------------------------------------------------------------------------------------------------------
 
+_failed = False
 
-def init_processes() -> None:
+
+@contextlib.contextmanager
+def joined_processes() -> Iterator[None]:
     """Joins the process group that torchrun / accelerate launch describes in the environment, if any; each process takes a GPU of its own.
 
-    Counts are summed on the CPU and gradients on the device, so both have a backend.
+    Counts are summed on the CPU and gradients on the device, so both have a backend. A process that leaves by an exception does not wait
+    for the others at its end: it ends at once, and whoever launched them ends the others.
     """
+    global _failed
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(leave_processes)
+        atexit.register(_leave)
+    try:
+        yield
+    except BaseException:
+        _failed = True
+        raise
 
 
-def leave_processes() -> None:
+def _leave() -> None:
     """Waits for the others and leaves the group: a process that just ends may make another abort."""
-    if dist.is_initialized():
+    if dist.is_initialized() and not _failed:
         with contextlib.suppress(RuntimeError):  # another process died: nothing to wait for
             dist.barrier()
         dist.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the program. One of several processes that failed ends at once, whatever its threads still wait for."""
+    if _failed and dist.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code or 1)
+    sys.exit(code)
 
 
 def rank() -> int:
@@ -115,6 +153,40 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value: T) -> list[T]:
+    """What every process has, in their order: small things that pickle."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """What the function gives in the first process, in all of them. A ValueError there is raised in all of them."""
+    if world_size() == 1:
+        return function()
+    said: list[Any] = [None]
+    if rank() == 0:
+        try:
+            said = [(True, function())]
+        except ValueError as error:
+            said = [(False, str(error))]
+    dist.broadcast_object_list(said, 0)
+    good, value = said[0]
+    if not good:
+        raise ValueError(value)
+    return value
+
+
+def agree(value: Any, what: str, remedy: str) -> None:
+    """Raises ValueError in all processes where they do not have the same."""
+    found = gather(value)
+    others = [f"process {number} has {one}" for number, one in enumerate(found) if one != found[0]]
+    if others:
+        raise ValueError(f"the processes do not have the same {what}: process 0 has {found[0]}, {', '.join(others[:3])}. {remedy}")
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
@@ -126,13 +198,31 @@ def sum_over_processes(value: Tensor) -> Tensor:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Adds up the gradients of all processes. Losses divide by global counts, so no mean is taken."""
-    if world_size() > 1:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
+    """Adds up the gradients of all processes. Losses divide by global counts, so no mean is taken.
+
+    A parameter that has no gradient in any process keeps none, as in one process: the optimizer then leaves it alone.
+    """
+    if world_size() == 1:
+        return
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    used = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.int64)
+    dist.all_reduce(used)
+    for parameter in (p for p, count in zip(trained, used.tolist(), strict=True) if count):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+
+
+def weights_checksum(model: nn.Module) -> str:
+    """Of what is trained: the sum of each tensor's bits, which no order of adding changes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            bits = (
+                parameter.detach().contiguous().view({4: torch.int32, 2: torch.int16, 8: torch.int64}.get(parameter.itemsize, torch.uint8))
+            )
+            digest.update(f"{name} {int(bits.sum(dtype=torch.int64))}\n".encode())
+    return digest.hexdigest()
 
 
 def barrier() -> None:

@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
-from diptych.data import Record
+from diptych.data import Mixture, Record
 from diptych.logprobs import score
 from diptych.models import UnifiedModel
 from diptych.runtime import generator, rank, sum_over_processes, world_size
-from diptych.tokens import TokenBatch, collate
+from diptych.tokens import TokenBatch, TokenRow, collate
 
 
 def encode(model: UnifiedModel, records: Sequence[Record], caption_dropout: float, seed: int, step: int) -> TokenBatch:
     """Records to tokens; a share of the bare pictures loses its prompt (caption dropout).
 
-    Raises ValueError for a record without an answer.
+    Raises ValueError for a record without an answer, and one that the model cannot take, with its place.
     """
-    draws = torch.rand(len(records), generator=generator(seed, 4, step)).tolist()
-    rows = []
-    for record, value in zip(records, draws, strict=True):
-        if record.answer is None:
-            raise ValueError(f"a record of {record.source} has no assistant message; supervised learning needs answers")
-        dropped = record.is_drawing and value < caption_dropout
-        try:
-            rows.append(model.encode_example(record.prompt, record.answer, unconditional=dropped))
-        except ValueError as error:
-            raise ValueError(f"a record of {record.source} ({record.prompt.text[:60]!r}): {error}") from error
-    return collate(rows)
+    draws = _draws(len(records), seed, step)
+    return collate([_named_row(model, draws, caption_dropout, place, record) for place, record in enumerate(records)])
+
+
+def encode_batch(model: UnifiedModel, mixture: Mixture, size: int, caption_dropout: float, seed: int, step: int) -> TokenBatch:
+    """`encode` of a batch of a mixture, which leaves out what cannot be encoded, as far as it may."""
+    row = functools.partial(_named_row, model, _draws(size, seed, step), caption_dropout)
+    return collate(mixture.made(step, size, row))
+
+
+def _draws(size: int, seed: int, step: int) -> list[float]:
+    return torch.rand(size, generator=generator(seed, 4, step)).tolist()
+
+
+def _named_row(model: UnifiedModel, draws: Sequence[float], caption_dropout: float, place: int, record: Record) -> TokenRow:
+    try:
+        return example_row(model, record, unconditional=record.is_drawing and draws[place] < caption_dropout)
+    except ValueError as error:
+        raise ValueError(f"{record.name}: {error}") from error
+
+
+def example_row(model: UnifiedModel, record: Record, *, unconditional: bool = False) -> TokenRow:
+    """Raises ValueError for a record without an answer, and one that the model cannot take."""
+    if record.answer is None:
+        raise ValueError("it has no assistant message; supervised learning needs answers")
+    return model.encode_example(record.prompt, record.answer, unconditional=unconditional)
 
 
 def supervised_gradient(

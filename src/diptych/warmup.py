@@ -8,20 +8,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diptych.admission import admit
 from diptych.config import WarmupConfig
 from diptych.data import Mixture, Record
 from diptych.document import to_json_blocks
+from diptych.inputs import check_inputs, summary
 from diptych.models import UnifiedModel, open_policy
-from diptych.optim import make_optimizer, optimizer_step
-from diptych.runs import RunFolder
-from diptych.runtime import generator, init_processes, pick_device, seed_everything, set_threads
+from diptych.optim import make_optimizer, optimizer_step, restore
+from diptych.runs import SHARED_FOLDER, RunFolder
+from diptych.runtime import agree, generator, joined_processes, pick_device, seed_everything, set_threads, weights_checksum
 from diptych.sampling.engine import fit_to_context, sample
-from diptych.supervised import encode, negative_log_likelihood, supervised_gradient
+from diptych.supervised import encode, encode_batch, example_row, negative_log_likelihood, supervised_gradient
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -31,27 +34,36 @@ def warmup(config: WarmupConfig, progress: Progress | None = None) -> UnifiedMod
 
     Raises ValueError for settings, data or checkpoints that cannot be used.
     """
-    init_processes()
+    with joined_processes(), RunFolder(config.output_dir, config) as run:
+        return _train(run, progress)
+
+
+def _train(run: RunFolder[WarmupConfig], progress: Progress | None) -> UnifiedModel:
+    config = run.config
     set_threads(config.num_threads)
     seed_everything(config.seed)
-    run = RunFolder(config.output_dir, config)
     device = pick_device(config.device)
-    mixture = Mixture(config.sources, config.seed)
-    held_out = Mixture(config.sources, config.seed, "validation").batch(0, config.num_eval_records)
+    mixture = Mixture(config.sources, config.seed, max_skipped=config.max_skipped_records)
+    validation = Mixture(config.sources, config.seed, "validation", max_skipped=config.max_skipped_records)
+    inputs = check_inputs(run, config, [mixture], needs_model=config.lora is not None)
     step = (run.steps() or [0])[-1]
+    agree(step, "last checkpoint", SHARED_FOLDER)
     state: dict[str, Any] = {}
     run.truncate_logs(step)
     folder: Path | None = None
     if step:
         folder, state = run.load(step)
     model = open_policy(config, device, folder).eval()  # no dropout: resumed and split batches must give the same gradient
+    agree(weights_checksum(model), "weights (by their checksum)", SHARED_FOLDER)
     optimizer, schedule = make_optimizer(model, config.optim, config.max_steps)
     if state:
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
+        restore(optimizer, schedule, state)
+    for name, some in (("train", mixture), ("validation", validation)):
+        admit(some, partial(example_row, model), run, name, {"inputs": summary(inputs), "lengths": model.max_positions})
+    held_out = validation.batch(0, config.num_eval_records)
 
     while step < config.max_steps:
-        batch = encode(model, mixture.batch(step, config.batch_size), config.caption_dropout, config.seed, step)
+        batch = encode_batch(model, mixture, config.batch_size, config.caption_dropout, config.seed, step)
         metrics = supervised_gradient(
             model, batch, text_weight=config.text_weight, image_weight=config.image_weight, micro_batch_size=config.micro_batch_size
         )
@@ -68,6 +80,7 @@ def warmup(config: WarmupConfig, progress: Progress | None = None) -> UnifiedMod
             run.save(step, model, {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step})
         if progress:
             progress(step, config.max_steps, metrics)
+    run.describe("skipped.json", mixture.told())
     return model.eval()
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.ablation.measures import RATES, TRAINING
-from diptych.config import DemoConfig, EvaluateConfig, GRPOConfig, RewardConfig, SamplingParams, WarmupConfig, build
+from diptych.config import Config, DemoConfig, EvaluateConfig, GRPOConfig, RewardConfig, SamplingParams, WarmupConfig, build
 from diptych.credit import document_rewards
 from diptych.evaluation.storyboard import Judged, evaluate_documents, evaluate_retention, held_out_tasks, rates, reward_columns
 from diptych.grpo import grpo
@@ -39,6 +39,7 @@ from diptych.warmup import checkpoint_of, warmup
 
 Say = Callable[[int, int, str], None]
 """(steps done, steps in all, a few words)"""
+DEFAULTS = 1  # raised whenever the default of a setting changes
 WINDOW = 5  # logged steps before a checkpoint whose mean is its training metrics
 
 
@@ -93,15 +94,22 @@ def cell_of(stage: str, config: DemoConfig, steps: tuple[int, ...]) -> Cell:
         "sampling": config.grpo.sampling.model_dump(mode="json"),
         "device": config.grpo.device,
         "weights": packaged_weights(),
+        "defaults": DEFAULTS,
     }
     if stage == "base":
         return Cell({**settings, "model": config.warmup.model})
-    settings["warmup"] = config.warmup.model_dump(mode="json", exclude={"output_dir"})
+    settings["warmup"] = _said(config.warmup, {"output_dir"})
     if stage == "warmup":
         return Cell(settings)
     save_steps = math.gcd(config.grpo.save_steps, *steps[:-1])  # the last step is always saved
-    settings["grpo"] = config.grpo.model_copy(update={"save_steps": save_steps}).model_dump(mode="json", exclude={"output_dir", "model"})
+    settings["grpo"] = _said(config.grpo.model_copy(update={"save_steps": save_steps}), {"output_dir", "model"})
     return Cell({**settings, "steps": list(steps)})
+
+
+def _said(config: Config, without: set[str]) -> dict[str, Any]:
+    """What differs from the defaults, so that a setting that is added later makes no other cells. A default that is changed must not be
+    taken for the old one: `tests/data/defaults.json` holds them, and `DEFAULTS` counts their changes."""
+    return config.model_dump(mode="json", exclude=without, exclude_defaults=True)
 
 
 def warmup_cell(cell: Cell) -> Cell:
@@ -267,7 +275,7 @@ def _summary(cell: Cell, root: Path, evaluations: dict[int, dict[str, Any]], sec
         points[str(step)] = {**measured, **_training(lines, step)}
     seconds = {**seconds, "evaluation": sum(e["seconds"] for e in evaluations.values())}
     return {
-        "seed": cell.settings["warmup"]["seed"] if "warmup" in cell.settings else None,
+        "seed": cell.settings["warmup"].get("seed", 0) if "warmup" in cell.settings else None,
         "points": points,
         "parity": {f"{kind}_max": max(line[f"parity/{kind}_max"] for line in lines) for kind in ("text", "image")} if lines else {},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},

@@ -8,13 +8,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from diptych.ablation.measures import MEASURES
-from diptych.config import Config, DemoConfig, build, load_config, parse_overrides
+from diptych.config import Config, DemoConfig, build, load_config
+from diptych.overrides import kind_of, parse_overrides, read_value
 from diptych.rewards import load_reward
 from diptych.rewards.base import configured
+from diptych.userfiles import load_yaml, read_text
 
 OWNED = {
     "output_dir": "--output-dir", "warmup.output_dir": "--output-dir", "grpo.output_dir": "--output-dir",
@@ -103,18 +104,24 @@ def load_suite(name: str, overrides: Sequence[str] = ()) -> tuple[str, Suite]:
     path = Path(name) if name.endswith((".yaml", ".yml")) else packaged_suites().get(name)
     if path is None or not path.is_file():
         raise ValueError(f"no suite {name!r}; give a .yaml file or one of: {', '.join(packaged_suites())}")
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"suite {name!r} is no valid YAML: {error}") from error
+    data = load_yaml(read_text(path), f"suite {name!r}")
     if not isinstance(data, dict):
         raise ValueError(f"suite {name!r} holds no mapping of settings")
     suite = build(Suite, data)
     if overrides:
-        changes = {**suite.base.changes, **dict(parse_overrides(overrides))}
+        changes = {**suite.base.changes, **_typed_changes(overrides)}
         suite = suite.model_copy(update={"base": suite.base.model_copy(update={"changes": changes})})
     check_variants(suite)
     return path.stem, suite
+
+
+def _typed_changes(overrides: Sequence[str]) -> dict[str, Any]:
+    """Dotted key -> value, by the types of the demo's settings."""
+    found = {}
+    for key, text in parse_overrides(overrides):
+        path = key.replace("-", "_")
+        found[path] = read_value(text, kind_of(DemoConfig, path), f"--{key}")
+    return found
 
 
 def check_variants(suite: Suite) -> None:
@@ -140,9 +147,8 @@ def variant_config(suite: Suite, variant: Variant, seed: int) -> DemoConfig:
     """
     changes = {**suite.base.changes, **variant.changes}
     _refuse(variant.name, changes)
-    arguments = [f"--{key}={json.dumps(value)}" for key, value in changes.items()]  # JSON is YAML: the value is read as it was written
     try:
-        config = load_config(DemoConfig, suite.base.recipe, arguments)
+        config = load_config(DemoConfig, suite.base.recipe, changes)
     except ValueError as error:
         raise ValueError(f"variant {variant.name!r}: {error}") from None
     stages = {"seed": seed, "num_threads": 1}  # one thread: numbers do not depend on how many workers share the machine

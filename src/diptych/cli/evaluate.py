@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +11,10 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diptych.cli.app import PASS_ON, Device, Dtype, FourBit, Guidance, Model, app, console, sampling, say
-from diptych.config import EvaluateConfig, ImageSampling, SamplingParams, build, load_config, parse_overrides
+from diptych.config import EvaluateConfig, ImageSampling, SamplingParams, build, load_config
 from diptych.evaluation.registry import BENCHMARKS
+from diptych.overrides import kind_of, parse_pairs
+from diptych.userfiles import read_entries
 
 evaluate_app = typer.Typer(help="Benchmarks: generate, write what is submitted, score, compare.", no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate")
@@ -32,7 +35,7 @@ def storyboard(
 ) -> None:
     """Storyboard's benchmark: held-out documents and retention of old skills, judged by the oracle."""
     from diptych.cli.figures import show_storyboard
-    from diptych.evaluation.fingerprint import of_model
+    from diptych.models.fingerprint import of_model
     from diptych.evaluation.storyboard import evaluate_documents, held_out_tasks, old_skills, rates, rates_by_kind, retention_rates, sheet
     from diptych.models import load_model
     from diptych.runs import atomic_text
@@ -87,6 +90,7 @@ def benchmark(
     from diptych.cli.figures import show_benchmark
     from diptych.evaluation.jobs import Job, Settings, nothing_scored
     from diptych.models import UnifiedModel, load_model
+    from diptych.rewards.judges.options import JudgeOptions
     from diptych.runtime import pick_device
 
     chosen = BENCHMARKS[str(context.info_name)]()
@@ -109,8 +113,9 @@ def benchmark(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bars:
         bar = bars.add_task("answers", total=None, visible=False)
+        asked_judge = parse_pairs("judge", judge, partial(kind_of, JudgeOptions)) if judge else None
         job = Job(
-            chosen, data, out, settings, _shard(shard), official, dict(parse_overrides([f"--{item}" for item in judge])) if judge else None,
+            chosen, data, out, settings, _shard(shard), official, asked_judge,
             strict, say, lambda done, total: bars.update(bar, completed=done, total=total, visible=True),
         )  # fmt: skip
         result = job.run(open_model)
@@ -140,7 +145,7 @@ def _shard(text: str | None) -> tuple[int, int] | None:
 
 def _lines(path: Path) -> list[str]:
     try:
-        found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        found = read_entries(path)
     except OSError as error:
         raise ValueError(f"cannot read --ids {str(path)!r}: {error}") from error
     if not found:

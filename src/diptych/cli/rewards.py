@@ -39,10 +39,11 @@ def try_reward(
     column: Annotated[list[str] | None, typer.Option(help="key=value of a data set column, such as num_images=3; may be repeated")] = None,
 ) -> None:
     """What a reward says of one document: what was sent, what came back, the value of each step. Exits with 1 if a value is missing."""
-    from diptych.config import RewardConfig, build, parse_overrides
+    from diptych.config import RewardConfig, build
     from diptych.document import Text
+    from diptych.overrides import parse_pairs
     from diptych.rewards import call_rewards, load_reward
-    from diptych.rewards.base import about, configured
+    from diptych.rewards.base import about, configured, option_kind
     from diptych.rewards.judges import Judge, transcript
     from diptych.rewards.scorers.base import ImageScorer
 
@@ -50,7 +51,8 @@ def try_reward(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     asked, answer = transcript.read_document(document, prompt)
-    options, columns = (dict(parse_overrides([f"--{item}" for item in items or []])) for items in (option, column))
+    options = parse_pairs("option", option or [], lambda key: option_kind(load_reward(name), key))
+    columns = parse_pairs("column", column or [])
     config = build(RewardConfig, {"name": name, "options": options})
     reward = configured(config, load_reward(name))
     show(about(config, load_reward(name)))

@@ -1,23 +1,30 @@
-"""Records in a JSONL file, read where they stand: opening one indexes its lines, and a record's pictures are opened when it is used."""
+"""What a record is, and the one rule of what its messages may look like: conversion, inspection and training all ask here."""
 
 from __future__ import annotations
 
-import array
 import dataclasses
 import json
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
+from diptych.document import Document
+from diptych.tokens import valid_text
 
-from diptych.document import Document, join
+FORMS = '{"role": "user" or "assistant", "content": a string or a list of blocks}'
+BLOCKS = 'text, image and image_url blocks such as {"type": "text", "text": "..."}'
 
-PICTURES_CHECKED = 1000  # records whose pictures are opened at once; `diptych data inspect` opens all
+
+class NotARecord(ValueError):
+    """`cause`: a few fixed words that can be counted."""
+
+    def __init__(self, detail: str, cause: str = "not a record") -> None:
+        super().__init__(detail)
+        self.cause = cause
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """`columns` reach the rewards; `source` says which data set the record came from, `license` under what terms."""
+    """`columns` reach the rewards; `source` says which data set the record came from, `license` under what terms, `where` file and line."""
 
     prompt: Document
     answer: Document | None
@@ -25,122 +32,135 @@ class Record:
     columns: dict[str, Any]
     id: str = ""
     license: str = ""
+    where: str = ""
 
     @property
     def is_drawing(self) -> bool:
         """Whether the answer is one bare picture, so that caption dropout makes sense."""
         return self.answer is not None and len(self.answer) == len(self.answer.images) == 1
 
-
-class JsonlFile:
-    """Random access to the records of a file; `lines` (N,) is the line of each, counted from 0 over lines that are not blank."""
-
-    def __init__(self, path: Path, num_records: int | None = None) -> None:
-        """Raises ValueError for an empty file, a line that is no record and a picture that is missing, with file and line number."""
-        self.path = path
-        offsets, numbers, places, lines = (array.array("q") for _ in range(4))
-        offset = num_lines = 0
-        with path.open("rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                if raw.strip():
-                    answers = self._check(raw, number, pictures=len(offsets) < PICTURES_CHECKED)
-                    for place in answers:
-                        offsets.append(offset)
-                        numbers.append(number)
-                        places.append(place)
-                        lines.append(num_lines)
-                    num_lines += 1
-                    if num_records is not None and len(offsets) >= num_records:
-                        break
-                offset += len(raw)
-        if not offsets:
-            raise ValueError(f"data set {path} is empty; at least one record is needed")
-        self._offsets, self._numbers, self._places = offsets, numbers, places
-        self.lines = np.array(lines)[:num_records]
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def __getitem__(self, index: int) -> Record:
-        with self.path.open("rb") as stream:
-            stream.seek(self._offsets[index])
-            raw = stream.readline()
-        try:
-            return make_record(json.loads(raw), self._places[index], self.path)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.path}:{self._numbers[index]}: not a record: {error}") from error
-
-    def _check(self, raw: bytes, number: int, pictures: bool) -> list[int]:
-        try:
-            line = json.loads(raw)
-            places = answer_places(line)
-            if pictures:
-                for place in places[-1:]:  # the last one's prompt holds all that came before
-                    make_record(line, place, self.path)
-            else:
-                for missing in missing_pictures(line, self.path.parent):
-                    raise ValueError(f"cannot read image {missing!r}: there is no such file")
-            return places
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.path}:{number}: not a record: {error}") from error
+    @property
+    def name(self) -> str:
+        """For people: its place and its id."""
+        own = self.id if self.id and not self.where.endswith(self.id) else ""
+        return f"{self.where or self.source}{f' (id {own})' if own else ''}"
 
 
-def answer_places(line: dict[str, Any]) -> list[int]:
+def given_messages(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The conversation of a row, before its pictures are put in their places: `messages`, or TRL's `prompt` and `completion`.
+
+    Each message is an object with a role and a content (a string, or a list of objects that each have a type); a column that is null is
+    one that is not there. Raises NotARecord saying what was expected and what was found.
+    """
+    if value.get("messages") is not None:
+        return _checked(value["messages"], "`messages`")
+    if value.get("prompt") is not None:
+        answer = [] if value.get("completion") is None else _turns(value["completion"], "assistant", "`completion`")
+        return [*_turns(value["prompt"], "user", "`prompt`"), *answer]
+    hint = (
+        " (`conversations` with from and value is another form: name them messages, role and content)" if "conversations" in value else ""
+    )
+    has = ", ".join(f"{key!r:.40}" for key, one in value.items() if one is not None) or "nothing"
+    raise NotARecord(f"it has {has}; `messages`, or `prompt` and `completion`, are needed{hint}")
+
+
+def _turns(value: Any, role: str, name: str) -> list[dict[str, Any]]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else _checked(value, name)
+
+
+def _checked(messages: Any, name: str) -> list[dict[str, Any]]:
+    if not isinstance(messages, list):
+        hint = "; it looks like JSON that was written as a string" if isinstance(messages, str) and messages[:1] in "[{" else ""
+        raise NotARecord(f"{name} is {kind_of(messages)}; a list of messages is needed, each {FORMS}{hint}")
+    if not messages:
+        raise NotARecord(f"{name} is an empty list; at least one message is needed, each {FORMS}")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            raise NotARecord(f"message {number} of {name} is {kind_of(message)}; each is {FORMS}")
+        if not isinstance(message.get("role"), str):
+            raise NotARecord(f"the role of message {number} is {kind_of(message.get('role'))}; it is user, assistant or system")
+        content = message.get("content")
+        if not isinstance(content, str | list):
+            raise NotARecord(f"the content of message {number} is {kind_of(content)}; it is a string or a list of blocks")
+        for index, block in enumerate(content if isinstance(content, list) else ()):
+            if not isinstance(block, dict) or not isinstance(block.get("type"), str):
+                raise NotARecord(f"block {index} of message {number} is {shown(block)}; allowed are {BLOCKS}")
+            if block["type"] == "text" and not isinstance(block.get("text"), str):
+                raise NotARecord(f"block {index} of message {number} has a text that is {kind_of(block.get('text'))}; it is a string")
+    return messages
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
+    if value is None:
+        return "missing, or null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    words = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return f"{words.get(type(value), type(value).__name__)} ({shown(value)})"
+
+
+def shown(value: Any) -> str:
+    """The beginning of a JSON value."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def answer_places(messages: list[dict[str, Any]]) -> list[int]:
     """Where the answers stand that are trained; for a prompt without answer, where one would stand.
 
-    Raises ValueError where the messages are no conversation.
+    Raises NotARecord where the messages are no conversation, or one of them is empty: one of a user or an assistant holds a picture or a
+    text of more than spaces, and in an answer with pictures every text does. (An empty system message is as none.)
     """
-    messages = line["messages"]
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(turns)):
-        raise ValueError(
+        raise NotARecord(
             f"roles are {roles}; allowed are ['user'], ['user', 'assistant'], and more turns of the two, with 'system' before them"
         )
-    for message in messages:
-        if not isinstance(message.get("loss", True), bool) or ("loss" in message and message["role"] != "assistant"):
-            raise ValueError(f"`loss` is {message['loss']!r} at a {message['role']} message; it is true or false, and at answers only")
+    for number, message in enumerate(messages, start=1):
+        if not is_loss(message.get("loss")) or (message.get("loss") is not None and message["role"] != "assistant"):
+            raise NotARecord(f"`loss` is {message['loss']!r} at a {message['role']} message; it is true or false, and at answers only")
+        _refuse_empty(message, number)
     if roles[-1] == "user":
         return [len(messages)]
-    places = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("loss", True)]
+    places = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("loss") is not False]
     if not places:
-        raise ValueError("no answer is trained: each says `loss`: false; leave out the last answer to make it a prompt")
+        raise NotARecord("no answer is trained: each says `loss`: false; leave out the last answer to make it a prompt")
     return places
 
 
-def make_record(line: dict[str, Any], place: int, path: Path) -> Record:
-    """The record whose answer is message `place`. Raises ValueError for blocks that are none and pictures that do not open."""
-    messages = line["messages"]
-    prompt = join(Document.from_blocks(message["content"], path.parent) for message in messages[:place])
-    answer = Document.from_blocks(messages[place]["content"], path.parent) if place < len(messages) else None
-    columns = {key: value for key, value in line.items() if key != "messages"}
-    if answer is not None:
-        columns.setdefault("num_images", len(answer.images))
-    return Record(prompt, answer, str(line.get("source", path)), columns, str(line.get("id", "")), str(line.get("license", "")))
+def is_loss(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
 
 
-def empty_step(line: dict[str, Any]) -> str:
-    """Where an answer with pictures has an empty text, in words; empty where none has."""
-    for number, message in enumerate(line["messages"], start=1):
-        blocks = message["content"]
-        if message["role"] == "assistant" and isinstance(blocks, list) and any(block["type"] == "image" for block in blocks):
-            for index, block in enumerate(blocks):
-                if block["type"] == "text" and not block["text"].strip():
-                    return f"block {index} of message {number} is an empty text beside pictures"
-    return ""
+def _refuse_empty(message: dict[str, Any], number: int) -> None:
+    content, role = message["content"], message["role"]
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    is_text = [block["type"] == "text" for block in blocks]
+    empty = [told and not block["text"].strip() for told, block in zip(is_text, blocks, strict=True)]
+    if all(empty) and role != "system":
+        raise NotARecord(f"message {number} ({role}) is empty; a picture, or a text of more than spaces, is needed", "empty message")
+    if role == "assistant" and not all(is_text) and any(empty):
+        raise NotARecord(f"block {empty.index(True)} of message {number} is an empty text beside pictures; leave it out", "empty step")
 
 
-def missing_pictures(line: dict[str, Any], folder: Path) -> list[str]:
-    """Paths of pictures that do not exist. Raises ValueError for a block that is none."""
-    missing = []
-    for content in (message["content"] for message in line["messages"]):
-        if isinstance(content, str):
-            continue
-        for index, block in enumerate(content):
-            kind = block.get("type") if isinstance(block, dict) else None
-            value = block.get(kind) if kind in ("text", "image") else None
-            if not isinstance(value, str):
-                raise ValueError(f"block {index} is {block!r:.120}; allowed are text and image blocks")
-            if kind == "image" and not value.startswith("data:") and not (folder / value).is_file():
-                missing.append(value)
-    return missing
+def refuse_surrogates(value: Any) -> None:
+    """Raises NotARecord where a text at any depth of a JSON value, or a key, is no valid Unicode."""
+    for text in _texts(value):
+        try:
+            valid_text(text)
+        except ValueError as error:
+            raise NotARecord(str(error), "broken text") from None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict):
+            waiting += [*one.keys(), *one.values()]
+        elif isinstance(one, list):
+            waiting += one

@@ -6,7 +6,6 @@ survives scaling, JPEG and changes of brightness. Whole pictures and their centr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from diptych.data.readers import read_rows
 from diptych.data.source_ids import ENDINGS as PICTURES
 from diptych.data.source_ids import Id, ids_in, ids_of_picture, is_small
 from diptych.document import open_image
+from diptych.userfiles import read_entries, read_json
 
 LISTS = (".json", ".jsonl", ".parquet")
 MAX_DISTANCE = 4  # of 64 bits; unrelated pictures differ by about 32, with a standard deviation of about 4 to 8
@@ -75,7 +75,8 @@ class Exclusion:
         ids too. Names of pictures are read as well; paths of pictures in lists are not followed: give the pictures' folder. A line of
         a `.txt` is taken as it stands, for every source.
 
-        Raises ValueError where a path does not exist or holds nothing of the kind.
+        Raises ValueError where a path does not exist or holds nothing of the kind, and for a list that cannot be read whole, because less
+        would be excluded than it says.
         """
         ids: set[Id] = set()
         pictures: set[int] = set()
@@ -93,9 +94,12 @@ class Exclusion:
                     except ValueError as error:
                         problems.report(str(file), "exclusion not read", error)
                 elif suffix == ".txt":
-                    ids |= {("", line.strip()) for line in file.read_text(errors="replace").splitlines() if line.strip()}
+                    ids |= {("", entry) for entry in read_entries(file)}
                 elif suffix in LISTS:
-                    ids |= set(_ids_of(file, problems))
+                    try:
+                        ids |= set(_ids_of(file))
+                    except ValueError as error:
+                        raise ValueError(f"--exclude: {error}. What stands there would not be excluded: mend or remove it") from error
             if len(ids) + len(pictures) == before:
                 raise ValueError(
                     f"--exclude {str(path)!r} holds no ids and no pictures; allowed are {', '.join((*PICTURES, '.txt', *LISTS))} files"
@@ -103,15 +107,15 @@ class Exclusion:
         return cls(ids, pictures, max_distance)
 
 
-def _ids_of(file: Path, problems: Problems) -> Iterator[Id]:
+def _ids_of(file: Path) -> Iterator[Id]:
     if file.suffix.lower() == ".json":
-        try:
-            value = json.loads(file.read_bytes())
-        except ValueError as error:
-            return problems.report(str(file), "exclusion not read", error)
+        value = read_json(file)
         if isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
             yield from (("", key) for key in value if not is_small(key))  # ActivityNet: keyed by video
         yield from ids_in(value)
         return
+    problems = Problems()
     for row in read_rows(file, problems):
         yield from ids_in(row.value)
+    for problem in problems.found:
+        raise ValueError(f"{problem.where}: {problem.cause}: {problem.detail}")

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
+from diptych.data.conversation import NotARecord, Record
 from diptych.data.convert.messages import id_of, messages_of
 from diptych.data.convert.pictures import MissingPicture
-from diptych.data.jsonl import Record, answer_places, empty_step, make_record, missing_pictures
 from diptych.data.problems import Problems
 from diptych.data.readers import Row, json_lines, read_rows
 from diptych.data.records import has_records, open_source, record_files
-from diptych.data.rows import BROKEN, make_row_record, row_answers
-from diptych.document import Document, Image, Text
+from diptych.data.rows import make_row_record, row_answers
+from diptych.document import Document, Image
 from diptych.models import UnifiedModel
 from diptych.runtime import rng as make_rng
 
@@ -137,66 +137,29 @@ def _rows(name: str, problems: Problems, ids: dict[str, str], endless: int) -> I
         if len(paths) == 1 and has_records(path):
             with path.open("rb") as stream:
                 for row in json_lines(stream, str(path), path.parent, problems):
-                    yield row.where, _records(row.value, row.where, path, problems, ids)
+                    yield row.where, _records(row, str(path), problems, ids)
         else:
             for row in read_rows(path, problems):
-                yield row.where, _row_records(row, name, problems, ids)
+                yield row.where, _records(row, name, problems, ids)
 
 
-def _row_records(row: Row, name: str, problems: Problems, ids: dict[str, str]) -> list[Record]:
+def _records(row: Row, source: str, problems: Problems, ids: dict[str, str]) -> list[Record]:
     """Of a row of a data set, as training reads it."""
     id = id_of(row)
-    _note_id(id, row.where, problems, ids)
+    if id in ids:
+        problems.report(row.where, "duplicate id", f"{id} stood in {ids[id]}", id)
+    ids.setdefault(id, row.where)
     try:
         answers = row_answers(row)
         messages_of(row)
-    except BROKEN as error:
-        problems.report(row.where, "not a record", f"{type(error).__name__}: {error}", id)
-        return []
-    try:
-        records = [make_row_record(row, place, name) for place in answers]
+        return [make_row_record(row, place, source) for place in answers]
     except MissingPicture as error:
         problems.report(row.where, "missing picture", error, id)
-        return []
-    except BROKEN as error:
+    except NotARecord as error:
+        problems.report(row.where, error.cause, error, id)
+    except ValueError as error:
         problems.report(row.where, "unreadable picture", error, id)
-        return []
-    if any(_has_empty_step(record) for record in records):
-        problems.report(row.where, "empty step", "an answer has an empty text beside its pictures", id)
-    return records
-
-
-def _has_empty_step(record: Record) -> bool:
-    answer = record.answer
-    return answer is not None and bool(answer.images) and any(isinstance(s, Text) and not s.text.strip() for s in answer)
-
-
-def _note_id(id: str, where: str, problems: Problems, ids: dict[str, str]) -> None:
-    if id and id in ids:
-        problems.report(where, "duplicate id", f"{id} stood in {ids[id]}", id)
-    ids.setdefault(id, where)
-
-
-def _records(line: dict[str, Any], where: str, path: Path, problems: Problems, ids: dict[str, str]) -> list[Record]:
-    """Of a line in our own form."""
-    id = str(line.get("id", ""))
-    _note_id(id, where, problems, ids)
-    try:
-        places = answer_places(line)
-        missing = missing_pictures(line, path.parent)
-        if missing:
-            problems.report(where, "missing picture", ", ".join(missing), id)
-            return []
-        if empty := empty_step(line):
-            problems.report(where, "empty step", empty, id)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problems.report(where, "not a record", f"{type(error).__name__}: {error}", id)
-        return []
-    try:
-        return [make_record(line, place, path) for place in places]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problems.report(where, "unreadable picture", error, id)
-        return []
+    return []
 
 
 def _num_tokens(model: UnifiedModel, record: Record) -> tuple[int | None, str]:

@@ -1,29 +1,107 @@
 """Mixing sources by weight. Which record stands at which place is a pure function of (seed, place), so a run that is
-resumed at a step reads exactly what it would have read."""
+resumed at a step reads exactly what it would have read.
+
+A record that cannot be used stops a training, or is left out where the recipe allows it (`max_skipped_records`): the next one of its source
+takes its place, and it is counted and told.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from diptych.config import MixtureSource
-from diptych.data.jsonl import Record
+from diptych.data.conversation import Record
+from diptych.data.problems import Problem, Problems
 from diptych.data.records import Source, open_source
 from diptych.runtime import rng as make_rng
 from diptych.worlds.storyboard.scene import Split
 
+logger = logging.getLogger(__name__)
+
 
 class Mixture:
-    """`batch(step, size)` draws each record's source by weight, then the record uniformly from that source."""
+    """`batch(step, size)` draws each record's source by weight, then the record uniformly from that source.
 
-    def __init__(self, sources: Sequence[MixtureSource], seed: int, split: Split = "train") -> None:
-        self.seed = seed
-        self.sources: list[Source] = [open_source(s.name, s.num_records, seed=seed, split=split) for s in sources]
+    skipped: for each source what was left out of it: records by their place, rows that are no records by -1, -2, ...
+    """
+
+    def __init__(self, sources: Sequence[MixtureSource], seed: int, split: Split = "train", max_skipped: float = 0.0) -> None:
+        """`max_skipped`: the share of a source's records that may be left out. Raises ValueError where more is broken."""
+        self.seed, self.max_skipped = seed, max_skipped
+        self.sources: list[Source] = []
+        self.skipped: list[dict[int, Problem]] = []
+        for source in sources:
+            problems = Problems() if max_skipped else None
+            self.sources.append(open_source(source.name, source.num_records, seed=seed, split=split, problems=problems))
+            self.skipped.append({-1 - number: problem for number, problem in enumerate(problems.found if problems else ())})
+            self.check_share(len(self.sources) - 1)
         weights = np.array([s.weight for s in sources])
         self.weights = weights / weights.sum()
 
+    @property
+    def columns(self) -> list[str]:
+        """What any source gives to rewards."""
+        return sorted({column for source in self.sources for column in source.columns})
+
     def batch(self, step: int, size: int) -> list[Record]:
+        return self.made(step, size, lambda _, record: record)
+
+    def made(self, step: int, size: int, make: Callable[[int, Record], Any], places: Sequence[int] | None = None) -> list[Any]:
+        """What `make` makes of each record, given its place in the batch; only of those at `places`, where these are given. A ValueError
+        that it raises is about the record."""
         rng = make_rng(self.seed, 3, step)
         picks = rng.choice(len(self.sources), size=size, p=self.weights)
-        return [self.sources[int(p)][int(rng.integers(2**31))] for p in picks]
+        drawn = [(place, int(p), int(rng.integers(2**31))) for place, p in enumerate(picks)]
+        return [self._take(*drawn[place], make) for place in (range(size) if places is None else places)]
+
+    def _take(self, place: int, number: int, index: int, make: Callable[[int, Record], Any]) -> Any:
+        source = self.sources[number]
+        if source.size is None:
+            return make(place, source[index])
+        for at in range(index, index + source.size):
+            at %= source.size
+            if at not in self.skipped[number]:
+                try:
+                    return make(place, source[at])
+                except ValueError as error:
+                    self.skip(number, at, error)
+        raise ValueError(f"no record of {source.name} is left: all were skipped. The last: {self._told(number)}")
+
+    def skip(self, number: int, at: int, error: ValueError, *, count: bool = True) -> None:
+        """Leaves a record of a source out. Raises ValueError naming it where that is one too many; without `count` whoever asks
+        `check_share` does."""
+        source = self.sources[number]
+        assert source.file is not None
+        where, id = source.place(at)
+        self.skipped[number][at] = Problem(where, "not used", str(error).removeprefix(f"{where}: "), id)
+        if count:
+            self.check_share(number)
+            logger.warning("left out: %s: %s", where, error)
+
+    def check_share(self, number: int, others: int = 0) -> None:
+        """Raises ValueError where more of a source is left out than is allowed; `others`: by other processes."""
+        source, skipped = self.sources[number], self.skipped[number]
+        if (not skipped and not others) or source.file is None:
+            return
+        count, total = len(skipped) + others, source.file.num_rows
+        if count > self.max_skipped * total:
+            allowed = f"max_skipped_records: {self.max_skipped:g}" if self.max_skipped else "none may be left out (max_skipped_records: 0)"
+            raise ValueError(
+                f"{count} of the {total} rows of {source.name} cannot be used, and {allowed}: {self._told(number)}. Mend or remove what is "
+                "named, or allow a larger share; `diptych data inspect --model` lists all of them"
+            )
+
+    def told(self) -> list[dict[str, Any]]:
+        """Everything that was left out, for JSON."""
+        found = zip(self.sources, self.skipped, strict=True)
+        return [{"source": source.name, **problem.as_dict()} for source, skipped in found for problem in skipped.values()]
+
+    def _told(self, number: int) -> str:
+        found = list(self.skipped[number].values())
+        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+        ids = [f" (id {p.id})" if p.id and not p.where.endswith(p.id) else "" for p in found]
+        return "; ".join(f"{p.where}{id}: {p.detail}" for p, id in zip(found[:5], ids, strict=False)) + more

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from diptych import userfiles
+from diptych.data.conversation import NotARecord, refuse_surrogates
 from diptych.data.problems import Problems
 
 FORMATS = (".jsonl", ".json", ".parquet", ".tar", ".tar.gz", ".tgz")
@@ -22,12 +24,14 @@ BATCH_ROWS = 64  # of a parquet file at a time: rows may hold pictures
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """`value`: columns. `where`: file and line. `root`: what picture paths are relative to. `files`: the other members of a sample."""
+    """`value`: columns. `where`: file and line. `root`: what picture paths are relative to. `files`: the other members of a sample.
+    `fault`: why it cannot be a record, where that shows before its columns are looked at."""
 
     value: dict[str, Any]
     where: str
     root: Path
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    fault: NotARecord | None = None
 
 
 def suffix_of(path: Path) -> str:
@@ -64,17 +68,48 @@ def read_rows(path: Path, problems: Problems, *, columns: Sequence[str] | None =
 
 def json_lines(stream: BinaryIO, name: str, root: Path, problems: Problems) -> Iterator[Row]:
     """Rows of a stream of JSON lines; blank ones are passed over."""
-    for number, raw in enumerate(stream, start=1):
+    for number, (_, raw) in enumerate(userfiles.lines_of(stream), start=1):
         if raw.strip():
-            yield from _json_row(raw, f"{name}:{number}", root, problems)
+            yield from reported(json_row(raw, f"{name}:{number}", root), problems)
+
+
+def json_row(raw: bytes, where: str, root: Path, **more: Any) -> Row:
+    """A row of JSON; with a `fault` where it is none, no object, or holds a text that is no valid Unicode."""
+    try:
+        value = parse(raw)
+        if not isinstance(value, dict):
+            raise NotARecord(f"a JSON object is needed, this is a {type(value).__name__}", "broken line")
+        if b"\\ud" in raw or b"\\uD" in raw:  # nothing else can write a surrogate in UTF-8
+            refuse_surrogates(value)
+    except NotARecord as error:
+        return Row({}, where, root, fault=error, **more)
+    return Row(value, where, root, **more)
+
+
+def parse(raw: bytes) -> Any:
+    """Raises NotARecord for what is no JSON in UTF-8."""
+    try:
+        return json.loads(userfiles.decode(raw, "the line"))
+    except RecursionError:
+        raise NotARecord("it is nested too deeply", "broken line") from None
+    except ValueError as error:
+        raise NotARecord(str(error), "broken line") from None
+
+
+def reported(row: Row, problems: Problems) -> Iterator[Row]:
+    """The row, if it is one; otherwise its fault is reported."""
+    if row.fault is None:
+        yield row
+    else:
+        problems.report(row.where, row.fault.cause, row.fault)
 
 
 def read_json(path: Path) -> Any:
     """A whole JSON file. Raises ValueError naming it where it cannot be read."""
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}. Give the JSON file as it was published, unpacked.") from error
+        return userfiles.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}. Give the JSON file as it was published, unpacked.") from error
 
 
 def _json(path: Path, problems: Problems) -> Iterator[Row]:
@@ -85,7 +120,7 @@ def _json(path: Path, problems: Problems) -> Iterator[Row]:
     if not isinstance(rows, list):
         return problems.report(str(path), "unreadable file", f"a list of records is needed, this is a {type(rows).__name__}")
     for number, value in enumerate(rows, start=1):
-        yield from _as_row(value, f"{path}:entry {number}", path.parent, problems)
+        yield from reported(value_row(value, f"{path}:entry {number}", path.parent), problems)
 
 
 def check_pyarrow(path: Path) -> None:
@@ -110,6 +145,22 @@ def parquet(path: Path) -> Iterator[Any]:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
+def values_of(table: Any) -> Iterator[dict[str, Any] | NotARecord]:
+    """The rows of a pyarrow batch or table, each by itself where one of them holds a text that is not UTF-8."""
+    try:
+        yield from table.to_pylist()
+    except UnicodeDecodeError:
+        for at in range(table.num_rows):
+            try:
+                yield table.slice(at, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield NotARecord(f"a text is not UTF-8 (byte {error.start + 1} of it is 0x{error.object[error.start]:02x})", "broken text")
+
+
+def replaced(value: dict[str, Any] | NotARecord, where: str, root: Path) -> Row:
+    return Row({}, where, root, fault=value) if isinstance(value, NotARecord) else Row(value, where, root)
+
+
 def _parquet(path: Path, problems: Problems, columns: Sequence[str] | None) -> Iterator[Row]:
     check_pyarrow(path)
     number = 0
@@ -117,9 +168,9 @@ def _parquet(path: Path, problems: Problems, columns: Sequence[str] | None) -> I
         with parquet(path) as file:
             known = None if columns is None else [c for c in columns if c in file.schema_arrow.names]
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=known):
-                for value in batch.to_pylist():
+                for value in values_of(batch):
                     number += 1
-                    yield Row(value, f"{path}:row {number}", path.parent)
+                    yield from reported(replaced(value, f"{path}:row {number}", path.parent), problems)
     except ValueError as error:
         problems.report(f"{path}:row {number + 1}", "unreadable file", f"{error}; the rest of the file was not read")
 
@@ -132,8 +183,8 @@ def _samples(path: Path, problems: Problems) -> Iterator[Row]:
             problems.report(where, "broken line", f"the sample has no .json member, only {', '.join(sorted(files))}")
             continue
         others = {name: content for name, content in files.items() if name != "json"}
-        for row in _json_row(files["json"], where, path.parent, problems):
-            yield Row({"__key__": key, **row.value}, where, path.parent, others)
+        for row in reported(json_row(files["json"], where, path.parent, files=others), problems):
+            yield dataclasses.replace(row, value={"__key__": key, **row.value})
 
 
 def _grouped(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -171,16 +222,12 @@ def tar_members(path: Path, problems: Problems) -> Iterator[tuple[str, bytes]]:
         problems.report(str(path), "unreadable file", f"{error}; what stands behind {last} was not read")
 
 
-def _json_row(raw: bytes, where: str, root: Path, problems: Problems) -> Iterator[Row]:
+def value_row(value: Any, where: str, root: Path) -> Row:
+    """A row of a value that was read already; with a `fault` where it is no object, or holds a text that is no valid Unicode."""
     try:
-        value = json.loads(raw)
-    except ValueError as error:  # UnicodeDecodeError is one
-        return problems.report(where, "broken line", error)
-    yield from _as_row(value, where, root, problems)
-
-
-def _as_row(value: Any, where: str, root: Path, problems: Problems) -> Iterator[Row]:
-    if isinstance(value, dict):
-        yield Row(value, where, root)
-    else:
-        problems.report(where, "broken line", f"a JSON object is needed, this is a {type(value).__name__}")
+        if not isinstance(value, dict):
+            raise NotARecord(f"a JSON object is needed, this is a {type(value).__name__}", "broken line")
+        refuse_surrogates(value)
+    except NotARecord as error:
+        return Row({}, where, root, fault=error)
+    return Row(value, where, root)

@@ -17,53 +17,71 @@ import contextlib
 import glob
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from diptych.data import hub
-from diptych.data.jsonl import JsonlFile, Record
+from diptych.data.conversation import Record
+from diptych.data.problems import Problems
 from diptych.data.readers import shards, suffix_of
 from diptych.data.rows import RowFile
 from diptych.runtime import rng as make_rng
+from diptych.userfiles import lines_of
 from diptych.worlds.storyboard import conversations
 from diptych.worlds.storyboard.scene import Split
 from diptych.worlds.storyboard.tasks import FAMILIES, make_task
 
 
 class Source:
-    """A data set with random access; `size` is None where records are made endlessly."""
+    """A data set with random access; `size` is None where records are made endlessly. `file`: None for records that are made."""
 
-    def __init__(self, name: str, size: int | None, get: Callable[[int], Record]) -> None:
-        self.name, self.size, self._get = name, size, get
+    def __init__(
+        self, name: str, size: int | None, get: Callable[[int], Record], columns: Iterable[str] = (), file: RowFile | None = None,
+        places: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """`places`: (size,) which records of the file these are."""
+        self.name, self.size, self._get, self.columns, self.file = name, size, get, frozenset(columns), file
+        self.places = places
 
     def __getitem__(self, index: int) -> Record:
         return self._get(index if self.size is None else index % self.size)
 
+    def place(self, index: int) -> tuple[str, str]:
+        """File and line of a record of a file, and its id where its row can be read."""
+        assert self.file is not None
+        assert self.places is not None
+        return self.file.place(int(self.places[index]))
 
-def open_source(name: str, num_records: int | None = None, *, seed: int = 0, split: Split = "train") -> Source:
+    def conversations(self) -> Iterator[tuple[int, Record]]:
+        """Every record of a file by its index, with a stand-in for each picture: nothing but text is read."""
+        assert self.file is not None
+        assert self.places is not None
+        index = dict(zip(self.places.tolist(), range(len(self.places)), strict=True))
+        yield from ((index[at], record) for at, record in self.file.conversations() if at in index)
+
+
+def open_source(
+    name: str, num_records: int | None = None, *, seed: int = 0, split: Split = "train", problems: Problems | None = None
+) -> Source:
     """A file, a folder or a pattern of files, or `storyboard:interleaved|text_to_image|understanding|text|prompts`.
 
-    A JSONL file holds records as above. Parquet, tar and JSON files, folders of files, and patterns such as `data/train-*.parquet` hold
-    what `diptych data convert messages` reads. Every 20th line is for validation. Raises ValueError for an unknown name, a missing or
-    empty file, or a broken line (with file and line number).
+    JSONL, JSON, parquet and tar files, folders of files, and patterns such as `data/train-*.parquet` hold what `diptych data convert
+    messages` reads. Every 20th row is for validation. Raises ValueError for an unknown name, a missing or empty file, or (without
+    `problems` to report it to) a row that is no record, with file and line number.
     """
     if name.startswith("storyboard:"):
         return _storyboard(name, name.split(":", 1)[1], num_records, seed, split)
-    file = _open_files(name, num_records)
+    files = record_files(name)
+    as_lines = len(files) == 1 and has_records(files[0])
+    source = str(files[0]) if as_lines else name
+    file = RowFile(files, source, num_records, problems, as_lines=as_lines)
     held_out = file.lines % 20 == 19
     if not held_out.any():
         held_out = file.lines == file.lines[-1]
     places = np.flatnonzero(held_out if split != "train" or held_out.all() else ~held_out)
-    return Source(name, len(places), lambda index: file[int(places[index])])
-
-
-def _open_files(name: str, num_records: int | None) -> JsonlFile | RowFile:
-    files = record_files(name)
-    if len(files) == 1 and has_records(files[0]):
-        return JsonlFile(files[0], num_records)
-    return RowFile(files, name, num_records)
+    return Source(name, len(places), lambda index: file[int(places[index])], file.columns, file, places)
 
 
 def record_files(name: str) -> list[Path]:
@@ -89,19 +107,18 @@ def record_files(name: str) -> list[Path]:
 
 
 def has_records(path: Path) -> bool:
-    """Whether a file is JSON lines with `messages`, whatever its name, if not that of another format; .json where its first line is one."""
+    """Whether a file is JSON lines, whatever its name, if not that of another format; .json where its first line is an object."""
     suffix = suffix_of(path)
     if suffix not in ("", ".json", ".jsonl") or path.suffix == ".gz":
         return False
+    if suffix == ".jsonl":
+        return True
     first = None
-    with path.open("rb") as stream:
-        if not stream.read(64).lstrip().startswith(b"["):
-            stream.seek(0)
-            with contextlib.suppress(ValueError):
-                first = json.loads(next((line for line in stream if line.strip()), b""))
-    if not isinstance(first, dict):
-        return suffix != ".json"
-    return "messages" in first or "prompt" not in first
+    with path.open("rb") as stream, contextlib.suppress(ValueError):
+        line = next((line for _, line in lines_of(stream) if line.strip()), b"")
+        if not line.lstrip().startswith(b"["):
+            first = json.loads(line)
+    return isinstance(first, dict) or suffix != ".json"
 
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -121,7 +138,7 @@ def _storyboard(name: str, kind: str, num_records: int | None, seed: int, split:
             answer = task.truth.document() if kind == "interleaved" else None
             return Record(task.prompt, answer, name, task.columns)
 
-        return Source(name, num_records, interleaved)
+        return Source(name, num_records, interleaved, make_task(make_rng(seed, 7, stream, 0), split, FAMILIES[0]).columns)
     if kind in _KINDS:
 
         def single(index: int) -> Record:
@@ -130,5 +147,5 @@ def _storyboard(name: str, kind: str, num_records: int | None, seed: int, split:
             prompt, answer = conversations.make_turn(rng, turn, split)
             return Record(prompt, answer, name, {"num_images": len(answer.images)})
 
-        return Source(name, num_records, single)
+        return Source(name, num_records, single, ("num_images",))
     raise ValueError(f"unknown data set {name!r}; known are {', '.join(_storyboard_names())}")

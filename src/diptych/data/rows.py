@@ -1,89 +1,172 @@
-"""Records in parquet files, WebDataset tar shards, JSON lists and folders of these, read where they stand, as `JsonlFile` reads its own.
-
-What a row may look like is what `diptych data convert messages` reads.
+"""Records in JSONL, JSON, parquet and WebDataset tar files and folders of these, read where they stand: opening them notes where each
+record is, and its pictures are opened when it is used. What a row may look like is what `diptych data convert messages` reads.
 """
 
 from __future__ import annotations
 
 import array
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from diptych.data.conversation import NotARecord, Record, answer_places, given_messages
 from diptych.data.convert.draft import Block, Message
-from diptych.data.convert.messages import columns_of, given_messages, id_of, is_trained, messages_of
-from diptych.data.convert.pictures import load
-from diptych.data.jsonl import PICTURES_CHECKED, Record, answer_places
+from diptych.data.convert.messages import columns_of, id_of, messages_of
+from diptych.data.convert.pictures import MissingPicture, load
+from diptych.data.problems import Problems
 from diptych.data.readers import Row
-from diptych.data.shards import Place, open_shard
-from diptych.document import Document, Image, Text, join
+from diptych.data.shards import Place, Shard, open_shard
+from diptych.document import STAND_IN, Document, Image, Text, join
 
-CONVERSATION = ("messages", "prompt", "completion")  # columns that say what answers there are
-BROKEN = (ValueError, KeyError, TypeError, AttributeError)
+CONVERSATION = ("messages", "prompt", "completion", "conversations")  # columns that say what answers there are
+PICTURES_CHECKED = 1000  # records whose pictures are opened at once; `diptych data inspect` opens all
 
 
 class RowFile:
-    """Random access to the records of files; `lines` (N,) is the row of each, counted from 0 over all files."""
+    """Random access to the records of files.
 
-    def __init__(self, paths: Sequence[Path], source: str, num_records: int | None = None) -> None:
-        """`source`: of rows that name none. Of the first 1,000 records the pictures are opened, of the rest the conversation is read.
+    lines: (N,) the row of each record, counted from 0 over all files. columns: what any of them gives to a reward. num_rows: all, also
+    those that are no records. pictures: a hash of the pictures that the rows name: their names and sizes, and of the first
+    PICTURES_CHECKED records their bytes.
+    """
 
-        Raises ValueError where there is no row, for a row that is no record, and for what cannot be read, with its place.
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        source: str,
+        num_records: int | None = None,
+        problems: Problems | None = None,
+        *,
+        as_lines: bool = False,
+    ) -> None:
+        """`source`: of rows that name none. `as_lines`: the files hold JSON lines, whatever their names.
+
+        Of the first PICTURES_CHECKED records the pictures are opened; of the rest the conversation is read, and files of pictures are
+        looked for. Raises ValueError where there is no row and, without `problems` to report it to, for a row that is no record; each
+        with its place.
         """
-        self.source = source
-        self.shards = [open_shard(path) for path in paths]
+        self.source, self.num_rows = source, 0
+        self.shards = [open_shard(path, as_lines=as_lines) for path in paths]
+        self.columns = {"source", "id", "license", "num_images"}
         # of each record: its shard, the three parts of its place there, which message is its answer, and its row
-        index, num_rows = [array.array("q") for _ in range(6)], 0
+        self._index = index = [array.array("q") for _ in range(6)]
+        self._pictures = hashlib.blake2b(digest_size=16)
         for number, shard in enumerate(self.shards):
             for place, row in shard.rows(CONVERSATION):
-                try:
-                    answers = row_answers(row)
-                    if len(index[0]) < PICTURES_CHECKED:
-                        make_row_record(shard.read(place), answers[-1], source)  # the last one's prompt holds all that came before
-                except BROKEN as error:
-                    raise ValueError(f"{row.where}: not a record: {_words(error)}") from error
-                for answer in answers:
-                    for column, value in zip(index, (number, place.at, place.extent, place.number, answer, num_rows), strict=True):
-                        column.append(value)
-                num_rows += 1
                 if num_records is not None and len(index[0]) >= num_records:
                     break
-            if num_records is not None and len(index[0]) >= num_records:
-                break
-        if not num_rows:
+                try:
+                    answers = self._check(shard, place, row, whole=len(index[0]) < PICTURES_CHECKED)
+                except ValueError as error:
+                    if problems is None:
+                        raise ValueError(f"{row.where}: not a record: {error}") from error
+                    problems.report(row.where, getattr(error, "cause", "not a record"), error, id_of(row))
+                    answers = []
+                for answer in answers:
+                    for column, value in zip(index, (number, place.at, place.extent, place.number, answer, self.num_rows), strict=True):
+                        column.append(value)
+                self.num_rows += 1
+            self.columns |= columns_of(Row(dict.fromkeys(shard.columns), "", Path())).keys()
+        if not self.num_rows:
             raise ValueError(f"data set {source} is empty; at least one record is needed")
-        self._index = index
+        if not len(index[0]):
+            raise ValueError(f"none of the {self.num_rows} rows of data set {source} is a record; `diptych data inspect` says why")
         self.lines = np.array(index[5])[:num_records]
+
+    def _check(self, shard: Shard, place: Place, row: Row, *, whole: bool) -> list[int]:
+        if row.fault is not None:
+            raise row.fault
+        answers = row_answers(row)
+        if whole:
+            row = shard.read(place)
+            make_row_record(row, answers[-1], self.source)  # the last one's prompt holds all that came before
+        if whole or shard.reads_all:
+            for picture in (block[0] for message in messages_of(row) for block in message.blocks if isinstance(block, tuple)):
+                if isinstance(picture, Path):
+                    self._note(picture, row.root, whole)
+        return answers
+
+    def _note(self, path: Path, root: Path, whole: bool) -> None:
+        try:
+            size = path.stat().st_size
+        except OSError:
+            raise MissingPicture(f"{path} does not exist") from None
+        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+        self._pictures.update(f"{name}\n{size}\n".encode(errors="surrogateescape"))
+        if whole:
+            self._pictures.update(path.read_bytes())
+
+    @property
+    def pictures(self) -> str:
+        return self._pictures.hexdigest()
 
     def __len__(self) -> int:
         return len(self.lines)
+
+    def place(self, at: int) -> tuple[str, str]:
+        """File and line, entry, sample or row of a record, and its id where its row can be read."""
+        shard, *place, _, _ = (column[at] for column in self._index)
+        try:
+            row = self.shards[shard].read(Place(*place))
+        except ValueError:
+            return self.shards[shard].where(Place(*place)), ""
+        return row.where, id_of(row)
+
+    def conversations(self) -> Iterator[tuple[int, Record]]:
+        """Every record in order, with a stand-in for each picture: of the files only what is said is read."""
+        at = 0
+        for number, shard in enumerate(self.shards):
+            for place, row in shard.rows(CONVERSATION):
+                if at == len(self) or self._index[0][at] != number:
+                    break
+                if (self._index[1][at], self._index[2][at], self._index[3][at]) != (place.at, place.extent, place.number):
+                    continue  # no record
+                messages = given_messages(row.value)
+                while at < len(self) and self._index[0][at] == number and self._index[3][at] == place.number:
+                    answer = self._index[4][at]
+                    prompt = join(_words(message) for message in messages[:answer])
+                    told = _words(messages[answer]) if answer < len(messages) else None
+                    yield at, Record(prompt, told, self.source, {}, id_of(row), where=row.where)
+                    at += 1
 
     def __getitem__(self, at: int) -> Record:
         shard, *place, answer, _ = (column[at] for column in self._index)
         row = self.shards[shard].read(Place(*place))
         try:
+            if row.fault is not None:
+                raise row.fault
             return make_row_record(row, answer, self.source)
-        except BROKEN as error:
-            raise ValueError(f"{row.where}: not a record: {_words(error)}") from error
+        except ValueError as error:
+            raise ValueError(f"{row.where}: not a record: {error}") from error
 
 
 def row_answers(row: Row) -> list[int]:
     """Where the answers stand that are trained (`answer_places`)."""
-    turns = [{"role": m["role"], **({} if is_trained(m.get("loss")) else {"loss": False})} for m in given_messages(row.value)]
-    return answer_places({"messages": turns})
+    return answer_places(given_messages(row.value))
 
 
 def make_row_record(row: Row, place: int, source: str) -> Record:
     """The record whose answer is message `place`. Raises ValueError for what is no block, and pictures that do not open."""
     messages = messages_of(row)
+    if place > len(messages):
+        raise NotARecord("the file was changed since it was opened")
     prompt = join(_document(message) for message in messages[:place])
     answer = _document(messages[place]) if place < len(messages) else None
     license = str(row.value.get("license") or "")
-    columns = {"source": source, **columns_of(row), "id": id_of(row), "license": license}
-    if answer is not None:
-        columns.setdefault("num_images", len(answer.images))
-    return Record(prompt, answer, str(columns["source"]), columns, columns["id"], license)
+    columns = {**columns_of(row), "id": id_of(row), "license": license}
+    columns["source"] = columns.get("source") or source
+    if answer is not None and columns.get("num_images") is None:
+        columns["num_images"] = len(answer.images)
+    return Record(prompt, answer, str(columns["source"]), columns, columns["id"], license, row.where)
+
+
+def _words(message: dict[str, Any]) -> Document:
+    content = message["content"]
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return Document(tuple(Text(block["text"]) if block["type"] == "text" else STAND_IN for block in blocks))
 
 
 def _document(message: Message) -> Document:
@@ -92,7 +175,3 @@ def _document(message: Message) -> Document:
 
 def _segment(block: Block) -> Text | Image:
     return Text(block) if isinstance(block, str) else Image(load(block[0])[0])
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)

@@ -23,7 +23,8 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from diptych.data.readers import Row, parquet, sample_name, suffix_of
+from diptych import userfiles
+from diptych.data.readers import Row, json_row, parquet, replaced, sample_name, suffix_of, values_of
 
 MAX_GROUP_BYTES = 2**29
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -39,24 +40,30 @@ class Place:
 
 
 class Shard(abc.ABC):
+    """`columns`: names that any row has, known when all were gone through. `reads_all`: going through them reads whole rows."""
+
+    reads_all = True
+    unit = ""
+
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.columns: set[str] = set()
 
     @abc.abstractmethod
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[Place, Row]]:
-        """All rows in order, with `columns` at least; without pictures where they can be passed over."""
+        """All rows in order, with `columns` at least; without pictures where they can be passed over. What is broken in one row is its
+        `fault`."""
 
     @abc.abstractmethod
     def read(self, place: Place) -> Row: ...
 
+    def where(self, place: Place) -> str:
+        return f"{self.path}:{self.unit}{place.number}"
+
     def _row(self, raw: bytes, where: str, **more: Any) -> Row:
-        try:
-            value = json.loads(raw)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: a JSON object is needed, this is a {type(value).__name__}")
-        return Row(value, where, self.path.parent, **more)
+        row = json_row(raw, where, self.path.parent, **more)
+        self.columns |= row.value.keys()
+        return row
 
     def _bytes(self, place: Place) -> bytes:
         with self.path.open("rb") as stream:
@@ -66,29 +73,33 @@ class Shard(abc.ABC):
 
 class Lines(Shard):
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[Place, Row]]:
-        offset = 0
         with self.path.open("rb") as stream:
-            for number, raw in enumerate(stream, start=1):
+            for number, (offset, raw) in enumerate(userfiles.lines_of(stream), start=1):
                 if raw.strip():
-                    yield Place(offset, len(raw), number), self._row(raw, f"{self.path}:{number}")
-                offset += len(raw)
+                    place = Place(offset, len(raw), number)
+                    yield place, self._row(raw, self.where(place))
 
     def read(self, place: Place) -> Row:
-        return self._row(self._bytes(place), f"{self.path}:{place.number}")
+        return self._row(self._bytes(place), self.where(place))
 
 
 class Entries(Shard):
+    unit = "entry "
+
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[Place, Row]]:
         decoder = json.JSONDecoder()
         number = offset = seen = 0  # `seen` counts characters, `offset` their bytes
         try:
-            text = self.path.read_bytes().decode()
+            raw = self.path.read_bytes()
+            text = userfiles.decode(raw, str(self.path))
+            offset = len(raw) - len(text.encode())  # a mark at the beginning
             at = _skip(text, _skip(text, 0, "[") + 1)
             while text[at] != "]":
                 end = decoder.raw_decode(text, at)[1]
                 raw, number = text[at:end].encode(), number + 1
                 offset += len(text[seen:at].encode())
-                yield Place(offset, len(raw), number), self._row(raw, f"{self.path}:entry {number}")
+                place = Place(offset, len(raw), number)
+                yield place, self._row(raw, self.where(place))
                 offset, seen = offset + len(raw), end
                 at = _skip(text, end, ",]")
                 if text[at] == ",":
@@ -97,7 +108,7 @@ class Entries(Shard):
             raise ValueError(f"cannot read {self.path} behind entry {number}: {error}. A JSON list of records is needed.") from error
 
     def read(self, place: Place) -> Row:
-        return self._row(self._bytes(place), f"{self.path}:entry {place.number}")
+        return self._row(self._bytes(place), self.where(place))
 
 
 def _skip(text: str, at: int, wanted: str = "") -> int:
@@ -113,6 +124,9 @@ def _skip(text: str, at: int, wanted: str = "") -> int:
 
 class Samples(Shard):
     """WebDataset: members that share a name up to the first dot."""
+
+    reads_all = False
+    unit = "sample "
 
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[Place, Row]]:
         with self.path.open("rb") as stream:
@@ -155,11 +169,15 @@ class Samples(Shard):
         if "json" not in contents:
             raise ValueError(f"{where}: the sample has no .json member, only {', '.join(sorted(members))}")
         row = self._row(contents.pop("json"), where, files=contents)
+        self.columns.add("__key__")
         return dataclasses.replace(row, value={"__key__": key, **row.value})
 
 
 class Groups(Shard):
     """Parquet."""
+
+    reads_all = False
+    unit = "row "
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -168,6 +186,7 @@ class Groups(Shard):
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[Place, Row]]:
         number = 0
         with parquet(self.path) as file:
+            self.columns |= set(file.schema_arrow.names)
             known = [c for c in columns if c in file.schema_arrow.names]
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).total_byte_size
@@ -178,14 +197,15 @@ class Groups(Shard):
                     )
                 at = 0
                 for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=known or None):
-                    for value in batch.to_pylist():
+                    for value in values_of(batch):
                         number += 1
-                        yield Place(at, group, number), Row(value, f"{self.path}:row {number}", self.path.parent)
+                        place = Place(at, group, number)
+                        yield place, replaced(value, self.where(place), self.path.parent)
                         at += 1
 
     def read(self, place: Place) -> Row:
-        (value,) = self._group(place.extent).slice(place.at, 1).to_pylist()
-        return Row(value, f"{self.path}:row {place.number}", self.path.parent)
+        (value,) = values_of(self._group(place.extent).slice(place.at, 1))
+        return replaced(value, self.where(place), self.path.parent)
 
     def _read_group(self, group: int) -> Any:
         with parquet(self.path) as file:
@@ -195,9 +215,9 @@ class Groups(Shard):
 SHARDS: dict[str, type[Shard]] = {".jsonl": Lines, ".json": Entries, ".tar": Samples, ".parquet": Groups}
 
 
-def open_shard(path: Path) -> Shard:
-    """Raises ValueError for a file without random access."""
-    suffix = suffix_of(path)
+def open_shard(path: Path, *, as_lines: bool = False) -> Shard:
+    """`as_lines`: JSON lines, whatever its name. Raises ValueError for a file without random access."""
+    suffix = ".jsonl" if as_lines else suffix_of(path)
     if suffix not in SHARDS:
         raise ValueError(
             f"{path} has no random access, which training needs; allowed are {', '.join(SHARDS)}. Unpack it (gunzip), or make records of "

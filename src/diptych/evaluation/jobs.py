@@ -28,7 +28,8 @@ from diptych.data.problems import Problem, Problems
 from diptych.document import Document
 from diptych.evaluation.answers import Answer, Task, Template, answer, discard, plan, read_batch, report_unanswered, write_batch
 from diptych.evaluation.benchmark import Benchmark, Item, Score, Scoring
-from diptych.evaluation.fingerprint import differing_data, differing_model, digest, of_items, of_model
+from diptych.evaluation.fingerprint import differing_data, of_items
+from diptych.models.fingerprint import differing_model, digest, of_model
 from diptych.evaluation.judging import KEPT
 from diptych.evaluation.sheets import count, read_scores, summarise, write_scores
 from diptych.models import UnifiedModel

@@ -7,7 +7,6 @@ says so.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import functools
 import json
@@ -33,6 +32,7 @@ from diptych.rewards.judges.options import JudgeOptions
 from diptych.rewards.judges.prompts import NOTE, Message, tag_of
 from diptych.rewards.judges.replies import UnusableReplyError, numbered_scores
 from diptych.runs import atomic_text, read_jsonl
+from diptych.runtime import run_async
 
 logger = logging.getLogger(__name__)
 PROMPTS = "diptych-1"
@@ -146,7 +146,7 @@ def judge_all(questions: Iterable[Question], options: dict[str, Any], file: Path
             keys = [kept.key(question) for question in chunk]
             found = [kept.find(key, question) for key, question in zip(keys, chunk, strict=True)]
             open_ones = [place for place, answer in enumerate(found) if answer is None]
-            asked = asyncio.run(client.ask([kept.recording(keys[place], chunk[place]) for place in open_ones]))
+            asked = run_async(client.ask([kept.recording(keys[place], chunk[place]) for place in open_ones]))
             for place, answer in zip(open_ones, asked, strict=True):
                 found[place] = _checked(answer)
             answers += [answer for answer in found if answer is not None]

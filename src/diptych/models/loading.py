@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
 from diptych.config import RunConfig
@@ -31,6 +33,8 @@ OTHER_LAYOUTS = {
     "multi_modality": "this is DeepSeek's own layout of Janus; use the conversion for transformers, e.g. deepseek-community/Janus-Pro-7B",
     "Emu3": "this is BAAI's own layout of Emu3; use the conversion for transformers, e.g. Emu3-community/Emu3-Chat-hf",
 }
+_DTYPES_IN_FILES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+logger = logging.getLogger(__name__)
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -124,6 +128,7 @@ def open_policy(config: RunConfig, device: torch.device, checkpoint: Path | None
     options: dict[str, Any] = {
         "dtype": config.dtype, "load_in_4bit": config.load_in_4bit or None, "image_size": config.image_size,
     }  # fmt: skip
+    options["dtype"] = training_dtype(config)
     model = load_model(checkpoint or config.model, **options)  # load_in_4bit None: as an adapter was trained
     if config.load_in_4bit and config.lora is None and model.adapter is None:
         raise ValueError("load_in_4bit=true with full training: 4-bit weights cannot be trained. Add adapters: --lora.r 16")
@@ -137,10 +142,48 @@ def open_policy(config: RunConfig, device: torch.device, checkpoint: Path | None
         )
     if config.gradient_checkpointing:
         enable_checkpointing(model)
+    warn_of_rounding(model, config)
     model = model.to(device)
     if config.code_cache is not None:
         model.code_cache = CodeCache(Path(config.code_cache), model)
     return model
+
+
+def training_dtype(config: RunConfig) -> str:
+    """The dtype of a training's weights, and of its reference: `config.dtype`, but float32 for a float16 checkpoint under `auto`, because
+    gradients and sums leave float16's range (65504)."""
+    if config.dtype != "auto" or checkpoint_dtype(config.model) != torch.float16:
+        return config.dtype
+    return "float32"
+
+
+def checkpoint_dtype(source: str | Path) -> torch.dtype | None:
+    """The dtype of a checkpoint's embeddings or, where it has no safetensors, that in its config.json; None where neither tells."""
+    folder = model_folder(source)
+    if is_adapter(folder):
+        return checkpoint_dtype(read_description(folder)["base"]["source"])
+    for path in sorted(folder.rglob("*.safetensors")):
+        with contextlib.suppress(Exception), safe_open(path, framework="pt") as file:  # whoever loads it says what is broken
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                if "embed_tokens" in name:
+                    return _DTYPES_IN_FILES.get(file.get_slice(name).get_dtype())
+    try:
+        fields = json.loads((folder / "config.json").read_text())
+        told = fields.get("dtype") or fields.get("torch_dtype")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return getattr(torch, str(told), None) if told else None
+
+
+def warn_of_rounding(model: UnifiedModel, config: RunConfig) -> None:
+    """Weights of 8 bits of precision stand still where an update is less than about 1/512 of them."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    half = sum(p.numel() for p in trained if p.dtype in (torch.bfloat16, torch.float16))
+    if half > 0.01 * sum(p.numel() for p in trained):
+        logger.warning(
+            "%.1f million weights are trained in %s, where most updates round to nothing (at lr 1e-6 all but 0.2 %% of the weights stand "
+            "still). Set dtype: float32, or train adapters (--lora.r 16), whose weights are float32", half / 1e6, trained[0].dtype,
+        )  # fmt: skip
 
 
 def enable_checkpointing(model: UnifiedModel) -> None:
@@ -164,7 +207,7 @@ class Reference:
         self.started_from_adapter = is_adapter(folder)
         if policy.adapter is None or policy.adapter.train_in_full:
             four = config.load_in_4bit or None
-            copy = load_model(folder, dtype=config.dtype, load_in_4bit=four, image_size=config.image_size)
+            copy = load_model(folder, dtype=training_dtype(config), load_in_4bit=four, image_size=config.image_size)
             self.copy = copy.to(self.waits_on).eval().requires_grad_(False)
         elif self.started_from_adapter:
             policy.adapter.add_reference(folder)

@@ -10,7 +10,7 @@ A recipe's `options` reach a class as the keywords with which it is made, once, 
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import sys
+import typing
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,10 +30,13 @@ from torch import Tensor
 
 from diptych.config import RewardConfig
 from diptych.document import Document
+from diptych.overrides import kind_of, read_value
 from diptych.rewards.protocol import Context, Notes, conversation, keywords
+from diptych.runtime import run_async
 
 logger = logging.getLogger(__name__)
 
+GIVEN = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "truncated"}
 BUILT_IN = {
     "format": "diptych.rewards.format:format",
     "image_text": "diptych.rewards.image_text:image_text",
@@ -168,6 +172,25 @@ def load_reward(name: str) -> Callable[..., Any]:
 _made: dict[tuple[Any, str], Callable[..., Any]] = {}
 
 
+def option_kind(reward: Callable[..., Any], name: str) -> Any:
+    """The type of a reward's option: that of its options class, its annotation, or its default value; Any where none is told."""
+    if (options := getattr(reward, "options_class", None)) is not None:
+        return kind_of(options, name)
+    parameter = inspect.signature(reward).parameters.get(name)
+    if parameter is None:
+        return Any
+    with contextlib.suppress(Exception):  # annotations of a user's own may name anything
+        return typing.get_type_hints(reward.__init__ if inspect.isclass(reward) else reward)[name]
+    return type(parameter.default) if isinstance(parameter.default, str | bool | int | float) else Any
+
+
+def _fitted(reward: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Options with numbers read out of texts where the reward's own function asks for numbers: a command line gives 1.10 as it stands."""
+    kinds = {name: option_kind(reward, name) for name, value in options.items() if isinstance(value, str)}
+    numbers = {name for name, kind in kinds.items() if kind in (int, float, bool)}
+    return {name: read_value(value, kinds[name], name) if name in numbers else value for name, value in options.items()}
+
+
 def configured(config: RewardConfig, reward: Callable[..., Any]) -> Callable[..., Any]:
     """The reward with the options of its recipe. A class is made once for each set of options, and keeps its state.
 
@@ -182,15 +205,43 @@ def configured(config: RewardConfig, reward: Callable[..., Any]) -> Callable[...
             raise ValueError(
                 f"reward {config.key!r} takes no option {unknown[0]!r}; allowed are the parameters that it names: {', '.join(parameters)}"
             )
-        return functools.partial(reward, **config.options)
+        return functools.partial(reward, **_fitted(reward, config.options))
     factory: Any = reward
     key = (reward, json.dumps(config.options, sort_keys=True, default=str))
     if key not in _made:
         try:
-            _made[key] = factory(**config.options)
+            _made[key] = factory(**(config.options if hasattr(reward, "options_class") else _fitted(reward, config.options)))
         except (TypeError, ValueError) as error:
             raise ValueError(f"reward {config.key!r} cannot be made with options {sorted(config.options)}: {error}") from error
     return _made[key]
+
+
+def changeable_options(rewards: Sequence[tuple[RewardConfig, Callable[..., Any]]]) -> set[str]:
+    """Dotted keys of options that change no value, such as where a judge's server is: a run may be resumed with other ones."""
+    return {
+        f"rewards.{number}.options.{name}"
+        for number, (_, reward) in enumerate(rewards)
+        for name in getattr(getattr(reward, "options_class", None), "may_change", ())
+    }
+
+
+def check_columns(rewards: Sequence[tuple[RewardConfig, Callable[..., Any]]], columns: Sequence[str]) -> None:
+    """Raises ValueError where a reward needs a column that no source has, and for columns whose names mean something else to it."""
+    for config, reward in rewards:
+        if taken := sorted(GIVEN & set(columns)):
+            raise ValueError(
+                f"the data set has a column {taken[0]!r}, which is what every reward is given under that name; rename the column"
+            )
+        if both := sorted(config.options.keys() & set(columns)):
+            raise ValueError(f"reward {config.key!r} has an option {both[0]!r}, and the data set a column of that name; rename one of them")
+        parameters = inspect.signature(configured(config, reward)).parameters.values()
+        named = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        lacking = [p.name for p in named if p.name not in {*columns, *GIVEN}]
+        if lacking:
+            raise ValueError(
+                f"reward {config.key!r} needs {', '.join(map(repr, lacking))}, and no source of prompts has such a column; they have "
+                f"{', '.join(columns) or 'none'}. Add it to the data, or give the parameter a default"
+            )
 
 
 def about(config: RewardConfig, reward: Callable[..., Any]) -> str:
@@ -236,7 +287,7 @@ def call_rewards(
         try:
             returned = function(**seen[config.content], **{**keywords(function, context, notes), **columns})
             if inspect.isawaitable(returned):
-                returned = asyncio.run(_wait(returned))
+                returned = run_async(_wait(returned))
             if inspect.isgenerator(returned):
                 returned = list(returned)
         except Exception as error:  # rewards are untrusted: counted, logged, masked out
@@ -290,7 +341,7 @@ def _checked(name: str, returned: Any, sizes: list[int]) -> list[Any]:
 def _rescale(value: Any, config: RewardConfig) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # an integer may be larger than any float
         return math.nan
     rescaled = (number - config.shift) / config.scale
     return rescaled if abs(rescaled) <= torch.finfo(torch.float32).max else math.nan  # False for NaN too

@@ -7,11 +7,11 @@ from typing import Any
 
 
 def format(
-    completions: list[list[dict[str, Any]]], num_images: list[int], truncated: list[bool] | None = None,
+    completions: list[list[dict[str, Any]]], num_images: Sequence[int | None], truncated: list[bool] | None = None,
     ends_with_text: Sequence[bool | None] | None = None, **_: Any,
 ) -> list[float]:  # fmt: skip
     """One value per document, 0..1: 1 where every picture follows a non-empty text, the number of pictures is the one asked for
-    (dataset column `num_images`), no text was cut off, no step is empty, and the answer ends with a text or with a picture as asked
+    (dataset column `num_images`; None: any will do), no text was cut off, no step is empty, and the answer ends with a text or with a picture as
     (column `ends_with_text`; None or no such column: either will do). Each fault costs a share.
 
     The value is (good parts) / max(parts, parts asked for), halved if a text was cut off; parts are the pictures with their texts and
@@ -24,7 +24,8 @@ def format(
         blocks = messages[-1]["content"]
         told = [block["type"] == "text" and bool(block["text"].strip()) for block in blocks]
         drawn = [i for i, block in enumerate(blocks) if block["type"] == "image"]
-        wanted = int(num_images[row])
+        asked = num_images[row]
+        wanted = len(drawn) if asked is None else int(asked)
         good, parts = min(sum(1 for i in drawn if i and told[i - 1]), wanted), max(len(drawn), wanted)
         closing = None if ends_with_text is None else ends_with_text[row]
         if closing is not None:

@@ -7,7 +7,7 @@ documents: no critic has to be trained, and what the model knows about words is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ from diptych.tokens import TokenRow, collate
 
 
 class TextLikelihoodOptions(Config):
+    may_change: ClassVar[frozenset[str]] = frozenset({"device", "batch_size"})
     model: str = Field("storyboard", min_length=1, description="packaged name, checkpoint folder, or hub id")
     instruction: str = Field("say it in words .", description="stands before the prompt and asks for words alone; may be empty")
     per_token: bool = Field(False, description="the geometric mean over the tokens of a text, for texts that can be said in many ways")
@@ -37,6 +38,8 @@ class TextLikelihood:
     the answer are not shown to it. The choice after a text counts because a text that stops early is no right text. Says nothing of
     pictures and empty texts; a document that does not fit the model's context is missing.
     """
+
+    options_class = TextLikelihoodOptions
 
     def __init__(self, **options: Any) -> None:
         """Raises ValueError for wrong options and for a model that cannot be loaded."""

@@ -32,6 +32,15 @@ def context_needed(model: UnifiedModel, params: SamplingParams) -> int:
     return (params.max_images + 1) * params.max_text_tokens + params.max_images * len(spec.layout)
 
 
+def check_room(model: UnifiedModel, prompt_length: int, params: SamplingParams) -> None:
+    """Raises ValueError where the longest possible answer does not fit behind a prompt."""
+    if prompt_length + context_needed(model, params) > model.max_positions:
+        raise ValueError(
+            f"a prompt of {prompt_length} positions and an answer of up to {context_needed(model, params)} exceed the model's "
+            f"context of {model.max_positions}; shorten the prompt or lower max_images or max_text_tokens"
+        )
+
+
 def fit_to_context(model: UnifiedModel, prompt: TokenRow, params: SamplingParams) -> SamplingParams:
     """The same settings with `max_images` lowered to what fits behind the prompt (0 at least: `sample` says what is too long)."""
     for max_images in range(params.max_images, 0, -1):
@@ -59,12 +68,7 @@ def sample(
     if not isinstance(generator, torch.Generator) and len(generator) != len(prompts):
         raise ValueError(f"{len(generator)} generators were given for {len(prompts)} prompts; give one, or one for each")
     params = resolve(params, model)
-    longest = max(len(p) for p in prompts)
-    if longest + context_needed(model, params) > model.max_positions:
-        raise ValueError(
-            f"a prompt of {longest} positions and an answer of up to {context_needed(model, params)} exceed the model's "
-            f"context of {model.max_positions}; shorten the prompt or lower max_images or max_text_tokens"
-        )
+    check_room(model, max(len(p) for p in prompts), params)
     was_training = model.training
     model.eval()
     try:
@@ -231,11 +235,33 @@ class _Lockstep:
         return twins
 
 
+def noise_of(
+    model: UnifiedModel, params: SamplingParams, num_generations: int, generator: torch.Generator, places: Sequence[int]
+) -> list[torch.Generator]:
+    """For each prompt a generator that stands where its documents' numbers begin in a stream that all prompts of a step share, place by
+    place: who samples only some of them draws what who samples all would have drawn."""
+    count = num_generations * Chance.size(model, params)
+    states = []
+    for _ in range(max(places, default=-1) + 1):
+        states.append(generator.get_state())
+        torch.rand(count, dtype=torch.float64, generator=generator)
+    found = []
+    for place in places:
+        found.append(torch.Generator())
+        found[-1].set_state(states[place])
+    return found
+
+
 class Chance:
     """One uniform number for every choice that a document may make, drawn at the start.
 
     So a choice depends on its document and its place alone: not on who else is in the batch, on how long others write, or on the device.
     """
+
+    @staticmethod
+    def size(model: UnifiedModel, params: SamplingParams) -> int:
+        """Numbers of one document."""
+        return (params.max_images + 1) * (params.max_text_tokens + model.image_spec.num_positions * model.image_spec.depth)
 
     def __init__(self, model: UnifiedModel, params: SamplingParams, num_documents: int, generators: Sequence[torch.Generator]) -> None:
         spec = model.image_spec

@@ -11,12 +11,14 @@ Rows are joined on video and frames; of each video the triplet with the best SCO
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 from diptych.data.convert.draft import Draft, Options, document
 from diptych.data.convert.pictures import VIDEOS, Frame, find_file
 from diptych.data.problems import Problems
+from diptych.userfiles import read_text
 
 PROMPT = "This is the start. Show how to go on with the {category}: first the action, then the result, each with a picture."
 KEY = ("VID_ID", "FRAME_S1", "FRAME_AC", "FRAME_S2")
@@ -53,19 +55,18 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
 
 def _rows(path: Path, prompt: str, problems: Problems) -> Iterator[tuple[str, dict[str, str]]]:
     needed = (*KEY, "DS_CAT_NAME", "SCORE", prompt)
-    with path.open(newline="", encoding="utf-8", errors="replace") as stream:
-        reader = csv.DictReader(stream)
-        missing = [name for name in needed if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path} lacks the columns {', '.join(missing)}; give GenHowTo's file as it was published")
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            try:
-                for name in ("FRAME_S1", "FRAME_AC", "FRAME_S2", "SCORE"):
-                    float(row[name])
-                if not row[prompt].strip():
-                    raise ValueError(f"{prompt} is empty")
-            except (TypeError, ValueError, AttributeError) as error:
-                problems.report(where, "broken line", error)
-                continue
-            yield where, row
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    missing = [name for name in needed if name not in (reader.fieldnames or ())]
+    if missing:
+        raise ValueError(f"{path} lacks the columns {', '.join(missing)}; give GenHowTo's file as it was published")
+    for row in reader:
+        where = f"{path}:{reader.line_num}"
+        try:
+            for name in ("FRAME_S1", "FRAME_AC", "FRAME_S2", "SCORE"):
+                float(row[name])
+            if not row[prompt].strip():
+                raise ValueError(f"{prompt} is empty")
+        except (TypeError, ValueError, AttributeError) as error:
+            problems.report(where, "broken line", error)
+            continue
+        yield where, row

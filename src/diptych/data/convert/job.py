@@ -24,10 +24,10 @@ from typing import Any
 
 import PIL.Image
 
+from diptych.data.conversation import NotARecord, answer_places, refuse_surrogates
 from diptych.data.convert.draft import Draft, Kind, Options
 from diptych.data.convert.pictures import MissingPicture, encode, load
 from diptych.data.exclude import Exclusion
-from diptych.data.jsonl import answer_places, empty_step
 from diptych.data.problems import Problem, Problems
 from diptych.data.sampling import is_sampled
 from diptych.runs import atomic_text, is_disk_full
@@ -155,12 +155,10 @@ class _Job:
         names = [f"images/{digest[:2]}/{digest}{ending}" for digest, ending in ((_digest(raw), ending) for raw, ending in pictures)]
         line = record_line(draft, names, name, draft.license or options.license or kind.license)
         try:
-            answer_places(line)
-            _check_messages(line)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return skip("not a record", error)
-        if empty := empty_step(line):
-            return skip("empty step", empty)
+            answer_places(line["messages"])
+            refuse_surrogates(line)
+        except NotARecord as error:
+            return skip(error.cause, error)
         for file, (raw, _) in zip(names, pictures, strict=True):
             self._write_picture(self.folder / file, raw)
         self.records.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
@@ -233,13 +231,6 @@ def record_line(draft: Draft, names: Sequence[str], source: str, license: str) -
         untrained = message.role == "assistant" and not message.loss
         messages.append({"role": message.role, **({"loss": False} if untrained else {}), "content": content})
     return {"messages": messages, "source": source, **draft.columns, "id": draft.id, "license": license}
-
-
-def _check_messages(line: dict[str, Any]) -> None:
-    for number, message in enumerate(line["messages"], start=1):
-        blocks = message["content"]
-        if not any(block["type"] == "image" or block["text"].strip() for block in blocks):
-            raise ValueError(f"message {number} ({message['role']}) is empty")
 
 
 def _digest(raw: bytes) -> str:

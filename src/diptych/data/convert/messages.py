@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from diptych.data.conversation import BLOCKS, NotARecord, given_messages, kind_of, shown
 from diptych.data.convert.draft import Block, Draft, Message, Options
 from diptych.data.convert.pictures import resolve
 from diptych.data.problems import Problems
@@ -24,10 +25,11 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
     for row in read_rows(options.input, problems):
         id = id_of(row)
         try:
+            if row.fault is not None:
+                raise row.fault
             messages = messages_of(row)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            text = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
-            problems.report(row.where, "not a record", text, id)
+        except ValueError as error:
+            problems.report(row.where, getattr(error, "cause", "not a record"), error, id)
             continue
         license = row.value.get("license")
         yield Draft(id, row.where, messages, license=str(license) if license else None, columns=columns_of(row))
@@ -44,40 +46,22 @@ def columns_of(row: Row) -> dict[str, Any]:
     return {key: value for key, value in row.value.items() if key not in USED and _is_plain(value)}
 
 
-def given_messages(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """The conversation of a row, before its pictures are put in their places. Raises ValueError where there is none."""
-    if "messages" in value:
-        return value["messages"]
-    if "prompt" in value:
-        return [*_turns(value["prompt"], "user"), *_turns(value.get("completion") or [], "assistant")]
-    raise ValueError(f"columns are {', '.join(value)}; `messages`, or `prompt` and `completion`, are needed")
-
-
 def messages_of(row: Row) -> tuple[Message, ...]:
-    """Raises ValueError for blocks that are none, and pictures without a place."""
+    """Raises ValueError for what is no conversation, blocks that are none, and pictures without a place."""
     value = row.value
-    columns = value.get("images") or ([value["image"]] if value.get("image") is not None else [])
+    given = given_messages(value)
+    columns = value.get("images") if value.get("images") is not None else ([value["image"]] if value.get("image") is not None else [])
+    if not isinstance(columns, list):
+        raise NotARecord(f"`images` is {kind_of(columns)}; a list of pictures is needed")
     waiting = list(columns)
     messages = tuple(
-        Message(message["role"], tuple(_blocks(message["content"], row, waiting)), is_trained(message.get("loss")))
-        for message in given_messages(value)
+        Message(message["role"], tuple(_blocks(message["content"], row, waiting)), message.get("loss") is not False) for message in given
     )
     if waiting and len(waiting) != len(columns):
-        raise ValueError(f"{len(columns)} pictures are given and {len(columns) - len(waiting)} places for them")
+        raise NotARecord(f"{len(columns)} pictures are given and {len(columns) - len(waiting)} places for them")
     if waiting:
-        raise ValueError(f"{len(columns)} pictures are given and no block says where they stand")
+        raise NotARecord(f"{len(columns)} pictures are given and no block says where they stand")
     return messages
-
-
-def _turns(value: Any, role: str) -> list[dict[str, Any]]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
-
-
-def is_trained(value: Any) -> bool:
-    """What `loss` at a message says."""
-    if value is None or isinstance(value, bool):
-        return value is not False
-    raise ValueError(f"`loss` is {value!r}; it is true or false")
 
 
 def _blocks(content: Any, row: Row, waiting: list[Any]) -> Iterator[Block]:
@@ -85,18 +69,22 @@ def _blocks(content: Any, row: Row, waiting: list[Any]) -> Iterator[Block]:
         yield content
         return
     for index, block in enumerate(content):
-        kind = block.get("type")
-        if kind == "text" and isinstance(block.get("text"), str):
+        kind = block["type"]
+        if kind == "text":
             yield block["text"]
         elif kind == "image_url":
-            yield (resolve(block["image_url"]["url"], row.root, row.files),)
+            address = block.get("image_url")
+            url = address.get("url") if isinstance(address, dict) else address
+            if not isinstance(url, str):
+                raise NotARecord(f'block {index} has no address; {{"type": "image_url", "image_url": {{"url": "data:image/..."}}}} has one')
+            yield (resolve(url, row.root, row.files),)
         elif kind == "image":
             picture = block.get("image")
             if picture is None and not waiting:
-                raise ValueError(f"block {index} is a picture, and the `images` column has no more")
+                raise NotARecord(f"block {index} is a picture without `image`, and the `images` column has no more")
             yield (resolve(waiting.pop(0) if picture is None else picture, row.root, row.files),)
         else:
-            raise ValueError(f"block {index} is {block!r:.120}; allowed are text, image and image_url blocks")
+            raise NotARecord(f"block {index} is {shown(block)}; allowed are {BLOCKS}")
 
 
 def _is_plain(value: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
@@ -12,8 +12,17 @@ from diptych.config import Config
 
 
 class JudgeOptions(Config):
-    """Of one judge. No field holds a key: keys come from the environment."""
+    """Of one judge. No field holds a key: keys come from the environment.
 
+    may_change: what says where the server is and how patient to be with it, not what it is asked.
+    """
+
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {
+            "base_url", "api_key_env", "timeout_seconds", "concurrency", "retries", "backoff_seconds", "max_backoff_seconds",
+            "breaker_failures", "probe_seconds", "wait_seconds", "cache_size", "cache_dir",
+        }
+    )  # fmt: skip
     base_url: str = Field(description="of the server, as in http://localhost:8000/v1")
     model: str = Field(min_length=1, description="the name under which the server knows the model")
     revision: str | None = Field(None, min_length=1, description="which weights the server has, in your words, such as a commit of the hub")

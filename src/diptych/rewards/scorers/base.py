@@ -38,6 +38,8 @@ WEIGHTS_AND_CONFIG = ("*.json", "*.txt", "*.safetensors")
 class ScorerOptions(Config):
     """What a recipe may say about a scorer. Each scorer has its own defaults for the model and the range."""
 
+    may_change: ClassVar[frozenset[str]] = frozenset({"device", "batch_size", "cache_size"})
+
     model: str = Field(min_length=1, description="a folder, or a hub id")
     revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
     device: str = Field("auto", description="auto: the GPU where there is one")
