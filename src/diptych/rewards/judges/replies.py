@@ -7,26 +7,31 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-NUMBER = r"[-+]?\d+(?:\.\d+)?"
-POINTS = rf"({NUMBER})(?: ?(?:/|out of) ?(\d+)| ?(%|percent))?"  # groups: the number, what it is out of, whether in percent
-LABEL = r"(?:(?:the|my|final|overall|total) ){0,2}(?:score|rating) ?(?:[:=]|is ) ?"
+UNSIGNED = r"\d+(?:\.\d+|,\d{1,2}(?!\d))?"  # 4.5 or 4,5; 1,000 is neither
+NUMBER = rf"[-+]?{UNSIGNED}"
+POINTS = rf"(?P<points>{NUMBER})(?: ?(?:/|out of) ?(?P<out_of>{UNSIGNED})| ?(?P<percent>%|percent))?"
+NAME = r"(?P<name>(?:(?:the|my|final|overall|total) ){0,2}(?:score|rating))"
+LABEL = rf"{NAME} ?(?:[:=]|is ) ?"
 GIVING = (
     r"(?:rate|score|grade|give|award|assign) "
     r"(?:(?:it|this|that|the|a|an|at|as|with|text|answer|response|caption|picture|image|score|rating|of) ){0,7}"
 )
-OWN_WORDS = rf"(?:(?:overall|so|thus|therefore|hence),? )?i(?:['’]d| would| will)? {GIVING}"
+I_GIVE = rf"i(?:['’]d| would| will)? {GIVING}"
+OWN_WORDS = rf"(?:(?:overall|so|thus|therefore|hence),? )?{I_GIVE}"
 # What may follow in the same sentence: nothing, or a reason. "85 or 90", "85-90", "85 if it were true" are no verdicts.
-END = r"(?: ?[.!;]?$| ?[-–—:] (?=(?-i:[A-Z]))|,? (?:because|since|due to|based on|given)\b)"
+END = r"(?: ?(?:[.;]|!+)?$| ?[-–—:] (?=(?-i:[A-Z]))|,? (?:because|since|due to|based on|given)\b)"
 VERDICT = re.compile(rf"(?:{LABEL}|{OWN_WORDS}){POINTS}{END}", re.I)
 VERDICT_BEGIN = re.compile(rf"(?:{LABEL}|{OWN_WORDS})[-+]?\d", re.I)
 BARE = re.compile(POINTS, re.I)
 MARKS = re.compile(r"[\s*_#•`\[\]()]+")  # of lists, headings and emphasis; none of a quotation
-SENTENCE_END = re.compile(r"(?<=[.!?;]) (?!\d)")
-SAID_IN_TEXT = re.compile(
-    rf"(?:score|rating)\W*+(?:\d+\W+\d+\W++(?=\d))?(?:(?:is|of)\W++)?({NUMBER})"
-    rf"|{GIVING}({NUMBER})|(?<!\d)({NUMBER}) ?(?:/|out of) ?\d", re.I,
-)  # fmt: skip
-NUMBER_ALONE = re.compile(rf"[\W_]*({NUMBER})[\W_]*")
+# "Score: 4. 3 balls are red" is two sentences; "Score: 4. 5", "Score: 4. 5 out of 5" and "Score: 85. 90 if ..." may be one.
+SENTENCE_END = re.compile(r"(?<=[.!?;]) (?!\d)|(?<=[.!?]) (?=\d++ (?!(?:out|per|percent|points?|stars?)\b)[a-z]{3})", re.I)
+# In a text: a name as in LABEL and a number, or "I give it" and a number, whatever stands around; "score: 3:2" and "3 to 2" are no numbers.
+NUMBERED = rf"(?>{POINTS})(?! ?(?:[-–—:]|to) ?\d)"
+NAMED = r"(?:\W++\d++\W+\d++)?(?>\W*?[:=：]|\W*is\b)\W*+"  # the words between may hold a range: "Score (1-5): 4"
+SAID_IN_TEXT = re.compile(rf"\b(?:{NAME}{NAMED}|{I_GIVE}){NUMBERED}", re.I)
+ALONE_IN_TEXT = re.compile(rf"[\W_]*{POINTS}[\W_]*", re.I)
+THOUGHT = re.compile(r"^[ \t]*<think>", re.M)
 REFUSAL = re.compile(r"^\W*(?:i[' ’]?a?m (?:very )?sorry|sorry\b|i can(?:no|['’])t|i am unable|i[' ’]m (?:unable|not able))", re.I)
 
 
@@ -42,46 +47,71 @@ def one_score(reply: str, low: float, high: float, judged: str) -> list[float | 
     """The only score in a free-text reply, as [score]; [None] where it lies outside low..high.
 
     A score is a sentence such as `Score: 85`, `**Final Score:** 85/100`, `- Score: 85%` or `I would rate it 85 out of 100.`, or a first
-    line that is the number. `judged` is the text under judgement: a score that it announces itself might be quoted and is not believed.
+    line that is the number. Where one of them is called final, the others are its parts.
 
-    Raises UnusableReplyError for none, two different ones, a range, a condition, or a denominator other than `high`.
+    `judged` is the text under judgement. A judge may quote it, and a quotation is read as a verdict only where the text itself holds a
+    score on this scale in the words of the verdict: `Final Score: 5` for 1..5, never `3/4 cup`, `4 out of 5 people` or `Score: 3:2`.
+    Those words are then not believed, *whatever number* stands behind them: were only the text's own number refused, which values are
+    missing would depend on the values. Other words of the judge for its score are.
+
+    Raises UnusableReplyError for none, two different ones, a range, a condition, a denominator other than `high`, and words not believed.
     """
     text = without_thoughts(reply)
-    begun = [sentence for sentence in _sentences(text) if VERDICT_BEGIN.match(sentence)]
-    verdicts = [match for match in map(VERDICT.match, begun) if match]
-    if len(verdicts) < len(begun):
-        raise _unusable(text, "more than one score, a range, or a score with a condition")
-    alone = [BARE.fullmatch(line.strip("*_ \t")) for line in text.splitlines()]
-    if alone and alone[0]:
-        verdicts += [match for match in alone if match]
-    found = {float(match[1]) for match in verdicts}
-    if not found:
+    verdicts = [(_words(match), match) for match in _verdicts(text, low, high, _plain(judged).lower())]
+    if not verdicts:
         raise _unusable(text, "no sentence is a score and nothing else")
+    if not all(_on_scale(match, high) for _, match in verdicts):
+        raise _unusable(text, f"a score out of something else than {high:g}")
+    alone = filter(None, map(ALONE_IN_TEXT.fullmatch, judged.splitlines()))
+    scores = [*_scores(SAID_IN_TEXT, judged, low, high), *(match for match in alone if _is_score(match, low, high))]
+    said = {(_words(match), _points(match)) for match in scores}
+    own = [(words, match) for words, match in verdicts if not any(name.endswith(words) for name, _ in said)]
+    if not own:
+        raise _unusable(text, "the text under judgement announces a score in the same words")
+    final = [match for words, match in own if "final" in words]
+    counted = final or [m for words, m in verdicts if not any(name.endswith(words) and value == _points(m) for name, value in said)]
+    found = {_points(match) for match in counted}
     if len(found) > 1:
         raise _unusable(text, "more than one score")
-    if any((match[2] and float(match[2]) != high) or (match[3] and high != 100) for match in verdicts):
-        raise _unusable(text, f"a score out of something else than {high:g}")
-    _refuse_announced(text, found, judged)
-    (value,) = found
-    return [_in_range(value, low, high)]
+    return [_in_range(found.pop(), low, high)]
+
+
+def _verdicts(text: str, low: float, high: float, quotable: str) -> list[re.Match[str]]:
+    """What reads as a score, without what is off the scale and stands in the text under judgement: a quotation for certain."""
+    read = [(sentence, VERDICT.match(sentence)) for sentence in _sentences(text) if VERDICT_BEGIN.match(sentence)]
+    alone = [(line, BARE.fullmatch(line)) for line in (line.strip("*_ \t") for line in text.splitlines())]
+    if alone and alone[0][1]:
+        read += [(line, match) for line, match in alone if match]
+    found = []
+    for sentence, match in read:
+        if not (match and _is_score(match, low, high)) and sentence.rstrip(" .!;").lower() in quotable:
+            continue
+        if match is None:
+            raise _unusable(text, "more than one score, a range, or a score with a condition")
+        found.append(match)
+    return found
 
 
 def mean_score(reply: str, axes: Sequence[str], low: float, high: float, judged: str) -> list[float | None]:
     """The mean of the scores of `axes`, as [score]; [None] where one lies outside low..high.
 
-    Each has a line of its own, such as `Style Score (1-5): 3.5`. `judged` as for `one_score`.
+    Each has a line of its own, such as `Style Score (1-5): 3.5`. `judged` as for `one_score`: a text that holds a score of an axis in
+    these words has no value, whatever the judge says.
 
-    Raises UnusableReplyError where an axis has no such line, or two.
+    Raises UnusableReplyError where an axis has no such line, or two, and for words not believed.
     """
     text = without_thoughts(reply)
-    line = re.compile(rf"({'|'.join(axes)}) score(?: {low:g} ?[-–] ?{high:g})? ?: ?(.*)", re.I)
+    names = "|".join(axes)
+    line = re.compile(rf"({names}) score(?: {low:g} ?[-–] ?{high:g})? ?: ?(.*)", re.I)
     told = [(match[1].lower(), match[2]) for match in map(line.match, map(_plain, text.splitlines())) if match]
     if sorted(axis for axis, _ in told) != sorted(axis.lower() for axis in axes):
         raise _unusable(text, f"one line with a score is needed for each of {', '.join(axes)}")
     if not all(re.fullmatch(NUMBER, number) for _, number in told):
         raise _unusable(text, "a score is not a number")
-    found = [float(number) for _, number in told]
-    _refuse_announced(text, set(found), judged)
+    said = re.compile(rf"\b(?:{names}) score{NAMED}{NUMBERED}", re.I)
+    if _scores(said, judged, low, high):
+        raise _unusable(text, "the text under judgement announces a score in the same words")
+    found = [_number(number) for _, number in told]
     return [None if any(_in_range(value, low, high) is None for value in found) else sum(found) / len(found)]
 
 
@@ -94,11 +124,34 @@ def _sentences(text: str) -> list[str]:
     return [sentence for line in text.splitlines() for sentence in SENTENCE_END.split(_plain(line))]
 
 
-def _refuse_announced(text: str, found: set[float], judged: str) -> None:
-    said = {float(a or b or c) for a, b, c in SAID_IN_TEXT.findall(_plain(judged))}
-    said |= {float(match[1]) for match in map(NUMBER_ALONE.fullmatch, judged.splitlines()) if match}
-    if found & said:
-        raise _unusable(text, "the text under judgement announces the same score itself")
+def _scores(pattern: re.Pattern[str], judged: str, low: float, high: float) -> list[re.Match[str]]:
+    """What a text says on this scale, in one sentence or across the ends of lines: a judge may quote either way."""
+    parts = [_plain(judged), *_sentences(judged)]
+    return [match for part in parts for match in pattern.finditer(part) if _is_score(match, low, high)]
+
+
+def _words(match: re.Match[str]) -> str:
+    """Of a verdict, before its number: "score", "final rating", ..., "I give", or "alone". A quotation may leave out the first of them."""
+    groups = match.groupdict()
+    if "name" not in groups:
+        return "alone"
+    return re.sub(r"\b(?:the|my) ", "", groups["name"].lower()) if groups["name"] else "I give"
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", "."))
+
+
+def _points(match: re.Match[str]) -> float:
+    return _number(match["points"])
+
+
+def _on_scale(match: re.Match[str], high: float) -> bool:
+    return (not match["out_of"] or _number(match["out_of"]) == high) and (not match["percent"] or high == 100)
+
+
+def _is_score(match: re.Match[str], low: float, high: float) -> bool:
+    return _on_scale(match, high) and low <= _points(match) <= high
 
 
 def numbered_scores(reply: str, tag: str, count: int, low: float, high: float) -> list[float | None]:
@@ -125,7 +178,7 @@ def numbered_scores(reply: str, tag: str, count: int, low: float, high: float) -
 def without_thoughts(reply: str) -> str:
     """What stands behind `</think>`. Raises UnusableReplyError where a thought does not end."""
     head, mark, tail = reply.rpartition("</think>")
-    if "<think>" in tail:
+    if THOUGHT.search(tail):
         raise _unusable(reply, "the thought does not end")
     return (tail if mark else head + tail).strip()
 
