@@ -98,9 +98,9 @@ class Emu3Model(OneVocabularyModel):
     # --- tensors ---
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        return torch.stack([self._encode(picture).reshape(-1, 1) for picture in pixels])
+        return torch.stack([self._grid_codes(picture).reshape(-1, 1) for picture in pixels])
 
-    def _encode(self, pixels: Tensor) -> Tensor:
+    def _grid_codes(self, pixels: Tensor) -> Tensor:
         """(3, height, width) -> codes (H, W)."""
         vqmodel = self.hf.model.vqmodel
         size = torch.tensor([pixels.shape[-2:]])
@@ -136,7 +136,7 @@ class Emu3Model(OneVocabularyModel):
             return super().prompt_image_row(image)
         assert image.pixels is not None
         with torch.no_grad():
-            codes = self._encode(self.processed(image.pixels)).cpu()  # (H, W)
+            codes = self._grid_codes(self.processed(image.pixels)).cpu()  # (H, W)
         spec = dataclasses.replace(self.image_spec, layout=self._layout(*codes.shape))
         return spec.row(codes.reshape(-1, 1), chosen=False, step=-1, begin_step=-1)
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, 
 from diptych.document import Document, Text, to_rgb
 from diptych.models.attention import Layout, accept_layouts
 from diptych.models.base import UnifiedModel
+from diptych.models.pixels import not_too_long
 from diptych.tokens import TokenRow
 
 HARMLESS_KEYS = r"rotary_emb\.inv_freq$|^model\.vqmodel\.decoder\."  # of old files: computed anew; loaded elsewhere
@@ -133,8 +135,13 @@ class HFModel(TokenizerModel):
         return vqmodel.encode(pixels.to(vqmodel.dtype), return_dict=True).image_tokens.view(len(pixels), -1, 1)
 
     def processed(self, image: PIL.Image.Image) -> Tensor:
-        """(3, S, S) float32: a picture as the family's own image processor prepares it."""
-        return self.image_processor(images=[to_rgb(image)], return_tensors="pt")["pixel_values"][0].float()
+        """(3, S, S) float32: a picture as the family's own image processor prepares it.
+
+        It is given channels first and told so: left to itself it takes the rows of a picture 1 or 3 pixels high for channels.
+        Raises ValueError for a picture that is no picture (`to_rgb`) or too long for its width.
+        """
+        pixels = np.asarray(not_too_long(to_rgb(image), self.family)).transpose(2, 0, 1)  # (3, height, width)
+        return self.image_processor(images=[pixels], input_data_format="channels_first", return_tensors="pt")["pixel_values"][0].float()
 
     # --- files and training ---
     @property

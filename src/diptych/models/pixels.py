@@ -11,6 +11,8 @@ from torch import Tensor
 
 from diptych.document import to_rgb
 
+MAX_SIDES_RATIO = 200  # what transformers' processor of Emu3 takes; Chameleon's makes 512 x 102400 pixels of it before it crops
+
 
 def to_pixels(images: Sequence[PIL.Image.Image], size: int) -> Tensor:
     """Images of any size and mode -> (N, 3, size, size) float32 in -1..1 (bicubic resize, the aspect ratio is not kept)."""
@@ -31,9 +33,21 @@ def square(image: PIL.Image.Image, *, keep_top: bool = False) -> PIL.Image.Image
     return image.crop((left, top, left + side, top + side))
 
 
+def not_too_long(image: PIL.Image.Image, reader: str) -> PIL.Image.Image:
+    """The image itself. Raises ValueError where one side is more than 200 times the other."""
+    if max(image.size) > MAX_SIDES_RATIO * min(image.size):
+        raise ValueError(
+            f"{reader} cannot read a picture of {image.width} x {image.height} pixels: one side may be at most {MAX_SIDES_RATIO} times "
+            "the other. Crop it, or pad it"
+        )
+    return image
+
+
 def padded(image: PIL.Image.Image, fill: int = 127) -> PIL.Image.Image:
-    """The image in the middle of a grey square of its long side."""
+    """The image in the middle of a grey square of its long side. Raises ValueError where that would fill the memory."""
     rgb, side = to_rgb(image), max(image.size)
+    if PIL.Image.MAX_IMAGE_PIXELS is not None and side**2 > 2 * PIL.Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"a picture of {image.width} x {image.height} pixels makes too large a square. Crop it, or scale it down")
     if rgb.size == (side, side):
         return rgb
     canvas = PIL.Image.new("RGB", (side, side), (fill,) * 3)

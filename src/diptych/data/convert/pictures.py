@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
-import PIL.ImageOps
 
 from diptych.data.exclude import central_square
-from diptych.document import open_image, to_rgb
+from diptych.document import decode, to_rgb
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
@@ -59,26 +59,16 @@ def resolve(value: Any, root: Path, files: Mapping[str, bytes] | None = None) ->
 def load(picture: Picture) -> tuple[PIL.Image.Image, bytes | None, str | None]:
     """Pixels (RGB), and the bytes and format as they came where they can be kept.
 
-    Raises MissingPicture where there is no such file, ValueError where it does not open.
+    Raises MissingPicture where there is no such file, ValueError where it does not open, and nothing else.
     """
     if isinstance(picture, Frame):
         return frame_at(picture.video, picture.seconds), None, None
     if isinstance(picture, str):
-        return open_image(picture), None, None
-    if isinstance(picture, Path):
-        if not picture.is_file():
-            raise MissingPicture(f"{picture} does not exist")
-        raw = picture.read_bytes()
-    else:
-        raw = picture
-    try:
-        with PIL.Image.open(io.BytesIO(raw)) as image:
-            upright = image.getexif().get(0x0112, 1) == 1
-            pixels = to_rgb(PIL.ImageOps.exif_transpose(image))
-            return pixels, raw if upright else None, image.format
-    except (OSError, ValueError, TypeError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        name = str(picture) if isinstance(picture, Path) else f"{len(raw)} bytes"
-        raise ValueError(f"{name}: {error}") from error
+        return decode(picture).pixels, None, None
+    if isinstance(picture, Path) and not os.path.isfile(picture):  # unlike Path.is_file, also where the name is too long
+        raise MissingPicture(f"{str(picture)[:300]} does not exist")
+    found = decode(picture)
+    return found.pixels, found.raw if found.as_stored else None, found.format
 
 
 def encode(pixels: PIL.Image.Image, raw: bytes | None, kind: str | None, size: int | None) -> tuple[bytes, str]:
