@@ -19,7 +19,7 @@ from diptych.document import Document, Image, Text
 from diptych.models.attention import Layout
 from diptych.models.codes import CodeCache
 from diptych.models.pixels import to_pixels
-from diptych.tokens import Modality, TokenBatch, TokenRow
+from diptych.tokens import Modality, TokenBatch, TokenRow, valid_text
 
 CODE = -1
 
@@ -297,6 +297,7 @@ class UnifiedModel(nn.Module, abc.ABC):
         depth, rows = self.image_spec.depth, []
         for step, segment in enumerate(document):
             if isinstance(segment, Text):
+                valid_text(segment.text)
                 ids = self.answer_text_ids(document, step) if answer else self.encode_text(segment.text)
                 rows.append(TokenRow.text(ids, depth, chosen=answer, step=step if answer else -1))
             elif not answer:
@@ -311,7 +312,10 @@ class UnifiedModel(nn.Module, abc.ABC):
         return TokenRow.concat(rows) if rows else TokenRow.text([], depth)
 
     def encode_prompt(self, document: Document) -> TokenRow:
-        """Raises ValueError where the prompt leaves no room for an answer in the context."""
+        """Raises ValueError where the prompt leaves no room for an answer in the context, and for text that is no valid Unicode."""
+        for segment in document:
+            if isinstance(segment, Text):
+                valid_text(segment.text)
         row = self.encode_prompt_row(document)
         if len(row) >= self.max_positions:
             pictures = f" ({len(document.images)} pictures of {self.image_spec.length} positions each)" if document.images else ""
@@ -324,7 +328,7 @@ class UnifiedModel(nn.Module, abc.ABC):
         """Prompt and answer for supervised training; `unconditional` puts the unconditional prompt in the place of the
         real one (caption dropout).
 
-        Raises ValueError where the example is longer than the context.
+        Raises ValueError where the example is longer than the context, and for text that is no valid Unicode.
         """
         begin = self.encode_prompt(prompt)
         if unconditional:

@@ -74,6 +74,7 @@ class ChameleonModel(OneVocabularyModel):
                 f"of its {vq.num_embeddings} codes. Use the release's config.json"
             )
         self.set_code_ids(torch.tensor([mapping.img2bpe[code] for code in codes]))
+        self.add_controls({number for token, number in self.vocabulary.items() if token.startswith("<reserved")})
         begin, end = self.token_id(BEGIN), self.token_id(END)
         self.image_spec = ImageSpec.plain(grid**2, 1, len(codes), vq.resolution, begin, end)
         self.picture_decoder: PictureDecoder | None = load_decoder(folder, vq, hf.dtype)
@@ -95,10 +96,6 @@ class ChameleonModel(OneVocabularyModel):
     # --- words and pictures ---
     def unconditional_prompt(self, prompt_length: int) -> list[int]:
         return [self.bos_id]
-
-    def forbidden_text_ids(self) -> list[int]:
-        reserved = {i for token, i in self.vocabulary.items() if token.startswith("<reserved")}
-        return sorted({*super().forbidden_text_ids(), *reserved})
 
     def target_pixels(self, image: PIL.Image.Image) -> Tensor:
         """As in prompts: the release has one preparation for both."""

@@ -18,7 +18,7 @@ from diptych.config import ImageSampling, SamplingParams, TextSampling
 from diptych.document import Document, Image, Text, to_rgb
 from diptych.models.attention import Layout
 from diptych.models.base import ImageSpec, check_image_size
-from diptych.models.hf import TokenizerModel, decode, load_tokenizer, load_weights, nf4, read_side_files, refuse_special_tokens
+from diptych.models.hf import TokenizerModel, decode, load_tokenizer, load_weights, nf4, read_side_files, stand_ins
 from diptych.models.pixels import padded, square, to_pixels
 from diptych.models.vila_u.config import read_json
 from diptych.models.vila_u.vision import Projector, VisionTower
@@ -44,7 +44,6 @@ class VilaUModel(TokenizerModel):
         super().__init__()
         self.llm, self.vision, self.projector, self.wrap_prompt_images = llm, vision, projector, True
         self.set_tokenizer(tokenizer, folder / "llm")
-        self.special_tokens.add(MARKER)
         self._space = self.token_id(SPACE)
         self._unconditional = [self.bos_id, *self.piece_ids(self._template("")), self._space]
         self.root_files, self.llm_files = read_side_files(folder), read_side_files(folder / "llm")
@@ -89,30 +88,29 @@ class VilaUModel(TokenizerModel):
         return self.vision.decode(codes)
 
     # --- words ---
-    def piece_ids(self, piece: str) -> list[int]:
-        """Tokens of a piece of text between pictures, special tokens read as such, no begin token.
+    def piece_ids(self, piece: str, show: dict[int, str] | None = None) -> list[int]:
+        """Tokens of a piece of text between pictures, no begin token; special tokens are read as such, but for those in what
+        stand-ins hide (`rendered_ids`).
 
         The release's tokenizer keeps a literal space at the very beginning as a token of its own; transformers 5 drops it.
         """
-        ids = self.tokenizer.encode(piece, add_special_tokens=False)
+        ids = self.rendered_ids(piece, show or {})
         return [self._space, *ids] if piece.startswith(" ") and piece.strip() else ids
 
     def encode_text(self, text: str) -> list[int]:
-        return self.piece_ids(self._plain(text))
-
-    def _plain(self, text: str) -> str:
-        refuse_special_tokens(text, self.special_tokens)
-        return text.strip()
+        hide, show = stand_ins([text])
+        return self.piece_ids(text.strip().translate(hide), show)
 
     def encode_prompt_row(self, document: Document) -> TokenRow:
         """`vicuna_v1`: SYSTEM USER: {message} ASSISTANT:, where an empty message has no spaces. A wrapped picture has a space
         before it, as in training data; a bare one has none; the text after either stands on a new line."""
         picture = f" {BEGIN}{MARKER}{END}\n" if self.wrap_prompt_images else f"{MARKER}\n"
-        message = "".join(picture if isinstance(s, Image) else self._plain(s.text) for s in document).strip()
+        hide, show = stand_ins([segment.text for segment in document if isinstance(segment, Text)])
+        message = "".join(picture if isinstance(s, Image) else s.text.strip().translate(hide) for s in document).strip()
         pieces = self._template(message).split(MARKER)
         spec, rows = self.image_spec, [TokenRow.text([self.bos_id], self.image_spec.depth)]
         for piece, image in zip(pieces, [*document.images, None], strict=True):
-            rows.append(TokenRow.text(self.piece_ids(piece), spec.depth))
+            rows.append(TokenRow.text(self.piece_ids(piece, show), spec.depth))
             if image is not None:
                 rows.append(TokenRow.image(self.prompt_codes(image)))
         return TokenRow.concat(rows)
@@ -129,17 +127,18 @@ class VilaUModel(TokenizerModel):
         segment = document.segments[index]
         assert isinstance(segment, Text)
         before_image = index + 1 < len(document) and isinstance(document.segments[index + 1], Image)
-        text = self._plain(segment.text) + (" " if before_image else "")
+        hide, show = stand_ins([segment.text])
+        text = segment.text.strip().translate(hide) + (" " if before_image else "")
         after_image = index > 0 and isinstance(document.segments[index - 1], Image)
-        return self._after_image("\n" + text) if after_image else self.piece_ids(text)
+        return self._after_image("\n" + text, show) if after_image else self.piece_ids(text, show)
 
     def lead_in_ids(self, document: Document, index: int) -> list[int]:
         if index == 0:
             return [self._space]
         return self._after_image("\n ") if isinstance(document.segments[index - 1], Image) else []
 
-    def _after_image(self, text: str) -> list[int]:
-        return self.piece_ids(END + text)[1:]  # a piece that begins with a special token gets no leading space
+    def _after_image(self, text: str, show: dict[int, str] | None = None) -> list[int]:
+        return self.piece_ids(END + text, show)[1:]  # a piece that begins with a special token gets no leading space
 
     # --- pictures ---
     def target_pixels(self, image: PIL.Image.Image) -> Tensor:
@@ -175,6 +174,7 @@ class VilaUModel(TokenizerModel):
         self.llm.save_pretrained(folder / "llm")
         for target, files in ((folder, self.root_files), (folder / "llm", self.llm_files)):
             for name, content in files.items():
+                (target / name).parent.mkdir(exist_ok=True)
                 (target / name).write_bytes(content)
         self.vision.save(folder)
         self.projector.save(folder)
