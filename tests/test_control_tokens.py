@@ -154,6 +154,20 @@ def test_a_thousand_documents_have_the_control_tokens_of_their_templates_alone(m
     assert spelled > 300
 
 
+@pytest.mark.parametrize("name", ["janus", "emu3"])
+def test_templates_that_trim_are_the_same_to_all_texts(models, name, monkeypatch):
+    """The family's own, for checkpoints that bring none: what was apart in the document stands together in the prompt."""
+    model, source = models[name], random.Random(11)
+    monkeypatch.setattr(model, "template", model.default_template)
+    for _ in range(200):
+        token = source.choice(some_tokens(model))
+        at, spaces = source.randint(0, len(token)), source.choices(["", " ", "\n", "\u2003"], k=4)
+        texts = f"{spaces[0]}{token[:at]}{spaces[1]}", f"{spaces[2]}{token[at:]}{spaces[3]}"
+        document = Document((*([seen(model)] if source.random() < 0.2 else []), *map(Text, texts)))
+        written = controls_in(model, model.encode_prompt(document))
+        assert written == controls_in(model, model.encode_prompt(harmless(document)))
+
+
 def test_a_question_about_a_tag_is_a_prompt(model):
     row = model.encode_prompt(Document((Text(QUESTION),)))
     assert bare(model, text_ids(row)).count("whatdoesthetag<s>doinHTML?") == 1

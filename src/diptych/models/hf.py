@@ -185,7 +185,7 @@ class HFModel(TokenizerModel):
         for piece, image in zip(pieces, [*document.images, None], strict=True):
             rows.append(TokenRow.text(self.rendered_ids(piece, show), depth))
             if image is not None:
-                rows.append(self.prompt_image_row(image))
+                rows.append(self.picture_row(image))
         return TokenRow.concat(rows)
 
     def _rendered(self, document: Document) -> tuple[str, dict[int, str]]:
@@ -336,12 +336,7 @@ def load_weights(cls: Any, folder: Path, **options: Any) -> Any:
 
 def load_tokenizer(folder: Path) -> Any:
     """Raises ValueError where files are missing or broken, or are misread."""
-    for path in (folder / _TEMPLATE_FILES[0], *sorted(folder.glob(f"{_MORE_TEMPLATES}/*.jinja"))):  # transformers would not name it
-        if path.is_file():
-            decoded(path, path.read_bytes())
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        template_in_json(settings, settings.read_bytes())
+    check_template_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
@@ -441,6 +436,16 @@ def decoded(path: Path, content: bytes) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start + 1}: {error.reason}); copy it again") from error
+
+
+def check_template_files(folder: Path) -> None:
+    """Raises ValueError naming the file, which transformers would not, where a template cannot be read."""
+    for path in (folder / _TEMPLATE_FILES[0], *sorted(folder.glob(f"{_MORE_TEMPLATES}/*.jinja"))):
+        if path.is_file():
+            decoded(path, path.read_bytes())
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        template_in_json(settings, settings.read_bytes())
 
 
 def template_in_json(path: Path, content: bytes) -> str | dict[str, str] | None:
