@@ -46,7 +46,7 @@ _LOSSES = {"loss/text": "text loss", "loss/image": "image loss"}
 
 def run_demo(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     """Runs what is not done yet and returns the results, which are also in `results.json` and `report.html`."""
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False, highlight=False)
     folder = Path(config.output_dir)
     warmup_config, grpo_config = stage_configs(config)
     set_threads(config.warmup.num_threads)
@@ -119,8 +119,8 @@ class _Clock:
 
 def _bars(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:<22}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"), console=console,
+        TextColumn("{task.description:<22}", markup=False), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[shown]}", markup=False), console=console,
     )  # fmt: skip
 
 

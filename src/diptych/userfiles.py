@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -76,8 +76,6 @@ class _Loader(yaml.SafeLoader):
     A key that stands twice is refused: one of its values would be lost.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
@@ -90,6 +88,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+_Loader.yaml_implicit_resolvers = {}
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value, 0))
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -118,10 +117,9 @@ def load_yaml(text: str, name: str) -> Any:
 class _Dumper(yaml.SafeDumper):
     """Quotes every text that YAML 1.1 or 1.2 would read as something else."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
-        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
-    }
+
+_BOTH = (yaml.SafeDumper.yaml_implicit_resolvers, _Loader.yaml_implicit_resolvers)
+_Dumper.yaml_implicit_resolvers = {first: [*_BOTH[0].get(first, []), *_BOTH[1].get(first, [])] for first in {*_BOTH[0], *_BOTH[1]}}
 
 
 def dump_yaml(value: Any) -> str:

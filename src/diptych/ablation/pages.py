@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from diptych.ablation.measures import MEASURES
 from diptych.ablation.suite import Suite
@@ -190,14 +190,14 @@ def list_table(suites: dict[str, Suite]) -> Table:
     for column in ("name", "question", "variants", "seeds"):
         found.add_column(column, justify="left" if column in ("name", "question") else "right")
     for name, suite in suites.items():
-        found.add_row(name, escape(suite.question), str(len(suite.variants)), str(suite.seeds))
+        found.add_row(name, Text(suite.question), str(len(suite.variants)), str(suite.seeds))
     return found
 
 
 def rich_table(record: Record) -> Table:
     """The primary measure with its interval, difference and test, and as many other measures as a terminal is wide."""
     primary, *others = record["measures"][:TERMINAL_MEASURES]
-    found = Table(title=f"{escape(record['title'])}: means over seeds at the end of training")
+    found = Table(title=Text(f"{record['title']}: means over seeds at the end of training"))
     found.add_column("variant")
     for column in ("seeds", MEASURES[primary].label, "difference", "p", "reaches\nit at", *(m.replace("/", "\n", 1) for m in others)):
         found.add_column(column, justify="right")
@@ -207,7 +207,7 @@ def rich_table(record: Record) -> Table:
         against = f"\n{interval_only(primary, difference, signed=True)}" if difference and difference["n"] > 1 else ""
         means = [MEASURES[m].show(row["final"].get(m, {}).get("mean")) for m in others]
         found.add_row(
-            escape(variant["label"]) + ("\n(reference)" if variant["name"] == record["reference"] else ""), str(len(variant["seeds"])),
+            Text(variant["label"] + ("\n(reference)" if variant["name"] == record["reference"] else "")), str(len(variant["seeds"])),
             show(final and final["mean"]) + interval, show(difference and difference["mean"], signed=True) + against,
             _p(row), _reached(row), *means,
         )  # fmt: skip

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from diptych.config import SamplingParams
+from diptych.runtime import end_process
 
 app = typer.Typer(
     help="Post-train unified vision-language models until they write illustrated documents.",
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
 )  # fmt: skip
-console = Console(width=None if sys.stdout.isatty() else 120)  # a log has no width
+# What is printed is text, never markup: paths and prompts may hold brackets and colons. A log has no width.
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+console = Console(width=None if sys.stdout.isatty() else 120, **PLAIN)
 INTERRUPTED = 130
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 Recipe = Annotated[str, typer.Argument(help="a YAML file, or the name of a packaged recipe")]
@@ -26,7 +31,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 
 
 def say(line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)
 
 
 def sampling(release: SamplingParams, temperature: float | None, guidance: float | None) -> SamplingParams:
@@ -38,21 +43,20 @@ def sampling(release: SamplingParams, temperature: float | None, guidance: float
 
 def main() -> None:
     """Runs the command; what a user can mend is printed in a line or two, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that is no text can still be told
     try:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:  # typer makes an exit code of Ctrl-C
-            console.print("\nStopped. Everything up to the last checkpoint is saved: run the same command again to resume.")
+            say("\nStopped. Everything up to the last checkpoint is saved: run the same command again to resume.")
             exec("")  # CPython, `-m`: without it the process may die of the signal that was handled here (SIGINT inside an exec)
-        sys.exit(code if isinstance(code, int) else 0)
+        end_process(code if isinstance(code, int) else 0)
     except (ValueError, FloatingPointError, RuntimeError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        Console(stderr=True, **PLAIN).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
+        end_process(1)
     except Exception as error:  # typer's own usage errors know how to show themselves
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
-            sys.exit(error.exit_code)
+            end_process(error.exit_code)
         raise
-
-
-def _plain(error: BaseException) -> str:
-    return str(error).replace("[", r"\[")

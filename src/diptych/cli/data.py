@@ -20,7 +20,7 @@ def data_kinds() -> None:
     from diptych.data.convert import KINDS
 
     for name, kind in KINDS.items():
-        console.print(f"{name:12} {kind.summary}. License: {kind.license}", highlight=False)
+        console.print(f"{name:12} {kind.summary}. License: {kind.license}")
 
 
 @data_app.command(epilog="Example: diptych data convert activitynet train.json --media videos --out data/activitynet --exclude MMIE")

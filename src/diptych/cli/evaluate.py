@@ -35,9 +35,9 @@ def storyboard(
 ) -> None:
     """Storyboard's benchmark: held-out documents and retention of old skills, judged by the oracle."""
     from diptych.cli.figures import show_storyboard
-    from diptych.models.fingerprint import of_model
     from diptych.evaluation.storyboard import evaluate_documents, held_out_tasks, old_skills, rates, rates_by_kind, retention_rates, sheet
     from diptych.models import load_model
+    from diptych.models.fingerprint import of_model
     from diptych.runs import atomic_text
     from diptych.runtime import pick_device
 
@@ -110,8 +110,8 @@ def benchmark(
         lengths = {name: asked[name] for name in ("max_images", "max_text_tokens") if asked[name] is not None}
         return loaded, sampling(loaded.default_sampling, asked["temperature"], asked["guidance"]).model_copy(update=lengths)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bars:
+    words = TextColumn("{task.description}", markup=False)
+    with Progress(words, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bars:
         bar = bars.add_task("answers", total=None, visible=False)
         asked_judge = parse_pairs("judge", judge, partial(kind_of, JudgeOptions)) if judge else None
         job = Job(

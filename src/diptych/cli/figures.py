@@ -29,7 +29,7 @@ def show_benchmark(console: Console, name: str, result: Mapping[str, Any]) -> No
             others.append(f"{path}: {_number(value)}")
     console.print(table)
     others += [f"{path}: {_number(value)}" for path, value in _leaves(result["counts"])]
-    console.print("\n".join(others), highlight=False, markup=False, soft_wrap=True)
+    console.print("\n".join(others), soft_wrap=True)
 
 
 def show_storyboard(console: Console, found: Mapping[str, Any]) -> None:
@@ -48,9 +48,7 @@ def show_storyboard(console: Console, found: Mapping[str, Any]) -> None:
     console.print(kinds)
     for skill, value in found["retention"].items():
         low, high = value["accuracy_ci"]
-        console.print(
-            f"{skill.replace('_', ' ')}: {100 * value['accuracy']:.1f} % [{100 * low:.0f}, {100 * high:.0f}]", highlight=False, markup=False
-        )
+        console.print(f"{skill.replace('_', ' ')}: {100 * value['accuracy']:.1f} % [{100 * low:.0f}, {100 * high:.0f}]")
 
 
 def _leaves(found: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

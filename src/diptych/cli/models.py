@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from diptych.cli.app import Device, Dtype, FourBit, Guidance, Model, app, console, sampling
+from diptych.cli.app import Device, Dtype, FourBit, Guidance, Model, app, console, sampling, say
 
 
 @app.command(
@@ -52,7 +52,7 @@ def generate(
         shown = answer_html({"answer": blocks, "steps": [{} for _ in blocks]})
         asked_html = f'<div class="prompt">{blocks_html(to_json_blocks(asked))}</div>'
         atomic_text(out, page("Document", f'<div class="task card">{asked_html}{shown}</div>'))
-    console.print(f"{len(answer)} segments, {len(answer.images)} pictures: {out}")
+    say(f"{len(answer)} segments, {len(answer.images)} pictures: {out}")
 
 
 @app.command(epilog="Example: diptych merge runs/grpo/checkpoints/step_120/model --out merged")
@@ -73,7 +73,7 @@ def merge(
     loaded.adapter.merge()
     with atomic_folder(out) as folder:
         loaded.save_pretrained(folder)
-    console.print(f"saved: {out}")
+    say(f"saved: {out}")
 
 
 @app.command(epilog="Example: diptych doctor --model deepseek-community/Janus-Pro-7B")
@@ -92,9 +92,9 @@ def doctor(
     sizes = {"num_images": num_images, "num_generations": num_generations, "text_tokens": text_tokens}
     if model is None:
         found = machine(DocumentSize(**sizes))
-        console.print_json(json.dumps(found)) if as_json else console.print(render_machine(found))
+        console.print_json(json.dumps(found)) if as_json else console.print(render_machine(found), markup=True)
         return
     diagnosis = examine(model, **sizes)
-    console.print_json(json.dumps(dataclasses.asdict(diagnosis), default=str)) if as_json else console.print(render(diagnosis))
+    console.print_json(json.dumps(dataclasses.asdict(diagnosis), default=str)) if as_json else console.print(render(diagnosis), markup=True)
     if any(not problem.startswith("warning: ") for problem in diagnosis.problems):
         raise typer.Exit(1)

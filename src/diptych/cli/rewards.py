@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diptych.cli.app import app, console
+from diptych.cli.app import app, console, say
 
 rewards_app = typer.Typer(help="The built-in rewards: what there is, and what one says of a document.", no_args_is_help=True)
 app.add_typer(rewards_app, name="rewards")
@@ -47,25 +47,22 @@ def try_reward(
     from diptych.rewards.judges import Judge, transcript
     from diptych.rewards.scorers.base import ImageScorer
 
-    def show(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     asked, answer = transcript.read_document(document, prompt)
     options = parse_pairs("option", option or [], lambda key: option_kind(load_reward(name), key))
     columns = parse_pairs("column", column or [])
     config = build(RewardConfig, {"name": name, "options": options})
     reward = configured(config, load_reward(name))
-    show(about(config, load_reward(name)))
+    say(about(config, load_reward(name)))
     if isinstance(reward, Judge):
-        reward.listen = lambda question, reply: show(f"--- sent ---\n{transcript.sent(question)}\n--- said ---\n{transcript.said(reply)}\n")
+        reward.listen = lambda question, reply: say(f"--- sent ---\n{transcript.sent(question)}\n--- said ---\n{transcript.said(reply)}\n")
     elif isinstance(reward, ImageScorer):
-        reward.listen = lambda judged: show(f"step {judged.step + 1} (picture): raw {judged.raw:.4f} against {judged.against}")
+        reward.listen = lambda judged: say(f"step {judged.step + 1} (picture): raw {judged.raw:.4f} against {judged.against}")
     found = call_rewards([(config, load_reward(name))], [asked], [answer], {key: [value] for key, value in columns.items()})
     for j, segment in enumerate(answer):
         kind = "text" if isinstance(segment, Text) else "picture"
         value = f"{float(found.steps[0, 0, j]):.4f}".replace("nan", "missing") if found.applies[0, 0, j] else "-"
-        console.print(f"step {j + 1} ({kind}): {value}", highlight=False)
+        console.print(f"step {j + 1} ({kind}): {value}")
     if found.documents_apply[0, 0]:
-        console.print(f"document: {float(found.documents[0, 0]):.4f}".replace("nan", "missing"), highlight=False)
+        console.print(f"document: {float(found.documents[0, 0]):.4f}".replace("nan", "missing"))
     if found.missing[name]:
         raise ValueError(f"{found.missing[name]:.0%} of the values are missing: {found.errors.get(name, 'not finite')}")

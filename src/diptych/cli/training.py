@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from diptych.cli.app import PASS_ON, Recipe, app, console
+from diptych.cli.app import PASS_ON, Recipe, app, console, say
 from diptych.config import DemoConfig, GRPOConfig, WarmupConfig, load_config
 
 
@@ -32,7 +32,7 @@ def warmup(context: typer.Context, recipe: Recipe = "warmup") -> None:
     config = load_config(WarmupConfig, recipe, context.args)
     with Progress(console=console) as bars:
         run(config, _bar(bars, "warm-up", config.max_steps))
-    console.print(f"saved: {checkpoint_of(config)}")
+    say(f"saved: {checkpoint_of(config)}")
 
 
 @app.command(context_settings=PASS_ON, epilog="Example: diptych grpo grpo --model runs/warmup/checkpoints/step_240/model")
@@ -44,7 +44,7 @@ def grpo(context: typer.Context, recipe: Recipe = "grpo") -> None:
     config = load_config(GRPOConfig, recipe, context.args)
     with Progress(console=console) as bars:
         run(config, _bar(bars, "GRPO", config.max_steps))
-    console.print(f"saved: {checkpoint_of(config)}")
+    say(f"saved: {checkpoint_of(config)}")
 
 
 @app.command(epilog="Example: diptych view runs/demo/grpo")
@@ -54,7 +54,7 @@ def view(run: Annotated[Path, typer.Argument(help="the output_dir of a warmup or
     from diptych.runs import atomic_text
 
     atomic_text(run / "report.html", run_page(run))
-    console.print(f"open {run / 'report.html'}")
+    say(f"open {run / 'report.html'}")
 
 
 @app.command(epilog="Example: diptych pretrain --output-dir runs/pretrain")
@@ -79,7 +79,7 @@ def pretrain(
         scale=scale,
         parts=parts,
         init_from=init_from,
-        log=lambda line: console.print(line, highlight=False, soft_wrap=True),
+        log=say,
     )
 
 
@@ -110,16 +110,16 @@ def ablate(
         if not report:
             failures = runner.run_grid(name, loaded, entries, output_dir, jobs or runner.default_jobs(), console)
             for title, lines in failures.items():
-                console.print(f"failed: {title}\n{lines}", style="red", highlight=False, markup=False, soft_wrap=True)
+                console.print(f"failed: {title}\n{lines}", style="red", soft_wrap=True)
         record = summary.collect(name, loaded, entries, output_dir, context.args)
         pages.show(record, console)
-        console.print(f"open {pages.write(record, output_dir / name)}")
+        say(f"open {pages.write(record, output_dir / name)}")
         if docs is not None:
             documents.publish(record, docs)
     elif docs is None:
         raise ValueError("name a suite, or ask for --list")
     if docs is not None:
-        console.print(f"written: {documents.write_docs(docs)}")
+        say(f"written: {documents.write_docs(docs)}")
     if failures:
         raise typer.Exit(1)
 
@@ -133,6 +133,6 @@ def _bar(bars: Progress, title: str, total: int) -> Any:
             shown = "  ".join(
                 f"{k} {v:.3g}" for k, v in metrics.items() if k.startswith(("loss", "rewards/", "eval/")) and not k.endswith("/std")
             )
-            bars.console.print(f"{title} {step}/{total}  {shown}", highlight=False)
+            bars.console.print(f"{title} {step}/{total}  {shown}")
 
     return update

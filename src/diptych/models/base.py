@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diptych.config import SamplingParams
-from diptych.document import Document, Image, Text
+from diptych.document import STAND_IN, Document, Image, Text
 from diptych.models.attention import Layout
 from diptych.models.codes import CodeCache
 from diptych.models.pixels import to_pixels
@@ -183,6 +183,13 @@ class UnifiedModel(nn.Module, abc.ABC):
         """A picture to be drawn, as `encode_images` takes it: (3, S, S) float32 in -1..1."""
         return to_pixels([image], self.image_spec.pixel_size)[0]
 
+    def picture_row(self, image: Image) -> TokenRow:
+        """A picture in a prompt; for a stand-in as many positions as the shortest picture takes."""
+        return self.stand_in_row() if image is STAND_IN else self.prompt_image_row(image)
+
+    def stand_in_row(self) -> TokenRow:
+        return self.image_spec.row(self.image_codes(STAND_IN), chosen=False, step=-1, begin_step=-1)
+
     def prompt_image_row(self, image: Image) -> TokenRow:
         """A picture in a prompt, from `begin_id` to its end."""
         return self.image_spec.row(self.image_codes(image), chosen=False, step=-1, begin_step=-1)
@@ -278,6 +285,8 @@ class UnifiedModel(nn.Module, abc.ABC):
 
     def image_codes(self, image: Image) -> Tensor:
         """(num_positions, D) codes of an image segment, encoding its pixels if it has no codes."""
+        if image is STAND_IN:
+            return torch.zeros(self.image_spec.num_positions, self.image_spec.depth, dtype=torch.long)
         if image.codes is not None:
             return image.codes
         assert image.pixels is not None
@@ -301,7 +310,7 @@ class UnifiedModel(nn.Module, abc.ABC):
                 ids = self.answer_text_ids(document, step) if answer else self.encode_text(segment.text)
                 rows.append(TokenRow.text(ids, depth, chosen=answer, step=step if answer else -1))
             elif not answer:
-                rows.append(self.prompt_image_row(segment))
+                rows.append(self.picture_row(segment))
             else:
                 begins_a_row = step == 0 or isinstance(document.segments[step - 1], Image)
                 begin_step = step if begins_a_row else step - 1  # the choice to draw ends the text step

@@ -130,6 +130,10 @@ class Emu3Model(OneVocabularyModel):
         unit = (to_pixels([square(to_rgb(image))], self.image_spec.pixel_size)[0] + 1) / 2
         return (unit - mean) / std
 
+    def stand_in_row(self) -> TokenRow:
+        spec = dataclasses.replace(self.image_spec, layout=self._layout(1, 1))
+        return spec.row(torch.zeros(1, 1, dtype=torch.long), chosen=False, step=-1, begin_step=-1)
+
     def prompt_image_row(self, image: Image) -> TokenRow:
         """A picture of any shape, in the size that the image processor gives it; a sampled one with the codes it has."""
         if image.codes is not None:

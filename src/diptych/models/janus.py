@@ -121,14 +121,21 @@ class JanusModel(HFModel):
         canvas.paste(resized, ((size - width) // 2, (size - height) // 2))
         return super().processed(canvas)
 
+    def stand_in_row(self) -> TokenRow:
+        return self._features_row(torch.zeros(3, 1, 1))
+
     def prompt_image_row(self, image: Image) -> TokenRow:
         """SigLIP features between the image tokens; a picture that has codes only is decoded first."""
-        spec, pixels = self.image_spec, image.pixels
+        pixels = image.pixels
         if pixels is None:
             assert image.codes is not None
             pixels = to_images(self.decode_codes(image.codes[None].to(self.device)))[0]
+        return self._features_row(self.processed(pixels))
+
+    def _features_row(self, pixels: Tensor) -> TokenRow:
+        spec = self.image_spec
         begin, end = TokenRow.text([spec.begin_id], spec.depth), TokenRow.text([spec.end_id], spec.depth)
-        return TokenRow.concat([begin, TokenRow.feature(self.processed(pixels), self.num_features, spec.depth), end])
+        return TokenRow.concat([begin, TokenRow.feature(pixels, self.num_features, spec.depth), end])
 
     # --- files and training ---
     @property

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from diptych.evaluation.compare import NUM_FLIPS, ONE_SIDED, Comparison, Job
 from diptych.evaluation.sheets import NUM_RESAMPLES
@@ -155,12 +155,12 @@ def label(name: str) -> str:
 
 
 def headline_table(record: Record) -> Table:
-    found = Table(title=f"{escape(record['benchmark'])}: the figures of its own table")
+    found = Table(title=Text(f"{record['benchmark']}: the figures of its own table"))
     found.add_column("")
     for column in ("A", "B", "B − A", "95 % interval", "p", "B − A, missing\nas lowest"):
         found.add_column(column, justify="right", no_wrap=True)
     for name, figure in record["headlines"].items():
-        found.add_row(escape(name), *headline_cells(figure))
+        found.add_row(Text(name), *headline_cells(figure))
     return found
 
 
@@ -173,19 +173,19 @@ def headline_cells(figure: dict[str, Any]) -> list[str]:
 
 def rich_table(record: Record) -> Table:
     plain, signed = number_format(record, signed=False), number_format(record)
-    found = Table(title=f"{escape(record['benchmark'])}: {record['pairs']:,} answers that both have")
+    found = Table(title=Text(f"{record['benchmark']}: {record['pairs']:,} answers that both have"))
     found.add_column("aspect")
     for column in ("A", "B", "B − A", "p", "A wins, ties,\nB wins", "pairs", "left\nout", "B − A, missing\nas lowest"):
         found.add_column(column, justify="right", no_wrap=True)
     for name, aspect in record["aspects"].items():
         scored, lowest = aspect["scored"], signed(aspect["lowest"]["mean"])
         if scored is None:
-            found.add_row(escape(label(name)), *"–––––", "0", str(aspect["left_out"]), lowest)
+            found.add_row(Text(label(name)), *"–––––", "0", str(aspect["left_out"]), lowest)
             continue
         interval = "" if scored["low"] is None else f"\n{signed(scored['low'])} to {signed(scored['high'])}"
         wins = f"{scored['wins_a']}, {scored['ties']}, {scored['wins_b']}"
         found.add_row(
-            escape(label(name)), plain(scored["mean_a"]), plain(scored["mean_b"]), signed(scored["mean"]) + interval, p_cell(aspect), wins,
+            Text(label(name)), plain(scored["mean_a"]), plain(scored["mean_b"]), signed(scored["mean"]) + interval, p_cell(aspect), wins,
             str(scored["pairs"]), str(aspect["left_out"]), lowest,
         )  # fmt: skip
     return found
