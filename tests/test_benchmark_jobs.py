@@ -28,11 +28,12 @@ from diptych.document import Document, Text
 from diptych.evaluation import answers as answers_module
 from diptych.evaluation.answers import Template, answer, plan
 from diptych.evaluation.benchmark import Benchmark, Item, Score, StoredImage
-from diptych.evaluation.fingerprint import BLOCK, BLOCKS, of_file, of_items, of_model
+from diptych.evaluation.fingerprint import of_items
 from diptych.evaluation.jobs import Job, Settings, select
 from diptych.evaluation.mmie import MMIE
 from diptych.evaluation.sheets import count, figure, macro_average, read_scores, summarise, write_scores
 from diptych.models import load_model
+from diptych.models.fingerprint import BLOCK, BLOCKS, of_file, of_model
 from diptych.models.storyboard import StoryboardModel
 from diptych.worlds.storyboard.language import vocabulary
 

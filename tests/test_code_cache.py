@@ -135,4 +135,3 @@ def test_training_with_a_cache_is_the_same(tiny_model, tmp_path, encoded):
     assert logged[0] == logged[1] == logged[2]
     assert calls[0] >= calls[1] > 0
     assert calls[2] == 0
-    assert "code_cache" not in (tmp_path / "plain" / "config.yaml").read_text()  # runs from before there was one resume

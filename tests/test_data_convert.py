@@ -28,7 +28,6 @@ from typer.testing import CliRunner
 
 from diptych.cli import app
 from diptych.data import Mixture, Problems, open_source
-from diptych.data.rows import RowFile
 from diptych.data.convert import KINDS, Options, run
 from diptych.data.convert.activitynet import events
 from diptych.data.convert.job import _Job
@@ -37,6 +36,7 @@ from diptych.data.convert.pictures import frame_at
 from diptych.data.exclude import Exclusion, dhash
 from diptych.data.inspect import inspect_records, summary
 from diptych.data.readers import read_rows
+from diptych.data.rows import RowFile
 from diptych.data.sampling import is_sampled
 from diptych.report.records import records_page
 from diptych.runs import read_jsonl
@@ -435,7 +435,7 @@ def test_broken_rows_are_named_counted_and_skipped(tmp_path):
     found = {int(item["where"].rsplit(":", 1)[1]): item["cause"] for item in report["items"]}
     assert found == {
         4: "missing picture", 5: "unreadable picture", 6: "broken line", 7: "broken line", 8: "duplicate id", 9: "not a record",
-        10: "not a record", 11: "not a record", 12: "not a record", 13: "not a record", 14: "not a record", 15: "broken line",
+        10: "not a record", 11: "empty message", 12: "not a record", 13: "not a record", 14: "not a record", 15: "broken line",
     }  # fmt: skip
     assert sum(report["skipped"].values()) == 12
     with pytest.raises(ValueError, match=r"rows.jsonl:4: missing picture: .*3.png does not exist \(--strict stops"):
@@ -771,7 +771,7 @@ def test_each_trained_answer_is_a_record(tmp_path):
         ([{"role": "user", "content": "a", "loss": True}], "`loss` is True at a user message"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss": 1}], "true or false"),
         ([{"role": "assistant", "content": "b"}], r"roles are \['assistant'\]"),
-        ([{"role": "user", "content": [{"type": "image", "image": "gone.png"}]}], "cannot read image"),
+        ([{"role": "user", "content": [{"type": "image", "image": "gone.png"}]}], r"gone\.png does not exist"),
     ],
 )
 def test_lines_that_are_no_records(tmp_path, messages, message):

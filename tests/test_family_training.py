@@ -183,7 +183,7 @@ def test_early_samples_fit_the_context_whatever_the_settings(folders, records, t
 def test_an_example_that_does_not_fit_is_named(folders, tmp_path):
     line = {"messages": [{"role": "user", "content": "a very long story"}, {"role": "assistant", "content": "word " * 800}]}
     (tmp_path / "long.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(ValueError, match=r"a record of .*long.jsonl \('a very long story'\): the example has \d+ positions"):
+    with pytest.raises(ValueError, match=r"1 of the 1 rows of .*: .*long\.jsonl:1: the example has \d+ positions"):
         warmup(warmup_config(folders["janus"], tmp_path / "run", tmp_path / "long.jsonl", "janus"))
 
 

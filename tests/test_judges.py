@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 
 from diptych import cli
 from diptych import experience as experience_module
-from diptych.config import GRPOConfig, RewardConfig, WarmupConfig, build, to_yaml
+from diptych.config import GRPOConfig, RewardConfig, WarmupConfig, build
 from diptych.document import Document, Image, Text, to_json_blocks, to_message
 from diptych.grpo import grpo
 from diptych.rewards import RewardBatch, RewardError, call_rewards, load_reward
@@ -689,7 +689,6 @@ def test_options_reach_rewards_of_ones_own():
         of(length, tarhet=5)
     with pytest.raises(ValueError, match="cannot be made with options"):
         of(Counting, begin=3)
-    assert "options" not in to_yaml(RewardConfig(name="format"))  # saved runs without options go on
 
 
 def test_faults_of_several_calls_add_up():

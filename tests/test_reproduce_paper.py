@@ -13,9 +13,9 @@ import typer
 from diptych.cli import compare as command  # noqa: F401  adds the command
 from diptych.cli.app import app
 from diptych.config import GRPOConfig, RewardConfig, WarmupConfig, build, load_config
-from diptych.overrides import parse_pairs
 from diptych.data.convert import KINDS
 from diptych.grpo import checkpoint_of as grpo_checkpoint
+from diptych.overrides import parse_pairs
 from diptych.rewards import load_reward
 from diptych.rewards.judges.options import JudgeOptions
 from diptych.warmup import checkpoint_of as warmup_checkpoint

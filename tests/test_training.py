@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -574,7 +573,6 @@ def test_steps_logged_before_the_first_checkpoint_are_logged_once(tiny_folder, t
 def test_spread_is_looked_for_in_every_step(tiny_folder, tmp_path):
     """Step rewards (0, 1) and (1, 0) have the same mean, but there is something to learn."""
     config = grpo_config(tiny_folder, tmp_path / "run")
-    _, experience = experience_of(config)
     nothing = torch.zeros(1, 8, 2, dtype=torch.bool)
     steps = torch.zeros(1, 8, 2)
     steps[0, 0] = torch.tensor([0.0, 1.0])

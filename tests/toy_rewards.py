@@ -76,3 +76,21 @@ def as_for_trl(completions, completion_ids, trainer_state, log_metric, log_extra
     log_extra("codes", [ids.count(-1) for ids in completion_ids])
     log_extra("pictures", pictures)
     return [float(n) for n in pictures]
+
+
+def wrong_count_of_the_second(completions, **kwargs):
+    """Breaks its contract in the second process alone."""
+    return [] if os.environ.get("RANK") == "1" else per_step(completions, **kwargs)
+
+
+def flat_for_some(prompts, completions, **kwargs):
+    """Says the same of all answers to every other prompt, told by its text, so that some groups are sampled again."""
+    values = per_step(completions, **kwargs)
+    flat = [sum(map(ord, str(p[-1]["content"][0].get("text", "")))) % 2 for p in prompts]
+    return [[0.5] * len(steps) if same else steps for same, steps in zip(flat, values, strict=True)]
+
+
+def sometimes_missing(completions, **_):
+    """No number for answers that begin with a letter of the alphabet's first half."""
+    texts = ["".join(b["text"] for b in messages[-1]["content"] if b["type"] == "text") for messages in completions]
+    return [math.nan if len(text) % 7 == 0 else float(len(text)) for text in texts]

@@ -269,8 +269,7 @@ def _replace_groups(old: Experience, groups: list[int], new: Experience, group_s
     for position, group in enumerate(groups):
         for member in range(group_size):
             source[group * group_size + member] = len(old.rollouts) + position * group_size + member
-    missing = {name: max(share, new.rewards.missing[name]) for name, share in old.rewards.missing.items()}
-    kept = dataclasses.replace(rearranged(merge([old.rewards, new.rewards]), source), missing=missing)
+    kept = rearranged(merge([old.rewards, new.rewards]), source)
     records, rollouts = old.records + new.records, old.rollouts + new.rollouts
     num_resampled = old.num_resampled + len(groups)
     return Sampled([records[i] for i in source], [rollouts[i] for i in source], [_at_once(lambda: kept)], num_resampled)

@@ -39,8 +39,8 @@ def resumed_settings(
     if refused:
         free = ", ".join(sorted(may_change))
         raise ValueError(
-            f"{where} holds a run with other settings (different: {', '.join(refused)}). Choose another output_dir, or delete the folder to start "
-            f"over. These may change: {free}."
+            f"{where} holds a run with other settings (different: {', '.join(refused)}). Choose another output_dir, or delete the folder "
+            f"to start over. These may change: {free}."
         )
     if kept:
         data = config.model_dump(mode="json")

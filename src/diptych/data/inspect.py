@@ -20,7 +20,7 @@ from diptych.data.problems import Problems
 from diptych.data.readers import Row, json_lines, read_rows
 from diptych.data.records import has_records, open_source, record_files
 from diptych.data.rows import make_row_record, row_answers
-from diptych.document import Document, Image
+from diptych.document import Document, Image, open_image
 from diptych.models import UnifiedModel
 from diptych.runtime import rng as make_rng
 
@@ -163,7 +163,7 @@ def _records(row: Row, source: str, problems: Problems, ids: dict[str, str]) -> 
 
 
 def _num_tokens(model: UnifiedModel, record: Record) -> tuple[int | None, str]:
-    """Positions of an example, pictures included; the image tokenizer is not run, because a picture's length is known."""
+    """Positions of an example, pictures included, which are prepared; the image tokenizer is not run, as a picture's length is known."""
     spec = model.image_spec
     codes = torch.zeros(spec.num_positions, spec.depth, dtype=torch.long)
 
@@ -171,6 +171,10 @@ def _num_tokens(model: UnifiedModel, record: Record) -> tuple[int | None, str]:
         return Document(tuple(Image(s.pixels, codes) if isinstance(s, Image) else s for s in document))
 
     try:
+        for image in record.prompt.images:
+            model.prompt_pixels(open_image(image.pixels))
+        for image in record.answer.images if record.answer else ():
+            model.target_pixels(open_image(image.pixels))
         if record.answer is None:
             return len(model.encode_prompt(stand_in(record.prompt))), ""
         return len(model.encode_example(stand_in(record.prompt), stand_in(record.answer))), ""

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -131,30 +131,64 @@ def check_pyarrow(path: Path) -> None:
         raise ValueError(f"reading {path} needs the extra: pip install 'diptych[data]'") from error
 
 
+def footer(path: Path) -> Any:
+    """What says where everything in a parquet file stands; it may be large, so who reads group by group keeps it."""
+    with parquet(path) as file:
+        return file.metadata
+
+
 @contextlib.contextmanager
-def parquet(path: Path) -> Iterator[Any]:
-    """A `pyarrow.parquet.ParquetFile`. Raises ValueError, from the opening to the end of the reading, for a file that is broken."""
+def parquet(path: Path, metadata: Any = None) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`; `metadata`: its footer, where that was read before.
+
+    Raises ValueError, from the opening to the end of the reading, for a file that is broken.
+    """
     check_pyarrow(path)
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, metadata=metadata) as file:
             yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
 def values_of(table: Any) -> Iterator[dict[str, Any] | NotARecord]:
-    """The rows of a pyarrow batch or table, each by itself where one of them holds a text that is not UTF-8."""
+    """The rows of a pyarrow batch or table, what is JSON in them read; each by itself where one of them is broken."""
+    readers = {field.name: read for field in table.schema if (read := _json_reader(field.type)) is not None}
+
+    def values(part: Any) -> list[dict[str, Any]]:
+        rows = part.to_pylist()
+        for row in rows if readers else ():
+            row |= {name: read(row[name]) for name, read in readers.items() if row[name] is not None}
+        return rows
+
     try:
-        yield from table.to_pylist()
-    except UnicodeDecodeError:
+        yield from values(table)
+    except ValueError:  # UnicodeDecodeError is one
         for at in range(table.num_rows):
             try:
-                yield table.slice(at, 1).to_pylist()[0]
+                yield values(table.slice(at, 1))[0]
             except UnicodeDecodeError as error:
                 yield NotARecord(f"a text is not UTF-8 (byte {error.start + 1} of it is 0x{error.object[error.start]:02x})", "broken text")
+            except ValueError as error:
+                yield NotARecord(f"a JSON column holds no JSON: {error}")
+
+
+def _json_reader(kind: Any) -> Callable[[Any], Any] | None:
+    """What makes values of a pyarrow type of what it gives, where that has JSON in it (`Json()` of Hugging Face datasets); else None."""
+    from pyarrow import types
+
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return json.loads
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        item = _json_reader(kind.value_type)
+        return item and (lambda values: [None if value is None else item(value) for value in values])
+    if types.is_struct(kind):
+        fields = {field.name: read for field in kind if (read := _json_reader(field.type)) is not None}
+        return (lambda value: value | {k: read(value[k]) for k, read in fields.items() if value[k] is not None}) if fields else None
+    return None
 
 
 def replaced(value: dict[str, Any] | NotARecord, where: str, root: Path) -> Row:
@@ -207,17 +241,39 @@ def sample_name(name: str) -> tuple[str, str]:
     return str(place.with_name(stem)) if stem else name, ending.lower()
 
 
+class Member(tarfile.TarInfo):
+    """Notes how an archive ended: tarfile takes a broken header behind the first member, and the end of the file, for its end mark."""
+
+    @classmethod
+    def fromtarfile(cls, archive: Any) -> Any:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            archive.ended_by = error
+            raise
+
+
+def check_ended(archive: Any) -> None:
+    """Raises ReadError where what looked like an archive's end is none, or more stands behind it."""
+    if type(getattr(archive, "ended_by", None)).__name__ != "EOFHeaderError":
+        raise tarfile.ReadError("the archive has no end mark there: it is cut off or broken")
+    while content := archive.fileobj.read(2**20):
+        if content.strip(b"\0"):
+            raise tarfile.ReadError("more stands behind the archive's end mark: are these several archives in one file?")
+
+
 def tar_members(path: Path, problems: Problems) -> Iterator[tuple[str, bytes]]:
     """Name and content of the plain files of a tar archive, compressed or not, in order. Nothing is unpacked to disk."""
     last = "the start"
     try:
-        with tarfile.open(path, "r|*") as archive:
+        with tarfile.open(path, "r|*", tarinfo=Member) as archive:
             for member in archive:
                 stream = archive.extractfile(member) if member.isfile() else None
                 if stream is not None:
                     content = stream.read()
                     last = member.name
                     yield member.name, content
+            check_ended(archive)
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         problems.report(str(path), "unreadable file", f"{error}; what stands behind {last} was not read")
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from diptych import userfiles
-from diptych.data.readers import Row, json_row, parquet, replaced, sample_name, suffix_of, values_of
+from diptych.data.readers import Member, Row, check_ended, footer, json_row, parquet, replaced, sample_name, suffix_of, values_of
 
 MAX_GROUP_BYTES = 2**29
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -142,7 +142,7 @@ class Samples(Shard):
         """From where the stream stands. `only`: of each sample's members those with this ending are read."""
         start, key, members = 0, "", dict[str, tarfile.TarInfo]()
         try:
-            with tarfile.open(fileobj=stream, mode="r:") as archive:
+            with tarfile.open(fileobj=stream, mode="r:", tarinfo=Member) as archive:
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # or it would keep all of them
                     if not member.isfile():
@@ -155,6 +155,8 @@ class Samples(Shard):
                     members[ending] = member
                 if members:
                     yield start, self._sample(archive, key, members, only)
+                stream.seek(archive.offset)
+                check_ended(archive)
         except (tarfile.TarError, OSError, EOFError) as error:
             raise ValueError(f"cannot read {self.path} behind {key or 'the start'}: {error}") from error
 
@@ -182,6 +184,7 @@ class Groups(Shard):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._group = functools.lru_cache(maxsize=2)(self._read_group)
+        self._footer = functools.cache(functools.partial(footer, path))
 
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[Place, Row]]:
         number = 0
@@ -208,7 +211,7 @@ class Groups(Shard):
         return replaced(value, self.where(place), self.path.parent)
 
     def _read_group(self, group: int) -> Any:
-        with parquet(self.path) as file:
+        with parquet(self.path, self._footer()) as file:
             return file.read_row_group(group)
 
 

@@ -87,7 +87,8 @@ def check_words(family: str, folder: Path, tokenizer: Any, rows: int, problems: 
             f"the tokenizer in {folder} lacks {', '.join(map(repr, lacking))}, which {family} needs around pictures; use the tokenizer "
             "files that came with the checkpoint"
         )
-    needed = ["bos", "eos", *(["pad"] if family == "janus" and getattr(generation, "pad_token_id", None) is None else [])]
+    needs_pad = family == "janus" and janus.PAD not in vocabulary and getattr(generation, "pad_token_id", None) is None
+    needed = ["bos", "eos", *(["pad"] if needs_pad else [])]
     unnamed = [name for name in needed if getattr(tokenizer, f"{name}_token_id") is None]
     if unnamed:
         problems.append(

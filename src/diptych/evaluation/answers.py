@@ -21,6 +21,7 @@ from diptych.data.problems import Problems
 from diptych.document import Document, Segment, Text
 from diptych.evaluation.benchmark import Item, StoredImage
 from diptych.models import UnifiedModel
+from diptych.models.base import TooLong
 from diptych.runs import atomic_folder, atomic_text
 from diptych.runtime import generator
 from diptych.sampling.engine import context_needed, fit_to_context, sample
@@ -126,8 +127,10 @@ def _encode(model: UnifiedModel, prompt: Document, params: SamplingParams, templ
         raise _Refused("unreadable picture", str(error)) from error
     try:
         row = model.encode_prompt(template.around(prompt))
-    except ValueError as error:
+    except TooLong as error:
         raise _Refused("prompt too long", str(error)) from error
+    except ValueError as error:
+        raise _Refused("prompt not encodable", str(error)) from error
     if len(row) + context_needed(model, params.model_copy(update={"max_images": 0})) > model.max_positions:
         sizes = f"a prompt of {len(row)} positions and a text of {params.max_text_tokens}"
         raise _Refused("prompt too long", f"{sizes} exceed the model's context of {model.max_positions}")

@@ -29,10 +29,10 @@ from diptych.document import Document
 from diptych.evaluation.answers import Answer, Task, Template, answer, discard, plan, read_batch, report_unanswered, write_batch
 from diptych.evaluation.benchmark import Benchmark, Item, Score, Scoring
 from diptych.evaluation.fingerprint import differing_data, of_items
-from diptych.models.fingerprint import differing_model, digest, of_model
 from diptych.evaluation.judging import KEPT
 from diptych.evaluation.sheets import count, read_scores, summarise, write_scores
 from diptych.models import UnifiedModel
+from diptych.models.fingerprint import differing_model, digest, of_model
 from diptych.rewards.judges.options import JudgeOptions
 from diptych.runs import atomic_folder, atomic_text
 from diptych.runtime import versions

@@ -83,6 +83,10 @@ class ImageSpec:
         return [offset for offset, kind in enumerate(self.layout) if kind == CODE]
 
 
+class TooLong(ValueError):
+    """A document does not fit the context."""
+
+
 class UnifiedModel(nn.Module, abc.ABC):
     """One transformer over text tokens and image codes.
 
@@ -182,6 +186,10 @@ class UnifiedModel(nn.Module, abc.ABC):
     def target_pixels(self, image: PIL.Image.Image) -> Tensor:
         """A picture to be drawn, as `encode_images` takes it: (3, S, S) float32 in -1..1."""
         return to_pixels([image], self.image_spec.pixel_size)[0]
+
+    def prompt_pixels(self, image: PIL.Image.Image) -> Tensor:
+        """A picture that is read, as the family prepares it. Raises ValueError for one that it cannot."""
+        return self.target_pixels(image)
 
     def picture_row(self, image: Image) -> TokenRow:
         """A picture in a prompt; for a stand-in as many positions as the shortest picture takes."""
@@ -328,7 +336,7 @@ class UnifiedModel(nn.Module, abc.ABC):
         row = self.encode_prompt_row(document)
         if len(row) >= self.max_positions:
             pictures = f" ({len(document.images)} pictures of {self.image_spec.length} positions each)" if document.images else ""
-            raise ValueError(
+            raise TooLong(
                 f"the prompt has {len(row)} positions{pictures} and the model's context {self.max_positions}; shorten the prompt"
             )
         return row
@@ -344,7 +352,7 @@ class UnifiedModel(nn.Module, abc.ABC):
             begin = TokenRow.text(self.unconditional_prompt(len(begin)), self.image_spec.depth)
         row = TokenRow.concat([begin, self.encode_segments(answer, answer=True)])
         if len(row) > self.max_positions:
-            raise ValueError(
+            raise TooLong(
                 f"the example has {len(row)} positions ({len(answer.images)} pictures in the answer) and the model's context "
                 f"{self.max_positions}; shorten it"
             )

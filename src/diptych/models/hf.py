@@ -225,6 +225,9 @@ class HFModel(TokenizerModel):
         vqmodel = self.hf.model.vqmodel
         return vqmodel.encode(pixels.to(vqmodel.dtype), return_dict=True).image_tokens.view(len(pixels), -1, 1)
 
+    def prompt_pixels(self, image: PIL.Image.Image) -> Tensor:
+        return self.processed(image)
+
     def processed(self, image: PIL.Image.Image) -> Tensor:
         """(3, S, S) float32: a picture as the family's own image processor prepares it.
 

@@ -104,6 +104,7 @@ class RewardBatch:
     steps: (R, B, J) float32, rescaled, NaN where missing. applies: (R, B, J) bool.
     documents: (R, B) float32 of rewards that speak of the whole document, NaN where missing; documents_apply: (R, B).
     missing: key of the recipe's entry -> share of the values it owed that are missing. errors: key -> the last error.
+    asked: key -> the number of values that the share is of; also of documents that were exchanged for others.
     faults: "key/cause" -> missing values, of rewards that say why.
     metrics: "key/metric" -> what a function logged, a number for each time. extras: "key/column" -> B values.
     """
@@ -117,6 +118,7 @@ class RewardBatch:
     faults: dict[str, int] = dataclasses.field(default_factory=dict)
     metrics: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     extras: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    asked: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def owed(self) -> list[int]:
@@ -134,10 +136,11 @@ def merge(batches: Sequence[RewardBatch]) -> RewardBatch:
         parts = [getattr(batch, name) for batch in batches]
         return torch.cat([torch.nn.functional.pad(p, (0, longest - p.shape[-1])) if p.ndim == 3 else p for p in parts], dim=1)
 
-    missing = {}
+    missing, asked = {}, {}
     for r, name in enumerate(batches[0].missing):
-        lost = sum(batch.missing[name] * batch.owed[r] for batch in batches)
-        missing[name] = lost / max(1, sum(batch.owed[r] for batch in batches))
+        counts = [batch.asked.get(name, batch.owed[r]) for batch in batches]
+        asked[name] = sum(counts)
+        missing[name] = sum(batch.missing[name] * count for batch, count in zip(batches, counts, strict=True)) / max(1, asked[name])
     errors = {name: error for batch in batches for name, error in batch.errors.items()}
     faults: Counter[str] = sum((Counter(batch.faults) for batch in batches), Counter())
     metrics: dict[str, list[float]] = {}
@@ -147,7 +150,7 @@ def merge(batches: Sequence[RewardBatch]) -> RewardBatch:
     columns = {name: None for batch in batches for name in batch.extras}
     extras = {name: [v for batch in batches for v in batch.extras.get(name) or [None] * batch.documents.shape[1]] for name in columns}
     return RewardBatch(
-        joined("steps"), joined("applies"), joined("documents"), joined("documents_apply"), missing, errors, dict(faults), metrics, extras
+        joined("steps"), joined("applies"), joined("documents"), joined("documents_apply"), missing, errors, dict(faults), metrics, extras, asked
     )  # fmt: skip
 
 
@@ -278,7 +281,7 @@ def call_rewards(
     shape = (len(rewards), len(completions), max([1, *sizes]))
     steps, applies = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
     documents, documents_apply = torch.zeros(shape[:2]), torch.zeros(shape[:2], dtype=torch.bool)
-    missing, errors = {}, {}
+    missing, errors, asked = {}, {}, {}
     faults: dict[str, int] = {}
     metrics, extras = dict[str, list[float]](), dict[str, list[Any]]()
     for r, (config, function) in enumerate(rewards):
@@ -306,7 +309,7 @@ def call_rewards(
                 documents[r, b] = _rescale(value, config)
         owed = int(applies[r].sum() + documents_apply[r].sum())
         lost = int((applies[r] & steps[r].isnan()).sum() + (documents_apply[r] & documents[r].isnan()).sum())
-        missing[config.key] = lost / max(1, owed)
+        missing[config.key], asked[config.key] = lost / max(1, owed), owed
         if hasattr(function, "take_faults"):
             causes, shown = function.take_faults()
             faults |= {f"{config.key}/{cause}": count for cause, count in causes.items()}
@@ -314,7 +317,7 @@ def call_rewards(
                 errors.setdefault(config.key, shown)
         metrics |= {f"{config.key}/{name}": values for name, values in notes.metrics.items()}
         extras |= {f"{config.key}/{name}": values for name, values in notes.extras.items()}
-    return RewardBatch(steps, applies, documents, documents_apply, missing, errors, faults, metrics, extras)
+    return RewardBatch(steps, applies, documents, documents_apply, missing, errors, faults, metrics, extras, asked)
 
 
 class _AllMissing:

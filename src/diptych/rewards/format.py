@@ -10,9 +10,9 @@ def format(
     completions: list[list[dict[str, Any]]], num_images: Sequence[int | None], truncated: list[bool] | None = None,
     ends_with_text: Sequence[bool | None] | None = None, **_: Any,
 ) -> list[float]:  # fmt: skip
-    """One value per document, 0..1: 1 where every picture follows a non-empty text, the number of pictures is the one asked for
-    (dataset column `num_images`; None: any will do), no text was cut off, no step is empty, and the answer ends with a text or with a picture as
-    (column `ends_with_text`; None or no such column: either will do). Each fault costs a share.
+    """One value per document, 0..1: 1 where every picture follows a non-empty text, the number of pictures is the one
+    asked for (dataset column `num_images`; None: any will do), no text was cut off, no step is empty, and the answer ends as asked, with a
+    text or with a picture (column `ends_with_text`; None or no such column: either will do). Each fault costs a share.
 
     The value is (good parts) / max(parts, parts asked for), halved if a text was cut off; parts are the pictures with their texts and
     the closing text. Why it has to be asked for: rewards of texts say nothing of a text that is not there, so a policy that may leave

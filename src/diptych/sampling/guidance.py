@@ -92,11 +92,13 @@ def _num_features(row: TokenRow, stop: int) -> int:
 
 
 def mix(conditional: Tensor, others: Sequence[Tensor], image: ImageSampling) -> Tensor:
-    """Guided logits from those of the conditional branch and of the others, in the order of `branch_prefixes`.
+    """Guided logits, float32, from those of the conditional branch and of the others, in the order of `branch_prefixes`. They are mixed in
+    float32: a difference of two bfloat16 numbers has hardly a digit left, and the scale multiplies what it lost.
 
     One other branch u: u + s * (c - u). Source: arXiv:2207.12598; s = 1 is no guidance.
     Two, u and i (the pictures without the words): u + s_i * (i - u) + s * (c - i). Source: arXiv:2211.09800, Eq. 3; Chameleon draws so.
     """
+    conditional, others = conditional.float(), [other.float() for other in others]
     if not others:
         return conditional
     scale, image_scale = image.guidance_scale, image.image_guidance_scale

@@ -152,7 +152,7 @@ class VilaUModel(TokenizerModel):
     def prompt_codes(self, image: Image) -> Tensor:
         """(num_positions, D) codes of a picture that is read."""
         if image.codes is not None:
-            return image.codes
+            return self.image_codes(image)
         assert image.pixels is not None
         return self.codes_of(self.prompt_pixels(image.pixels))
 

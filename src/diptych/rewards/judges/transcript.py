@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from diptych.document import Document, Text, open_image
 from diptych.rewards.judges.client import Answer, Question
+from diptych.userfiles import read_json
 
 
 def read_document(path: Path, prompt: str = "") -> tuple[Document, Document]:
@@ -16,7 +16,7 @@ def read_document(path: Path, prompt: str = "") -> tuple[Document, Document]:
     Raises ValueError naming the file where it holds neither.
     """
     try:
-        blocks = json.loads(path.read_text())
+        blocks = read_json(path)
         if isinstance(blocks, list) and len(blocks) > 1 and isinstance(blocks[0], dict) and "role" in blocks[0]:
             asked, answer = (Document.from_blocks(message["content"], path.parent) for message in blocks[-2:])
             return asked, answer

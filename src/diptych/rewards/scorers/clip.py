@@ -123,7 +123,7 @@ def letterbox(picture: PIL.Image.Image, side: int) -> Tensor:
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255  # (3, H, W)
     scale = side / max(picture.size)
     if scale != 1:
-        height, width = (round(length * scale) for length in pixels.shape[1:])
+        height, width = (max(1, round(length * scale)) for length in pixels.shape[1:])
         pixels = interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
     left, top = (side - pixels.shape[2]) // 2, (side - pixels.shape[1]) // 2
     pixels = pad(pixels, (left, side - pixels.shape[2] - left, top, side - pixels.shape[1] - top))

@@ -1,0 +1,159 @@
+"""Several processes: what they log is about all of them, and when one ends, all end."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_training import grpo_config, tiny_folder  # noqa: F401 - a fixture
+
+from diptych import runtime
+from diptych.config import GRPOConfig, to_yaml
+from diptych.grpo import grpo
+from diptych.runs import read_jsonl
+
+TESTS = Path(__file__).parent
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+PATIENCE = 30  # seconds from the fault to the end of all processes
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+
+
+def recipe(config: GRPOConfig, path: Path) -> Path:
+    path.write_text(to_yaml(config))
+    return path
+
+
+def launched(fault: str, config: GRPOConfig, path: Path, count: int = 2, **environment: str) -> subprocess.Popen[str]:
+    command = [*LAUNCH, str(count), TESTS / "faulty_process.py", fault, recipe(config, path)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env={**ENVIRONMENT, **environment}, text=True, start_new_session=True, **pipes)
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """What it said. Whoever is left would be in the session that torchrun began."""
+    try:
+        _, said = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    left = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert left == [], said[-2000:]
+    return said
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("toy_rewards:wrong_count_of_the_second", "returned 0 values for"),
+        ("parity", "sampled and replayed differ"),
+        ("not finite", "is not finite"),
+        ("bad record", "half of a character"),
+        ("bug", "a fault of ours"),
+    ],
+)
+def test_a_fault_in_one_process_ends_all(tiny_folder, tmp_path, fault, told):  # noqa: F811
+    reward = fault if ":" in fault else "toy_rewards:per_step"
+    config = grpo_config(tiny_folder, tmp_path / "run", max_steps=300, num_minibatches=1, rewards=[{"name": reward}])
+    process = launched(fault, config, tmp_path / "grpo.yaml")
+    said = ended(process)
+    assert process.returncode != 0
+    assert told in said
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
+
+
+def test_all_end_soon_when_one_does_or_is_interrupted(tiny_folder, tmp_path):  # noqa: F811
+    """The time counts from the interruption: Ctrl-C reaches the launcher alone, as in a job's script."""
+    config = grpo_config(tiny_folder, tmp_path / "run", max_steps=3000, save_steps=1, num_minibatches=1)
+    process = launched("none", config, tmp_path / "grpo.yaml")
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run" / "checkpoints").glob("step_*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    ended(process)
+    assert time.monotonic() - began < PATIENCE
+    assert process.returncode != 0
+    steps = len(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    assert 0 < steps < 3000
+
+
+def test_processes_with_other_folders_do_not_train_different_models(tiny_folder, tmp_path):  # noqa: F811
+    config = grpo_config(tiny_folder, tmp_path / "run", max_steps=2, num_minibatches=1)
+    grpo(config)
+    longer = config.model_copy(update={"max_steps": 4})
+    process = launched("other folder", longer, tmp_path / "grpo.yaml", OTHER_FOLDER=str(tmp_path / "elsewhere"))
+    said = ended(process)
+    assert process.returncode != 0
+    assert "the processes do not have the same last checkpoint: process 0 has 2, process 1 has 0. output_dir must be a folder" in said
+
+
+def test_two_processes_log_what_one_logs(tiny_folder, tmp_path):  # noqa: F811
+    """The same documents, so the same rewards, shares, lengths, gaps and losses."""
+    settings = {
+        "max_steps": 3, "num_minibatches": 1, "prompts_per_step": 4, "resample_attempts": 1, "eval_steps": 2, "num_eval_prompts": 3,
+        "rewards": [{"name": "toy_rewards:flat_for_some"}, {"name": "toy_rewards:sometimes_missing", "weight": 0}],
+        "ptx": {"sources": [{"name": "storyboard:understanding"}], "coef": 0.5, "batch_size": 5},
+    }  # fmt: skip
+    found = []
+    for count in (1, 2):
+        config = grpo_config(tiny_folder, tmp_path / f"run{count}", **settings)
+        process = launched("none", config, tmp_path / "grpo.yaml", count)
+        assert "error:" not in ended(process)
+        assert process.returncode == 0
+        found.append(read_jsonl(tmp_path / f"run{count}" / "metrics.jsonl"))
+    one, two = found
+    assert [line["frac_groups_resampled"] > 0 for line in one] == [True] * 3
+    assert any(0 < line["rewards/toy_rewards:sometimes_missing/missing"] < 1 for line in one)
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"step_time", "seconds/rollout"}:
+            assert b[name] == pytest.approx(a[name], rel=2e-3, abs=2e-5, nan_ok=True), name
+    samples = [(tmp_path / f"run{count}" / "samples" / "step_2.jsonl").read_text() for count in (1, 2)]
+    assert samples[0] == samples[1]
+
+
+def test_a_parameter_without_a_gradient_keeps_none(monkeypatch):
+    """Zeros would let weight decay shrink what one process leaves alone."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 1, bias=False) for name in ("used", "other", "unused")})
+    model["used"].weight.grad = torch.ones(1, 2)
+
+    def all_reduce(tensor: torch.Tensor) -> None:  # as if another process had used `other`
+        if tensor.dtype == torch.int64:
+            tensor.add_(torch.tensor([1, 1, 0]))
+        else:
+            tensor.add_(2)
+
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    runtime.sum_gradients(model)
+    assert model["used"].weight.grad.tolist() == [[3, 3]]
+    assert model["other"].weight.grad.tolist() == [[2, 2]]
+    assert model["unused"].weight.grad is None
+
+
+def test_checksums_tell_weights_apart():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3).bfloat16())
+    before = runtime.weights_checksum(model)
+    assert runtime.weights_checksum(model) == before
+    for parameter in model.parameters():
+        with torch.no_grad():
+            kept = parameter.flatten()[0].item()
+            parameter.view(-1)[0] = math.nextafter(kept, 9) if parameter.dtype == torch.float64 else kept * 1.01 + 0.01
+            assert runtime.weights_checksum(model) != before
+            parameter.view(-1)[0] = kept
+    assert runtime.weights_checksum(model) == before
+
+
+assert shutil.which("pgrep"), "these tests look for processes with pgrep (Debian: procps)"
