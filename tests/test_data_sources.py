@@ -233,7 +233,7 @@ def test_inspecting_what_has_no_rows(tmp_path):
     assert inspect_records(Path("storyboard:interleaved"), max_lines=5).num_records == 5
     (tmp_path / "a.json").write_text('{\n "a": 1\n}\n')
     (problem,) = inspect_records(tmp_path / "a.json").problems.found
-    assert (problem.cause, problem.detail) == ("unreadable file", "a list of records is needed, this is a dict")
+    assert (problem.cause, problem.detail) == ("unreadable file", 'a list of records is needed, this is an object ({"a": 1})')
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         ValueError, match=r"no data set that can be read; give a file, or a folder of files, ending in \.jsonl, .*\.parquet"

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from diptych import userfiles
-from diptych.data.conversation import NotARecord, refuse_surrogates
+from diptych.data.conversation import NotARecord, kind_of, refuse_surrogates
 from diptych.data.problems import Problems
 
 FORMATS = (".jsonl", ".json", ".parquet", ".tar", ".tar.gz", ".tgz")
@@ -78,7 +78,7 @@ def json_row(raw: bytes, where: str, root: Path, **more: Any) -> Row:
     try:
         value = parse(raw)
         if not isinstance(value, dict):
-            raise NotARecord(f"a JSON object is needed, this is a {type(value).__name__}", "broken line")
+            raise NotARecord(f"a JSON object is needed, this is {kind_of(value)}", "broken line")
         if b"\\ud" in raw or b"\\uD" in raw:  # nothing else can write a surrogate in UTF-8
             refuse_surrogates(value)
     except NotARecord as error:
@@ -118,7 +118,7 @@ def _json(path: Path, problems: Problems) -> Iterator[Row]:
     except ValueError as error:
         return problems.report(str(path), "unreadable file", error)
     if not isinstance(rows, list):
-        return problems.report(str(path), "unreadable file", f"a list of records is needed, this is a {type(rows).__name__}")
+        return problems.report(str(path), "unreadable file", f"a list of records is needed, this is {kind_of(rows)}")
     for number, value in enumerate(rows, start=1):
         yield from reported(value_row(value, f"{path}:entry {number}", path.parent), problems)
 
@@ -282,7 +282,7 @@ def value_row(value: Any, where: str, root: Path) -> Row:
     """A row of a value that was read already; with a `fault` where it is no object, or holds a text that is no valid Unicode."""
     try:
         if not isinstance(value, dict):
-            raise NotARecord(f"a JSON object is needed, this is a {type(value).__name__}", "broken line")
+            raise NotARecord(f"a JSON object is needed, this is {kind_of(value)}", "broken line")
         refuse_surrogates(value)
     except NotARecord as error:
         return Row({}, where, root, fault=error)
