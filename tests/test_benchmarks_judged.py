@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from diptych.cli import app
 from diptych.data.problems import Problems
-from diptych.document import Document, Image, Text, open_image
+from diptych.document import Document, Image, Text
 from diptych.evaluation.benchmark import Item, Score, Scoring
 from diptych.evaluation.interleavedbench import ALL_TEXT, ASPECTS, UNMARKED, InterleavedBench
 from diptych.evaluation.jobs import nothing_scored
@@ -27,6 +27,7 @@ from diptych.evaluation.judging import Material, ask, judge_all
 from diptych.evaluation.opening import CRITERIA, OpenING, overall
 from diptych.evaluation.sheets import average, figures
 from diptych.evaluation.ueval import UEval
+from diptych.pictures import open_image
 
 PATIENCE = {"retries": 0, "backoff_seconds": 0, "timeout_seconds": 5}
 HINT = Image(PIL.Image.new("RGB", (4, 4), (255, 0, 255)))

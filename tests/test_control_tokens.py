@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from diptych.document import Document, Image, Text
 from diptych.models import UnifiedModel, load_model
-from diptych.models.hf import _NO_CHARACTERS, TokenizerModel, new_name, stand_ins
+from diptych.models.control_tokens import NO_CHARACTERS, new_name, stand_ins
+from diptych.models.hf import TokenizerModel
 from diptych.models.vila_u.model import SYSTEM
 from diptych.tokens import Modality, TokenRow, valid_text
 
@@ -402,7 +403,7 @@ def test_a_token_that_begins_in_the_text_and_ends_in_the_template():
 
 
 def test_the_name_that_a_token_is_given_cannot_be_guessed(words):
-    first, second = (chr(next(iter(_NO_CHARACTERS)) + n) for n in range(2))
+    first, second = (chr(next(iter(NO_CHARACTERS)) + n) for n in range(2))
     guesses = "".join(new_name(words.eos_id, mark) for mark in (first, second, first + second))
     for text in (guesses, "</s>" + guesses):
         hide, show = stand_ins([text])

@@ -10,8 +10,9 @@ import PIL.Image
 import pytest
 import torch
 
-from diptych.document import Document, Image, Text, image_data_address, join, open_image, to_json_blocks, to_message
+from diptych.document import Document, Image, Text, join, to_json_blocks, to_message
 from diptych.models.base import CODE, ImageSpec
+from diptych.pictures import image_data_address, open_image
 from diptych.tokens import Modality, TokenBatch, TokenRow, collate
 
 PAD, TEXT, IMAGE = Modality.PAD, Modality.TEXT, Modality.IMAGE

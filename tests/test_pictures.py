@@ -23,8 +23,9 @@ from typer.testing import CliRunner
 from diptych.cli import app
 from diptych.data.convert.pictures import MissingPicture, load
 from diptych.data.records import open_source
-from diptych.document import Document, Image, Text, decode, image_data_address, open_image, to_rgb
+from diptych.document import Document, Image, Text
 from diptych.models.pixels import padded, to_images
+from diptych.pictures import decode, image_data_address, open_image, to_rgb
 
 FUZZ = int(os.environ.get("DIPTYCH_FUZZ", "1000"))  # damaged files of each format
 WIDTH, HEIGHT = 6, 4

@@ -1,13 +1,13 @@
 """Before the first step: which records of a data set a model cannot take, as far as their texts tell.
 
 Every record is gone through, without opening a picture: its text must be one that the model has tokens for, and it must fit the context
-with an answer behind it. What was found is remembered in the run's folder, for the same data, model and lengths.
+with an answer behind it. Most texts are so short that they fit however they are cut into tokens; the others are encoded, several at a time.
+What was found is remembered in the run's folder, for the same data, model and lengths.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,27 +17,30 @@ from typing import Any
 from diptych.data import Mixture
 from diptych.data.conversation import Record
 from diptych.data.records import Source
+from diptych.document import Document, Image, Text
 from diptych.runs import RunFolder, atomic_text
 from diptych.runtime import on_first
 
-logger = logging.getLogger(__name__)
 WAITING = 256  # records that are read before the first of them is measured
+JOINTS = 4  # tokens that a template or a tokenizer may put around a text
+Length = Callable[[Record], int]
+"""Positions that a record takes, with the room that it needs. Raises ValueError where it cannot be encoded or does not fit."""
 
 
-def admit(mixture: Mixture, measure: Callable[[Record], object], run: RunFolder, purpose: str, known: Any) -> None:
-    """Leaves out of the mixture what `measure` raises ValueError for.
+def admit(mixture: Mixture, length: Length, limit: int, run: RunFolder[Any], purpose: str, known: Any) -> None:
+    """Leaves out of the mixture the records for which `length` raises ValueError; `limit`: positions that there are.
 
     `purpose`: names what is remembered; `known`: JSON, all that the outcome depends on. Raises ValueError, in every process, where more
     would be left out than is allowed.
     """
-    found = on_first(lambda: _remembered(mixture, measure, run, purpose, known))
+    found = on_first(lambda: _remembered(mixture, length, limit, run, purpose, known))
     for number, refused in enumerate(found):
         for at, said in refused:
             mixture.skip(number, at, ValueError(said), count=False)
         mixture.check_share(number)
 
 
-def _remembered(mixture: Mixture, measure: Callable[[Record], object], run: RunFolder, purpose: str, known: Any) -> list[Any]:
+def _remembered(mixture: Mixture, length: Length, limit: int, run: RunFolder[Any], purpose: str, known: Any) -> list[Any]:
     path = run.path / f"admitted_{purpose}.json"
     try:
         stored = json.loads(path.read_bytes())
@@ -45,24 +48,54 @@ def _remembered(mixture: Mixture, measure: Callable[[Record], object], run: RunF
             return stored["refused"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    refused = [list(_refused(source, measure)) if source.file is not None else [] for source in mixture.sources]
+    refused = [list(_refused(source, length, limit)) if source.file is not None else [] for source in mixture.sources]
     atomic_text(path, json.dumps({"known": known, "refused": refused}) + "\n")
     return refused
 
 
-def _refused(source: Source, measure: Callable[[Record], object]) -> Iterator[tuple[int, str]]:
+def _refused(source: Source, length: Length, limit: int) -> Iterator[tuple[int, str]]:
     """Index, and why, of each record that cannot be taken. Tokenizers let other threads run."""
-    waiting: deque[tuple[int, Future[object]]] = deque()
+    waiting: deque[tuple[int, Future[int]]] = deque()
+    bound = Bound(length, limit)
     with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1)), "admission") as pool:
         for index, record in source.conversations():
-            waiting.append((index, pool.submit(measure, record)))
+            if bound.fits(record):
+                continue
+            waiting.append((index, pool.submit(length, record)))
             if len(waiting) >= WAITING:
                 yield from _said(*waiting.popleft())
         while waiting:
             yield from _said(*waiting.popleft())
 
 
-def _said(index: int, asked: Future[object]) -> Iterator[tuple[int, str]]:
+class Bound:
+    """Whether a record fits for sure: no tokenizer makes more tokens of a text than it has bytes."""
+
+    def __init__(self, length: Length, limit: int) -> None:
+        self.length, self.limit = length, limit
+        self._least: dict[tuple[int, ...], int | None] = {}  # by the kinds of segments: positions with texts of one letter
+
+    def fits(self, record: Record) -> bool:
+        segments = (*record.prompt, *(record.answer or ()))
+        texts = [segment.text for segment in segments if isinstance(segment, Text)]
+        shape = (len(record.prompt), *(isinstance(segment, Image) for segment in segments), -1 if record.answer is None else 1)
+        if shape not in self._least:
+            self._least[shape] = self._shortest(record)
+        least = self._least[shape]
+        return least is not None and least + sum(len(text.encode()) + JOINTS for text in texts) <= self.limit
+
+    def _shortest(self, record: Record) -> int | None:
+        def short(document: Document) -> Document:
+            return Document(tuple(Text("a") if isinstance(segment, Text) else segment for segment in document))
+
+        answer = None if record.answer is None else short(record.answer)
+        try:
+            return self.length(Record(short(record.prompt), answer, record.source, {}))
+        except ValueError:
+            return None
+
+
+def _said(index: int, asked: Future[int]) -> Iterator[tuple[int, str]]:
     try:
         asked.result()
     except ValueError as error:

@@ -26,7 +26,7 @@ from diptych.rewards import RewardBatch, RewardError, call_rewards
 from diptych.rewards.base import merge
 from diptych.rewards.protocol import Context, Progress
 from diptych.runtime import gather, generator, rank, world_size
-from diptych.sampling.engine import check_room, noise_of, sample
+from diptych.sampling.engine import check_room, context_needed, noise_of, sample
 from diptych.sampling.rollout import Rollout
 from diptych.tokens import Modality, TokenRow
 
@@ -154,6 +154,11 @@ def prompt_row(model: UnifiedModel, record: Record, params: SamplingParams) -> T
     row = model.encode_prompt(record.prompt)
     check_room(model, len(row), params)
     return row
+
+
+def prompt_length(model: UnifiedModel, params: SamplingParams, record: Record) -> int:
+    """Positions of `prompt_row` and the longest answer."""
+    return len(prompt_row(model, record, params)) + context_needed(model, params)
 
 
 def _collect_once(

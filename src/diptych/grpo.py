@@ -31,7 +31,7 @@ from diptych.experience import (
     Silence,
     collect,
     held_out_rewards,
-    prompt_row,
+    prompt_length,
     refuse_missing,
     reward_metrics,
     sample_records,
@@ -60,7 +60,7 @@ from diptych.runtime import (
 )
 from diptych.sampling.engine import context_needed
 from diptych.sampling.rollout import Rollout
-from diptych.supervised import encode_batch, example_row, supervised_gradient
+from diptych.supervised import encode_batch, example_length, supervised_gradient
 from diptych.tokens import TokenBatch, collate
 from diptych.worlds.storyboard.scene import Split
 
@@ -119,9 +119,9 @@ def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progre
     known = {"inputs": summary(inputs), "lengths": [model.max_positions, context_needed(model, config.sampling)]}
     for name, mixture in (("prompts", prompts), ("held_out", held_out_prompts)):
         if mixture is not None:
-            admit(mixture, partial(prompt_row, model, params=config.sampling), run, name, known)
+            admit(mixture, partial(prompt_length, model, config.sampling), model.max_positions, run, name, known)
     if old_skills is not None:
-        admit(old_skills, partial(example_row, model), run, "ptx", known)
+        admit(old_skills, partial(example_length, model), model.max_positions, run, "ptx", known)
     held_out = held_out_prompts.batch(0, config.num_eval_prompts) if held_out_prompts else []
     silence = Silence(config)
 

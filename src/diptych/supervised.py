@@ -47,6 +47,11 @@ def example_row(model: UnifiedModel, record: Record, *, unconditional: bool = Fa
     return model.encode_example(record.prompt, record.answer, unconditional=unconditional)
 
 
+def example_length(model: UnifiedModel, record: Record) -> int:
+    """Positions of `example_row`."""
+    return len(example_row(model, record))
+
+
 def supervised_gradient(
     model: UnifiedModel, batch: TokenBatch, *, text_weight: float, image_weight: float, micro_batch_size: int | None = None
 ) -> dict[str, float]:

@@ -24,7 +24,7 @@ from diptych.optim import make_optimizer, optimizer_step, restore
 from diptych.runs import SHARED_FOLDER, RunFolder
 from diptych.runtime import agree, generator, joined_processes, pick_device, seed_everything, set_threads, weights_checksum
 from diptych.sampling.engine import fit_to_context, sample
-from diptych.supervised import encode, encode_batch, example_row, negative_log_likelihood, supervised_gradient
+from diptych.supervised import encode, encode_batch, example_length, negative_log_likelihood, supervised_gradient
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -59,7 +59,8 @@ def _train(run: RunFolder[WarmupConfig], progress: Progress | None) -> UnifiedMo
     if state:
         restore(optimizer, schedule, state)
     for name, some in (("train", mixture), ("validation", validation)):
-        admit(some, partial(example_row, model), run, name, {"inputs": summary(inputs), "lengths": model.max_positions})
+        known = {"inputs": summary(inputs), "lengths": model.max_positions}
+        admit(some, partial(example_length, model), model.max_positions, run, name, known)
     held_out = validation.batch(0, config.num_eval_records)
 
     while step < config.max_steps:

@@ -30,8 +30,9 @@ def generate(
     device: Device = "auto",
 ) -> None:
     """Writes one illustrated document."""
-    from diptych.document import Document, Image, Text, open_image, to_json_blocks
+    from diptych.document import Document, Image, Text, to_json_blocks
     from diptych.models import load_model
+    from diptych.pictures import open_image
     from diptych.report.pages import answer_html, blocks_html, page
     from diptych.runs import atomic_text
     from diptych.runtime import generator, pick_device

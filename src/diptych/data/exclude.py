@@ -16,7 +16,7 @@ from diptych.data.problems import Problems
 from diptych.data.readers import read_rows
 from diptych.data.source_ids import ENDINGS as PICTURES
 from diptych.data.source_ids import Id, ids_in, ids_of_picture, is_small
-from diptych.document import open_image
+from diptych.pictures import open_image
 from diptych.userfiles import read_entries, read_json
 
 LISTS = (".json", ".jsonl", ".parquet")

@@ -20,8 +20,9 @@ from diptych.data.problems import Problems
 from diptych.data.readers import Row, json_lines, read_rows
 from diptych.data.records import has_records, open_source, record_files
 from diptych.data.rows import make_row_record, row_answers
-from diptych.document import Document, Image, open_image
+from diptych.document import Document, Image
 from diptych.models import UnifiedModel
+from diptych.pictures import open_image
 from diptych.runtime import rng as make_rng
 
 ENDLESS = 1000  # records of a source without end

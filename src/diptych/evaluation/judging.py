@@ -24,8 +24,9 @@ from diptych.config import build
 from diptych.data.convert.pictures import MissingPicture
 from diptych.data.problems import Problems
 from diptych.data.readers import Row
-from diptych.document import Document, Image, Text, image_data_address
+from diptych.document import Document, Image, Text
 from diptych.evaluation.benchmark import Benchmark, Item, Score, Scoring
+from diptych.pictures import image_data_address
 from diptych.rewards.judges.cache import ReplyCache
 from diptych.rewards.judges.client import Answer, JudgeClient, Question
 from diptych.rewards.judges.options import JudgeOptions

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from transformers import Emu3ForConditionalGeneration
 
 from diptych.config import ImageSampling, SamplingParams
-from diptych.document import Image, to_rgb
+from diptych.document import Image
 from diptych.models.base import CODE, ImageSpec
 from diptych.models.hf import OneVocabularyModel, load_image_processor
 from diptych.models.pixels import square, to_pixels
+from diptych.pictures import to_rgb
 from diptych.tokens import TokenRow
 
 BEGIN, SIZE_END, ROW_END, CODES_END, END = "<|image start|>", "<|image token|>", "<|extra_200|>", "<|extra_201|>", "<|image end|>"

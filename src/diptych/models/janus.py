@@ -19,10 +19,11 @@ from transformers import JanusForConditionalGeneration
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from diptych.config import ImageSampling, SamplingParams
-from diptych.document import Image, to_rgb
+from diptych.document import Image
 from diptych.models.base import ImageSpec, check_image_size
 from diptych.models.hf import HFModel, load_image_processor
 from diptych.models.pixels import square, to_images, to_pixels
+from diptych.pictures import to_rgb
 from diptych.tokens import TokenRow
 
 BEGIN, END, PLACEHOLDER, PAD = "<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<｜▁pad▁｜>"

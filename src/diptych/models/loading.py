@@ -128,7 +128,7 @@ def open_policy(config: RunConfig, device: torch.device, checkpoint: Path | None
     options: dict[str, Any] = {
         "dtype": config.dtype, "load_in_4bit": config.load_in_4bit or None, "image_size": config.image_size,
     }  # fmt: skip
-    options["dtype"] = training_dtype(config)
+    options["dtype"] = training_dtype(config.dtype, checkpoint or config.model)
     model = load_model(checkpoint or config.model, **options)  # load_in_4bit None: as an adapter was trained
     if config.load_in_4bit and config.lora is None and model.adapter is None:
         raise ValueError("load_in_4bit=true with full training: 4-bit weights cannot be trained. Add adapters: --lora.r 16")
@@ -149,12 +149,10 @@ def open_policy(config: RunConfig, device: torch.device, checkpoint: Path | None
     return model
 
 
-def training_dtype(config: RunConfig) -> str:
-    """The dtype of a training's weights, and of its reference: `config.dtype`, but float32 for a float16 checkpoint under `auto`, because
-    gradients and sums leave float16's range (65504)."""
-    if config.dtype != "auto" or checkpoint_dtype(config.model) != torch.float16:
-        return config.dtype
-    return "float32"
+def training_dtype(asked: str, source: str | Path) -> str:
+    """The dtype of a training's weights, and of its reference: what was asked for, but float32 for a float16 checkpoint under `auto`,
+    because gradients and sums leave float16's range (65504)."""
+    return "float32" if asked == "auto" and checkpoint_dtype(source) == torch.float16 else asked
 
 
 def checkpoint_dtype(source: str | Path) -> torch.dtype | None:
@@ -207,7 +205,7 @@ class Reference:
         self.started_from_adapter = is_adapter(folder)
         if policy.adapter is None or policy.adapter.train_in_full:
             four = config.load_in_4bit or None
-            copy = load_model(folder, dtype=training_dtype(config), load_in_4bit=four, image_size=config.image_size)
+            copy = load_model(folder, dtype=training_dtype(config.dtype, folder), load_in_4bit=four, image_size=config.image_size)
             self.copy = copy.to(self.waits_on).eval().requires_grad_(False)
         elif self.started_from_adapter:
             policy.adapter.add_reference(folder)

@@ -9,7 +9,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from diptych.document import to_rgb
+from diptych.pictures import to_rgb
 
 MAX_SIDES_RATIO = 200  # what transformers' processor of Emu3 takes; Chameleon's makes 512 x 102400 pixels of it before it crops
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diptych.document import open_image
 from diptych.evaluation.compare import Comparison, Job, Key
+from diptych.pictures import open_image
 from diptych.report.compare import Record, ahead, headline_cells, label, number_format, p_cell
 from diptych.report.pages import answer_html, blocks_html, page, thumbnail
 

@@ -12,7 +12,7 @@ from typing import Any
 import PIL.Image
 
 from diptych.data.exclude import central_square
-from diptych.document import decode, to_rgb
+from diptych.pictures import decode, to_rgb
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}

@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from diptych.document import Document, Image, Text, image_data_address
+from diptych.document import Document, Image, Text
+from diptych.pictures import image_data_address
 
 Message = dict[str, Any]
 AXES = ("Alignment", "Coherence", "Style")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diptych.document import Document, Text, open_image
+from diptych.document import Document, Text
+from diptych.pictures import open_image
 from diptych.rewards.judges.client import Answer, Question
 from diptych.userfiles import read_json
 
