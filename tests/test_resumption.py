@@ -131,6 +131,51 @@ def test_other_rewards_are_refused(tiny_folder, tmp_path, monkeypatch):  # noqa:
     grpo(config)
 
 
+def test_files_of_one_name_in_several_folders_are_told_apart(tiny_folder, tmp_path):  # noqa: F811
+    for folder in "xy":
+        records(tmp_path / "data" / folder / "records.jsonl", pictures=True)
+    name = str(tmp_path / "data" / "*" / "records.jsonl")
+    config = warmup_config(tiny_folder, tmp_path / "run", sources=[{"name": name}], max_steps=4)
+    stopped(config, warmup)
+    for folder in "xy":
+        file = tmp_path / "data" / folder / "records.jsonl"
+        before = file.read_text()
+        file.write_text(before.replace("small", "large"))
+        with pytest.raises(ValueError, match=rf"changed: {folder}/records\.jsonl\)"):
+            warmup(config)
+        file.write_text(before)
+    shutil.move(tmp_path / "data", tmp_path / "moved")
+    elsewhere = Path(shutil.move(tmp_path / "run", tmp_path / "run elsewhere"))
+    moved = [{"name": str(tmp_path / "moved" / "*" / "records.jsonl")}]
+    with pytest.raises(ValueError, match=r"different: sources\.0\.name\)"):
+        warmup(warmup_config(tiny_folder, elsewhere, sources=moved, max_steps=4))
+    shutil.move(tmp_path / "moved", tmp_path / "data")
+    warmup(config.model_copy(update={"output_dir": str(elsewhere)}))  # a run's own folder may be moved
+
+
+def test_files_named_anywhere_in_options_are_known(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    for file in ("a.txt", "lex/deep/b.txt", "c.txt"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("1")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "reward_in_lib.py").write_text(
+        "from pathlib import Path\n\ndef r(completions, files, lexicon_dir, more, **_):\n    return [float(len(c)) for c in completions]\n"
+    )
+    options = {"files": ["a.txt"], "lexicon_dir": "lex", "more": {"deep": ["c.txt", 3, None]}}
+    config = grpo_config(tiny_folder, tmp_path / "run", rewards=[{"name": "reward_in_lib:r", "options": options}])
+    stopped(config, grpo)
+    for file, told in (("a.txt", r"files\.0 a\.txt"), ("lex/deep/b.txt", "lexicon_dir lex"), ("c.txt", r"more\.deep\.0 c\.txt"),
+                       ("lib/reward_in_lib.py", "reward_in_lib.py")):  # fmt: skip
+        before = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(before + "\n")
+        with pytest.raises(ValueError, match=rf"reward reward_in_lib:r \(changed: {told}\)"):
+            grpo(config)
+        (tmp_path / file).write_text(before)
+    grpo(config)
+
+
 def test_code_is_followed_through_imports_of_any_kind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     package = tmp_path / "own" / "deep"
@@ -139,12 +184,16 @@ def test_code_is_followed_through_imports_of_any_kind(tmp_path, monkeypatch):
         (folder / "__init__.py").write_text("")
     (tmp_path / "own" / "a.py").write_text("import torch, json\nfrom . import b\nfrom .deep import c\nimport lone\n")
     (tmp_path / "own" / "b.py").write_text("def f():\n    import own.deep.d\n")
-    for name in ("c", "d", "unused"):
+    (package / "d.py").write_text("from ..up import x\nfrom .. import side\n")
+    for name in ("up", "side"):
+        (tmp_path / "own" / f"{name}.py").write_text("")
+    for name in ("c", "unused"):
         (package / f"{name}.py").write_text("")
     (tmp_path / "lone.py").write_text("from own.a import x\n")
     found = {path.relative_to(tmp_path.resolve()).as_posix() for path in own_code("own.a")}
     assert found == {
         "own/__init__.py", "own/a.py", "own/b.py", "own/deep/__init__.py", "own/deep/c.py", "own/deep/d.py", "lone.py",
+        "own/up.py", "own/side.py",
     }  # fmt: skip
 
 
@@ -236,6 +285,14 @@ def test_what_was_set_is_compared_and_a_younger_default_is_not(tiny_folder, tmp_
     assert goes_on(config).advantages.normalize == "group"
     with pytest.raises(ValueError, match=r"different: advantages\.normalize\)"):
         goes_on(config.model_copy(update={"advantages": config.advantages.model_copy(update={"normalize": "step"})}))
+    bare = grpo_config(tiny_folder, tmp_path / "run", lora={})
+    assert "lora" in set_keys(bare)
+    edited(lambda s: (s["config"].update(lora=bare.model_dump(mode="json")["lora"]), s.update(set=sorted(set_keys(bare)))))
+    with pytest.raises(ValueError, match=r"different: lora"):
+        goes_on(build(GRPOConfig, {**config.model_dump(exclude_unset=True), "lora": None}))
+    with pytest.raises(ValueError, match=r"different: lora"):
+        goes_on(config)
+    edited(lambda s: (s["config"].update(lora=None), s.update(set=sorted(set_keys(config)))))
     edited(lambda s: s["config"].update(a_setting_of_tomorrow=1))
     with pytest.raises(ValueError, match=r"(?s)this version cannot go on with: .*a_setting_of_tomorrow: unknown key"):
         goes_on(config)

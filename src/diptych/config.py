@@ -78,7 +78,7 @@ class RunConfig(Config):
 
     may_change: ClassVar[frozenset[str]] = frozenset(
         {
-            "device", "num_threads", "max_steps", "save_steps", "logging_steps", "sample_steps", "report_to", "gradient_checkpointing",
+            "output_dir", "device", "num_threads", "max_steps", "save_steps", "logging_steps", "sample_steps", "report_to", "gradient_checkpointing",
             "code_cache", "max_skipped_records",
         }
     )  # fmt: skip

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
+import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ from diptych.data.hub import PREFIX
 from diptych.data.records import Source, record_files
 from diptych.models.fingerprint import digest, of_file, of_model
 from diptych.models.loading import packaged_folder
-from diptych.rewards.base import BUILT_IN, JUDGES, SCORERS
+from diptych.rewards.base import BUILT_IN, JUDGES, SCORERS, load_reward
 from diptych.runs import RunFolder, atomic_text
 from diptych.runtime import on_first
 
@@ -68,10 +70,10 @@ def differing(before: Any, now: Any) -> str:
     told = [f"{before[name]} {name} then, {now[name]} now" for name in ("rows",) if before.get(name) != now.get(name)]
     old, new = before.get("files") or {}, now.get("files") or {}
     others = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    others += ["pictures"] if before.get("pictures") != now.get("pictures") else []
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         told.append(f"changed: {', '.join(others[:3])}{more}")
-    told += [f"{name} then {before.get(name)}, now {now.get(name)}" for name in ("made_by",) if before.get(name) != now.get(name)]
     return ", ".join(told or ["changed: " + ", ".join(sorted(k for k in {*before, *now} if before.get(k) != now.get(k)))])
 
 
@@ -83,10 +85,11 @@ def of_source(source: Source) -> dict[str, Any] | None:
     if source.file is None or source.name.startswith(PREFIX):
         return None
     paths = record_files(source.name)
+    above = Path(os.path.commonpath([path.parent for path in paths]))  # what is moved as a whole stays the same
     with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1)), "hash") as pool:  # hashing lets other threads run
         hashes = list(pool.map(lambda path: of_file(path, WHOLE, BLOCK), paths))
-    files = {path.name: value for path, value in zip(paths, hashes, strict=True)}
-    return {"rows": source.file.num_rows, "files": {**files, "pictures": source.file.pictures}}
+    files = {path.relative_to(above).as_posix(): value for path, value in zip(paths, hashes, strict=True)}
+    return {"rows": source.file.num_rows, "pictures": source.file.pictures, "files": files}
 
 
 # --- rewards -------------------------------------------------------------------------------------------------------------
@@ -95,57 +98,84 @@ def of_source(source: Source) -> dict[str, Any] | None:
 def of_reward(config: RewardConfig) -> dict[str, Any] | None:
     """The code of a user's own with what it imports of theirs, packaged weights, and the files and models that its options name."""
     files: dict[str, str] = {}
+    reward = load_reward(config.name)
     if config.name not in BUILT_IN | JUDGES | SCORERS:
-        files |= {path.name: of_file(path) for path in own_code(config.name.partition(":")[0])}
+        files |= {str(path): of_file(path) for path in own_code(config.name.partition(":")[0])}
+        above = os.path.commonpath([Path(path).parent for path in files]) if files else ""
+        files = {os.path.relpath(path, above): value for path, value in files.items()}
     elif (packaged := packaged_folder(config.name)).is_dir():
         files |= {path.name: of_file(path) for path in sorted(packaged.iterdir()) if path.is_file()}
-    for name, value in config.options.items():
-        if name.endswith("_dir") or not isinstance(value, str) or not value:
-            continue
-        if Path(value).is_file():
-            files[f"{name} {value}"] = of_file(Path(value))
-        elif Path(value).is_dir() or (name == "model" and config.name == "text_likelihood"):
-            model = of_model(value, fetch=True)
-            files[f"{name} {value}"] = model["hash"] if model else ""
-    if config.name == "text_likelihood" and "model" not in config.options:
-        files["model storyboard"] = (of_model("storyboard", fetch=False) or {"hash": ""})["hash"]
+    free: frozenset[str] = getattr(getattr(reward, "options_class", None), "may_change", frozenset())
+    for name, value in _texts({name: value for name, value in config.options.items() if name not in free}):
+        files |= {f"{name} {value}": told for told in _named(value)}
+    if config.name == "text_likelihood":
+        model = of_model(config.options.get("model", "storyboard"), fetch=True)
+        files["model"] = model["hash"] if model else ""
     return {"files": files} if files else None
+
+
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in options, at any depth, with the name that leads to it."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, Mapping | list | tuple):
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _texts(inner, f"{name}.{key}" if name else str(key))
+
+
+def _named(value: str) -> Iterator[str]:
+    """The hash of a file or of what is in a folder, where a text names one."""
+    path = Path(value)
+    with contextlib.suppress(OSError, ValueError):  # no name that a file could have
+        if value and path.is_file():
+            yield of_file(path)
+        elif value and path.is_dir():
+            inside = sorted(one for one in path.rglob("*") if one.is_file())
+            yield digest(*(f"{one.relative_to(path).as_posix()} {of_file(one)}\n" for one in inside))
 
 
 def own_code(module: str) -> list[Path]:
     """The source files of a module and of what it imports, at any place in it, but for installed packages."""
     found: dict[Path, None] = {}
-    waiting = list(_files_of(module, Path.cwd()))
+    waiting = list(_files_of(module, _roots()))
     while waiting:
         path = waiting.pop()
         if path in found or _is_installed(path):
             continue
         found[path] = None
-        for name in _imported(path):
-            waiting += [*_files_of(name, path.parent), *_files_of(name, Path.cwd())]
+        for level, name in _imported(path):
+            above = [path.parents[level - 1]] if 0 < level <= len(path.parents) else [path.parent, *_roots()]
+            waiting += _files_of(name, above)
     return sorted(found)
 
 
-def _imported(path: Path) -> Iterator[str]:
+def _roots() -> list[Path]:
+    """Where Python looks for modules that are not installed."""
+    return [path for path in dict.fromkeys(Path(entry or ".").resolve() for entry in [".", *sys.path]) if not _is_installed(path)]
+
+
+def _imported(path: Path) -> Iterator[tuple[int, str]]:
+    """How many folders up (0: absolute, 1: beside it), and the name, of every import in a file."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((0, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
-            yield from (f"{base}.{alias.name}" if base else alias.name for alias in node.names)
-            yield base
+            yield node.level, base
+            yield from ((node.level, f"{base}.{alias.name}".strip(".")) for alias in node.names)
 
 
-def _files_of(module: str, folder: Path) -> Iterator[Path]:
-    """Of `a.b.c`, seen from a folder: a/b/c.py, and the packages a and a.b on the way."""
+def _files_of(module: str, folders: Sequence[Path]) -> Iterator[Path]:
+    """Of `a.b.c`, seen from folders: a/b/c.py, and the packages a and a.b on the way."""
     parts = [part for part in module.split(".") if part]
-    for depth in range(1, len(parts) + 1):
-        place = folder.joinpath(*parts[:depth])
-        yield from (path.resolve() for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file())
+    for folder in folders:
+        for depth in range(1, len(parts) + 1):
+            place = folder.joinpath(*parts[:depth])
+            yield from (path.resolve() for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file())
 
 
 def _is_installed(path: Path) -> bool:

@@ -33,7 +33,7 @@ def resumed_settings(
     was, now = leaves(before), leaves(config)
     named = set_keys(config) | set(stored.get("set", ()))
     differing = [key for key in [*was, *(k for k in now if k not in was)] if was.get(key) != now.get(key)]
-    kept = [key for key in differing if "set" in stored and key not in named and key in was]
+    kept = [key for key in differing if "set" in stored and key in was and not any(part in named for part in prefixes(key))]
     changed = {key: (was.get(key), now.get(key)) for key in differing if key not in kept}
     refused = [key for key in changed if key not in may_change and key.split(".")[0] not in may_change]
     if refused:
@@ -65,6 +65,12 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
     return found or {path: value}
 
 
+def prefixes(key: str) -> list[str]:
+    """Of `a.b.c`: a, a.b and itself."""
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
 def set_keys(value: Any, path: str = "") -> set[str]:
     """Dotted keys of what was set in a configuration, not left to its default."""
     if isinstance(value, BaseModel):
@@ -78,4 +84,4 @@ def set_keys(value: Any, path: str = "") -> set[str]:
     found: set[str] = set()
     for key, one in inner.items():
         found |= set_keys(one, f"{path}.{key}" if path else str(key))
-    return found
+    return found or {path}  # a group of which nothing was set but that it is there
