@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -102,10 +103,17 @@ def test_what_is_null_is_not_there(tmp_path):
     assert [r.answer and r.answer.text for r in found] == ["y", "y", "y", None]
 
 
+WORDS = ["", " ", "a", "user", "assistant", "system", "text", "image", "\ud83d", "\0", "[1]", "p.png", "data:image/png;base64,x"]
+KEYS = [
+    "messages", "prompt", "completion", "role", "content", "type", "text", "image", "image_url", "url", "loss", "images", "id", "bytes",
+    "path", "source", "license", "num_images",
+]  # fmt: skip
+
+
 def random_value(source: random.Random, depth: int = 0) -> Any:
     kinds = [
         lambda: None, lambda: source.choice([True, False]), lambda: source.choice([0, -1, 2**70, 1.5, 1e308]),
-        lambda: source.choice(["", " ", "a", "user", "assistant", "system", "text", "image", "\ud83d", "\0", "[1]", "p.png", "data:image/png;base64,x"]),
+        lambda: source.choice(WORDS),
     ]  # fmt: skip
     if depth < 5:
         kinds += [
@@ -116,8 +124,7 @@ def random_value(source: random.Random, depth: int = 0) -> Any:
 
 
 def random_key(source: random.Random) -> str:
-    return source.choice(["messages", "prompt", "completion", "role", "content", "type", "text", "image", "image_url", "url", "loss", "images",
-                          "id", "bytes", "path", "source", "license", "num_images"])  # fmt: skip
+    return source.choice(KEYS)
 
 
 def mutated(source: random.Random, value: Any) -> Any:
@@ -147,10 +154,9 @@ def test_whatever_json_a_row_is_what_is_said_is_ours(tmp_path):
     for problem in problems:
         assert problem.where.startswith(f"{path}:")
         assert not any(words in problem.detail for words in PYTHONS_OWN), problem
-    try:
-        open_source(str(path), problems=(found := Problems()))
-    except ValueError as error:
-        assert "none of the" in str(error)
+    found = Problems()
+    with contextlib.suppress(ValueError):  # where none is a record
+        open_source(str(path), problems=found)
     broken = {p.where for p in problems if p.cause != "duplicate id"}
     assert {p.where for p in found.found} == broken
 
@@ -160,10 +166,8 @@ def test_given_messages_and_places_raise_nothing_else():
     for _ in range(1000):
         value = mutated(source, {"prompt": [USER], "completion": [ANSWER]})
         if isinstance(value, dict):
-            try:
+            with contextlib.suppress(NotARecord):
                 answer_places(given_messages(value))
-            except NotARecord:
-                pass
 
 
 # --- parquet and tar -------------------------------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ def records(path: Path, count: int = 24, pictures: bool = False) -> Path:
         if pictures:
             picture(i % 3).save(path.parent / f"p{i % 3}.png")
             answer.append({"type": "image", "image": f"p{i % 3}.png"})
-        rows.append({"messages": [{"role": "user", "content": "tell the story ."}, {"role": "assistant", "content": answer}], "id": f"r{i}"})
+        messages = [{"role": "user", "content": "tell the story ."}, {"role": "assistant", "content": answer}]
+        rows.append({"messages": messages, "id": f"r{i}"})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -302,7 +303,8 @@ def test_what_was_set_is_compared_and_a_younger_default_is_not(tiny_folder, tmp_
 
 
 def test_keys_by_hand():
-    config = build(WarmupConfig, {"output_dir": "o", "max_steps": 1, "optim": {"lr": 1}, "sources": [{"name": "a"}, {"name": "b", "weight": 2}]})
+    sources = [{"name": "a"}, {"name": "b", "weight": 2}]
+    config = build(WarmupConfig, {"output_dir": "o", "max_steps": 1, "optim": {"lr": 1}, "sources": sources})
     assert set_keys(config) == {"output_dir", "max_steps", "optim.lr", "sources.0.name", "sources.1.name", "sources.1.weight"}
     found = leaves(config)
     assert (found["optim.betas"], found["sources.0.weight"], found["lora"]) == ([0.9, 0.95], 1.0, None)

@@ -78,8 +78,8 @@ class RunConfig(Config):
 
     may_change: ClassVar[frozenset[str]] = frozenset(
         {
-            "output_dir", "device", "num_threads", "max_steps", "save_steps", "logging_steps", "sample_steps", "report_to", "gradient_checkpointing",
-            "code_cache", "max_skipped_records",
+            "output_dir", "device", "num_threads", "max_steps", "save_steps", "logging_steps", "sample_steps", "report_to",
+            "gradient_checkpointing", "code_cache", "max_skipped_records",
         }
     )  # fmt: skip
 

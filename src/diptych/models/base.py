@@ -336,9 +336,7 @@ class UnifiedModel(nn.Module, abc.ABC):
         row = self.encode_prompt_row(document)
         if len(row) >= self.max_positions:
             pictures = f" ({len(document.images)} pictures of {self.image_spec.length} positions each)" if document.images else ""
-            raise TooLong(
-                f"the prompt has {len(row)} positions{pictures} and the model's context {self.max_positions}; shorten the prompt"
-            )
+            raise TooLong(f"the prompt has {len(row)} positions{pictures} and the model's context {self.max_positions}; shorten the prompt")
         return row
 
     def encode_example(self, prompt: Document, answer: Document, *, unconditional: bool = False) -> TokenRow:

@@ -150,7 +150,8 @@ def merge(batches: Sequence[RewardBatch]) -> RewardBatch:
     columns = {name: None for batch in batches for name in batch.extras}
     extras = {name: [v for batch in batches for v in batch.extras.get(name) or [None] * batch.documents.shape[1]] for name in columns}
     return RewardBatch(
-        joined("steps"), joined("applies"), joined("documents"), joined("documents_apply"), missing, errors, dict(faults), metrics, extras, asked
+        joined("steps"), joined("applies"), joined("documents"), joined("documents_apply"),
+        missing, errors, dict(faults), metrics, extras, asked,
     )  # fmt: skip
 
 
