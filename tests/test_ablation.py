@@ -15,8 +15,10 @@ import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
+import pydantic
 import pytest
 import yaml
 from rich.console import Console
@@ -28,7 +30,7 @@ from diptych.ablation.measures import MEASURES
 from diptych.ablation.runner import grid, run_grid
 from diptych.ablation.suite import Suite, evaluated_steps, load_suite, packaged_suites, variant_config
 from diptych.cli import app
-from diptych.config import GRPOConfig, build
+from diptych.config import Config, EvaluateConfig, GRPOConfig, PTXConfig, RewardConfig, SamplingParams, WarmupConfig, build
 from diptych.document import Document, Image, Text, to_message
 from diptych.grpo import grpo
 from diptych.report.intervals import Line, Point, Row, dot_chart, interval_chart
@@ -175,6 +177,34 @@ def test_suites_share_cells_and_warmups():
     assert key["stages"][("base", 0)] == key["stages"][("base", 1)]  # no seed enters it
     warmups = {cells.warmup_cell(e.cell).key for e in entries["credit"]}
     assert warmups == {key["stages"][("warmup", seed)] for seed in (0, 1)}
+
+
+DEFAULTS = Path(__file__).parent / "data" / "defaults.json"
+
+
+def defaults(cls: type[Config]) -> dict[str, Any]:
+    """Setting -> its default, as JSON."""
+    fields = {name: field.get_default(call_default_factory=True) for name, field in cls.model_fields.items() if not field.is_required()}
+    return {name: json.loads(pydantic.TypeAdapter(Any).dump_json(value)) for name, value in fields.items()}
+
+
+def test_a_default_that_changes_makes_other_cells():
+    """A cell is named by what differs from the defaults: another default needs another `cells.DEFAULTS`. A setting that is new is added
+    here (`DEFAULTS.write_text(json.dumps(now, indent=1))`) and changes no cell."""
+    now = {cls.__name__: defaults(cls) for cls in (WarmupConfig, GRPOConfig, EvaluateConfig, SamplingParams, PTXConfig, RewardConfig)}
+    stored = json.loads(DEFAULTS.read_text())
+    assert stored.pop("DEFAULTS") == cells.DEFAULTS
+    assert now == stored
+
+
+def test_a_cell_is_named_by_what_differs_from_the_defaults():
+    _, suite = load_suite("credit")
+    cell = grid(suite, [0])[-1].cell
+    assert cell.settings["defaults"] == cells.DEFAULTS
+    assert "code_cache" not in cell.settings["grpo"]
+    assert "label" not in cell.settings["grpo"]["rewards"][0]
+    again = build(GRPOConfig, {**cell.settings["grpo"], "output_dir": "o"})
+    assert cells._said(again, {"output_dir", "model"}) == cell.settings["grpo"]
 
 
 def test_other_packaged_weights_make_other_cells(tmp_path, monkeypatch):
