@@ -149,6 +149,11 @@ def _encoded(model: UnifiedModel, config: GRPOConfig, _: int, record: Record) ->
         raise ValueError(f"{record.name}: {error}") from error
 
 
+def usable_prompt(model: UnifiedModel, config: GRPOConfig, place: int, record: Record) -> Record:
+    """The record itself, if the model can take its prompt with its pictures."""
+    return _encoded(model, config, place, record)[0]
+
+
 def prompt_row(model: UnifiedModel, record: Record, params: SamplingParams) -> TokenRow:
     """Raises ValueError where the prompt cannot be encoded, or the longest possible answer does not fit behind it."""
     row = model.encode_prompt(record.prompt)

@@ -36,6 +36,7 @@ from diptych.experience import (
     reward_metrics,
     sample_records,
     seen_by_all,
+    usable_prompt,
 )
 from diptych.inputs import check_inputs, summary
 from diptych.logprobs import Scores, score
@@ -122,7 +123,8 @@ def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progre
             admit(mixture, partial(prompt_length, model, config.sampling), model.max_positions, run, name, known)
     if old_skills is not None:
         admit(old_skills, partial(example_length, model), model.max_positions, run, "ptx", known)
-    held_out = held_out_prompts.batch(0, config.num_eval_prompts) if held_out_prompts else []
+    usable = partial(usable_prompt, model, config)
+    held_out = held_out_prompts.made(0, config.num_eval_prompts, usable) if held_out_prompts else []
     silence = Silence(config)
 
     while step < config.max_steps:

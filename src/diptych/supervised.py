@@ -47,6 +47,12 @@ def example_row(model: UnifiedModel, record: Record, *, unconditional: bool = Fa
     return model.encode_example(record.prompt, record.answer, unconditional=unconditional)
 
 
+def usable_example(model: UnifiedModel, _: int, record: Record) -> Record:
+    """The record itself, if it can be encoded with its pictures."""
+    _named_row(model, [1.0], 0.0, 0, record)
+    return record
+
+
 def example_length(model: UnifiedModel, record: Record) -> int:
     """Positions of `example_row`."""
     return len(example_row(model, record))

@@ -24,7 +24,7 @@ from diptych.optim import make_optimizer, optimizer_step, restore
 from diptych.runs import SHARED_FOLDER, RunFolder
 from diptych.runtime import agree, generator, joined_processes, pick_device, seed_everything, set_threads, weights_checksum
 from diptych.sampling.engine import fit_to_context, sample
-from diptych.supervised import encode, encode_batch, example_length, negative_log_likelihood, supervised_gradient
+from diptych.supervised import encode, encode_batch, example_length, negative_log_likelihood, supervised_gradient, usable_example
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -61,7 +61,7 @@ def _train(run: RunFolder[WarmupConfig], progress: Progress | None) -> UnifiedMo
     for name, some in (("train", mixture), ("validation", validation)):
         known = {"inputs": summary(inputs), "lengths": model.max_positions}
         admit(some, partial(example_length, model), model.max_positions, run, name, known)
-    held_out = validation.batch(0, config.num_eval_records)
+    held_out = validation.made(0, config.num_eval_records, partial(usable_example, model))
 
     while step < config.max_steps:
         batch = encode_batch(model, mixture, config.batch_size, config.caption_dropout, config.seed, step)
