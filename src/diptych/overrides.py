@@ -14,13 +14,17 @@ What is written is read as the type that the setting has, and nothing of it is e
 from __future__ import annotations
 
 import json
+import math
 import re
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from diptych.userfiles import TextLoader
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -66,7 +70,7 @@ def set_leaf(data: dict[str, Any], model: type[BaseModel], key: str, value: Any,
     kind: Any = model
     for depth, part in enumerate([*parents, leaf]):
         if isinstance(node, list | tuple):
-            if not part.isdigit() or int(part) >= len(node):
+            if not (part.isascii() and part.isdigit()) or int(part) >= len(node):
                 raise ValueError(f"--{key}: {part!r} is no index of a list of {len(node)}; allowed are 0 to {len(node) - 1}")
             place: Any = int(part)
         elif isinstance(node, dict):
@@ -93,7 +97,7 @@ def read_value(text: str, kind: Any, name: str) -> Any:
     if any(one is str or _is_words(one) for one in kinds):
         return _unquoted(text)
     if any(one is Any or one is object for one in kinds):
-        return _guess(text)
+        return _guess(text, name)
     if any(_is_compound(one) for one in kinds):
         return _typed(_read_yaml(text, name), kind)
     try:
@@ -102,20 +106,40 @@ def read_value(text: str, kind: Any, name: str) -> Any:
         return text
 
 
-def _guess(text: str) -> Any:
+def _guess(text: str, name: str) -> Any:
     """JSON where it is a list and the like, true, false or null, or a number that is written back as it stands; otherwise the text.
 
     So 3, 0.5 and 1e-4 are numbers; 0123, 1.10 and 1e10 may be a code, a version and a commit, and stay as they are written. Whoever asks
     for a number reads one out of these too.
     """
     try:
-        value = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text), parse_constant=_no_constant)
+        value = json.loads(
+            {"True": "true", "False": "false", "None": "null"}.get(text, text), parse_constant=_no_constant, parse_float=_number,
+            object_pairs_hook=_no_duplicates,
+        )  # fmt: skip
+    except Twice as error:
+        raise ValueError(f"{name} {text!r}: {error}") from None
     except (ValueError, RecursionError):
         return _unquoted(text)
-    if isinstance(value, str):
-        return _unquoted(text)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return text if is_number and json.dumps(value) != text and not re.search("[eE][-+]", text) else value
+    return _unquoted(text) if isinstance(value, str) and text[:1] == '"' else value
+
+
+def _number(text: str) -> float | str:
+    """A number that is written back as it stands, or in scientific notation with a sign; otherwise the text."""
+    value = float(text)
+    exact = json.dumps(value) == text or (re.search("[eE][-+]", text) is not None and math.isfinite(value) and value != 0)
+    return value if exact else text
+
+
+class Twice(ValueError):
+    """A key stands twice: one of its values would be lost."""
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise Twice(f"the key {key!r} stands twice")
+    return dict(pairs)
 
 
 def _no_constant(name: str) -> Any:
@@ -144,7 +168,7 @@ def _read_yaml(text: str, name: str) -> Any:
         lost = "".join(c for c, is_read in zip(text, covered, strict=True) if not is_read).strip()
         if lost:
             raise ValueError(f"{name} {text!r}: {lost!r} would be lost; put quotes around a text that holds #")
-        return yaml.load(text, Loader=yaml.BaseLoader)
+        return yaml.load(text, Loader=TextLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{name}: cannot read the value {text!r}: {error}") from error
 

@@ -86,7 +86,7 @@ def atomic_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
+        temporary.write_bytes(text.encode(errors="backslashreplace"))  # half a character, as in a path, is \\udce9 in JSON too
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)

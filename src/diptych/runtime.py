@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import contextvars
+import functools
 import hashlib
 import os
 import platform
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -94,14 +94,24 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="coroutines", daemon=True).start()
+    return loop
+
+
 def run_async(awaitable: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine, also from within a running event loop (a notebook's cell): there it runs in a thread of its own."""
+    """The result of a coroutine, also from within a running event loop (a notebook's cell).
+
+    All run in one loop, in a thread of its own, so that what one of them keeps for the next (a semaphore, a session) stays good.
+    """
+    future = asyncio.run_coroutine_threadsafe(awaitable, _loop())
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(awaitable)
-    with ThreadPoolExecutor(1, "async") as pool:
-        return pool.submit(contextvars.copy_context().run, asyncio.run, awaitable).result()
+        return future.result()
+    except BaseException:
+        future.cancel()  # Ctrl-C while it waits
+        raise
 
 
 # --- processes ---------------------------------------------------------------------------------------------------------

@@ -70,22 +70,26 @@ def lines_of(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
 # --- YAML ----------------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars, which say what people mean: 1e-4 is a number; `no`, 12:30, 2024-05-01 and 0123 are words.
-
-    A key that stands twice is refused: one of its values would be lost.
-    """
+class _NoKeyTwice:
+    """Of a key that stands twice one value would be lost."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str | int | float | bool) and key in seen:
-                mark = key_node.start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", mark)
+            key = self.construct_object(key_node, deep=True)  # type: ignore[attr-defined]
             if isinstance(key, str | int | float | bool):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
                 seen.add(key)
-        return super().construct_mapping(node, deep=deep)
+        return super().construct_mapping(node, deep=deep)  # type: ignore[misc]
+
+
+class TextLoader(_NoKeyTwice, yaml.BaseLoader):
+    """Lists and mappings of texts."""
+
+
+class _Loader(_NoKeyTwice, yaml.SafeLoader):
+    """YAML 1.2's scalars, which say what people mean: 1e-4 is a number; `no`, 12:30, 2024-05-01 and 0123 are words."""
 
 
 _Loader.yaml_implicit_resolvers = {}

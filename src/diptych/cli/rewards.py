@@ -43,7 +43,7 @@ def try_reward(
     from diptych.document import Text
     from diptych.overrides import parse_pairs
     from diptych.rewards import call_rewards, load_reward
-    from diptych.rewards.base import about, configured, option_kind
+    from diptych.rewards.base import about, check_columns, configured, option_kind
     from diptych.rewards.judges import Judge, transcript
     from diptych.rewards.scorers.base import ImageScorer
 
@@ -51,6 +51,7 @@ def try_reward(
     options = parse_pairs("option", option or [], lambda key: option_kind(load_reward(name), key))
     columns = parse_pairs("column", column or [])
     config = build(RewardConfig, {"name": name, "options": options})
+    check_columns([(config, load_reward(name))], list(columns))
     reward = configured(config, load_reward(name))
     say(about(config, load_reward(name)))
     if isinstance(reward, Judge):

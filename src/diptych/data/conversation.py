@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -143,6 +144,28 @@ def _refuse_empty(message: dict[str, Any], number: int) -> None:
         raise NotARecord(f"message {number} ({role}) is empty; a picture, or a text of more than spaces, is needed", "empty message")
     if role == "assistant" and not all(is_text) and any(empty):
         raise NotARecord(f"block {empty.index(True)} of message {number} is an empty text beside pictures; leave it out", "empty step")
+
+
+def check_known_columns(value: dict[str, Any]) -> dict[str, Any]:
+    """`num_images` as a whole number and `ends_with_text` as true or false, of those that are there; NaN is how pandas writes null.
+
+    Raises NotARecord for anything else.
+    """
+    found: dict[str, Any] = {}
+    for name in ("num_images", "ends_with_text"):
+        given = value.get(name)
+        if given is None or given != given:
+            found |= {name: None} if name in value else {}
+            continue
+        is_number = isinstance(given, int | float | decimal.Decimal) and not isinstance(given, bool)
+        if name == "num_images" and is_number and given >= 0 and given == given // 1:
+            found[name] = int(given)
+        elif name == "ends_with_text" and isinstance(given, bool):
+            found[name] = given
+        else:
+            wanted = "a whole number from 0" if name == "num_images" else "true or false"
+            raise NotARecord(f"`{name}` is {kind_of(given)}; it is {wanted}, or null")
+    return found
 
 
 def refuse_surrogates(value: Any) -> None:

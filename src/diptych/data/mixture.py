@@ -31,7 +31,7 @@ class Mixture:
 
     def __init__(self, sources: Sequence[MixtureSource], seed: int, split: Split = "train", max_skipped: float = 0.0) -> None:
         """`max_skipped`: the share of a source's records that may be left out. Raises ValueError where more is broken."""
-        self.seed, self.max_skipped = seed, max_skipped
+        self.seed, self.split, self.max_skipped = seed, split, max_skipped
         self.sources: list[Source] = []
         self.skipped: list[dict[int, Problem]] = []
         for source in sources:
@@ -69,7 +69,7 @@ class Mixture:
                     return make(place, source[at])
                 except ValueError as error:
                     self.skip(number, at, error)
-        raise ValueError(f"no record of {source.name} is left: all were skipped. The last: {self._told(number)}")
+        raise ValueError(f"none of the {source.size} {self.split} records of {source.name} can be used: {self._told(number)}")
 
     def skip(self, number: int, at: int, error: ValueError, *, count: bool = True) -> None:
         """Leaves a record of a source out. Raises ValueError naming it where that is one too many; without `count` whoever asks
@@ -82,12 +82,12 @@ class Mixture:
             self.check_share(number)
             logger.warning("left out: %s: %s", where, error)
 
-    def check_share(self, number: int, others: int = 0) -> None:
-        """Raises ValueError where more of a source is left out than is allowed; `others`: by other processes."""
+    def check_share(self, number: int) -> None:
+        """Raises ValueError where more rows of a source are left out, with any of their answers, than is allowed."""
         source, skipped = self.sources[number], self.skipped[number]
-        if (not skipped and not others) or source.file is None:
+        if not skipped or source.file is None:
             return
-        count, total = len(skipped) + others, source.file.num_rows
+        count, total = len({source.row(at) if at >= 0 else at for at in skipped}), source.file.num_rows
         if count > self.max_skipped * total:
             allowed = f"max_skipped_records: {self.max_skipped:g}" if self.max_skipped else "none may be left out (max_skipped_records: 0)"
             raise ValueError(

@@ -6,6 +6,9 @@ import dataclasses
 from collections import Counter
 from typing import Any
 
+# What values raise that are of other types, sizes or depths than a data set's description says
+NONSENSE = (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError)
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -31,7 +34,8 @@ class Problems:
         """Raises ValueError under `strict`."""
         if self.muted:
             return
-        problem = Problem(where, cause, " ".join(str(detail).split())[:300], id)
+        words = " ".join(str(detail).split())[:300]
+        problem = Problem(*(text.encode(errors="backslashreplace").decode() for text in (where, cause, words, id)))
         if self.strict:
             raise ValueError(f"{where}: {cause}{': ' if problem.detail else ''}{problem.detail} (--strict stops at the first problem)")
         self.found.append(problem)

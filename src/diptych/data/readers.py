@@ -5,9 +5,12 @@ What is broken is reported (`Problems`) and passed over. JSONL, parquet and tar 
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import dataclasses
+import gzip
 import json
+import lzma
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -157,6 +160,7 @@ def parquet(path: Path, metadata: Any = None) -> Iterator[Any]:
 def values_of(table: Any) -> Iterator[dict[str, Any] | NotARecord]:
     """The rows of a pyarrow batch or table, what is JSON in them read; each by itself where one of them is broken."""
     readers = {field.name: read for field in table.schema if (read := _json_reader(field.type)) is not None}
+    table = _without_nanoseconds(table)
 
     def values(part: Any) -> list[dict[str, Any]]:
         rows = part.to_pylist()
@@ -166,14 +170,27 @@ def values_of(table: Any) -> Iterator[dict[str, Any] | NotARecord]:
 
     try:
         yield from values(table)
-    except ValueError:  # UnicodeDecodeError is one
+    except (ValueError, ArithmeticError):  # UnicodeDecodeError is a ValueError
         for at in range(table.num_rows):
             try:
                 yield values(table.slice(at, 1))[0]
             except UnicodeDecodeError as error:
                 yield NotARecord(f"a text is not UTF-8 (byte {error.start + 1} of it is 0x{error.object[error.start]:02x})", "broken text")
-            except ValueError as error:
-                yield NotARecord(f"a JSON column holds no JSON: {error}")
+            except (ValueError, ArithmeticError) as error:
+                yield NotARecord(f"a value cannot be read: {error}", "broken value")
+
+
+def _without_nanoseconds(table: Any) -> Any:
+    """Python's times end at microseconds."""
+    import pyarrow
+
+    for at, field in enumerate(table.schema):
+        kind = field.type
+        if getattr(kind, "unit", "") == "ns":
+            coarse = pyarrow.timestamp("us", kind.tz) if pyarrow.types.is_timestamp(kind) else pyarrow.duration("us")
+            coarse = pyarrow.time64("us") if pyarrow.types.is_time(kind) else coarse
+            table = table.set_column(at, field.name, table.column(at).cast(coarse, safe=False))
+    return table
 
 
 def _json_reader(kind: Any) -> Callable[[Any], Any] | None:
@@ -229,7 +246,9 @@ def _grouped(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, by
             yield key, files
             files = {}
         key = found
-        files[ending] = content
+        if ending in files:
+            problems.report(f"{path}:{key}", "broken line", f"the sample has two members .{ending}; the first counts")
+        files.setdefault(ending, content)
     if files:
         yield key, files
 
@@ -253,6 +272,27 @@ class Member(tarfile.TarInfo):
             raise
 
 
+def is_plain_file(member: tarfile.TarInfo) -> bool:
+    """False for a folder. Raises ReadError for a link and the like: what it stands for would be missing."""
+    if not member.isfile() and not member.isdir():
+        raise tarfile.ReadError(f"{member.name} is a link, or no file: pack what it stands for (tar --dereference --hard-dereference)")
+    return member.isfile()
+
+
+PACKED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}  # how a file begins, and what opens it and checks its sum
+
+
+def packed_by(path: Path) -> Callable[..., Any] | None:
+    with path.open("rb") as stream:
+        begins = stream.read(6)
+    return next((opener for mark, opener in PACKED.items() if begins.startswith(mark)), None)
+
+
+def _unpacked(path: Path) -> BinaryIO:
+    """The bytes of an archive. tarfile's own streams do not look at the checksum of what is compressed."""
+    return (packed_by(path) or open)(path, "rb")
+
+
 def check_ended(archive: Any) -> None:
     """Raises ReadError where what looked like an archive's end is none, or more stands behind it."""
     if type(getattr(archive, "ended_by", None)).__name__ != "EOFHeaderError":
@@ -266,15 +306,17 @@ def tar_members(path: Path, problems: Problems) -> Iterator[tuple[str, bytes]]:
     """Name and content of the plain files of a tar archive, compressed or not, in order. Nothing is unpacked to disk."""
     last = "the start"
     try:
-        with tarfile.open(path, "r|*", tarinfo=Member) as archive:
+        with _unpacked(path) as raw, tarfile.open(fileobj=raw, mode="r|", tarinfo=Member) as archive:
             for member in archive:
-                stream = archive.extractfile(member) if member.isfile() else None
-                if stream is not None:
-                    content = stream.read()
-                    last = member.name
-                    yield member.name, content
+                if not is_plain_file(member):
+                    continue
+                stream = archive.extractfile(member)
+                assert stream is not None
+                content = stream.read()
+                last = member.name
+                yield member.name, content
             check_ended(archive)
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         problems.report(str(path), "unreadable file", f"{error}; what stands behind {last} was not read")
 
 

@@ -54,6 +54,12 @@ class Source:
         assert self.places is not None
         return self.file.place(int(self.places[index]))
 
+    def row(self, index: int) -> int:
+        """Which row of the file a record is of; a row of several answers is several records."""
+        assert self.file is not None
+        assert self.places is not None
+        return int(self.file.lines[self.places[index]])
+
     def conversations(self) -> Iterator[tuple[int, Record]]:
         """Every record of a file by its index, with a stand-in for each picture: nothing but text is read."""
         assert self.file is not None

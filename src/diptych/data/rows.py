@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diptych.data.conversation import NotARecord, Record, answer_places, given_messages
+from diptych.data.conversation import NotARecord, Record, answer_places, check_known_columns, given_messages
 from diptych.data.convert.draft import Block, Message
 from diptych.data.convert.messages import columns_of, id_of, messages_of
 from diptych.data.convert.pictures import MissingPicture, load
@@ -21,7 +21,8 @@ from diptych.data.readers import Row
 from diptych.data.shards import Place, Shard, open_shard
 from diptych.document import STAND_IN, Document, Image, Text, join
 
-CONVERSATION = ("messages", "prompt", "completion", "conversations")  # columns that say what answers there are
+# Columns that say what answers there are, and those that `format` reads
+CONVERSATION = ("messages", "prompt", "completion", "conversations", "num_images", "ends_with_text")
 PICTURES_CHECKED = 1000  # records whose pictures are opened at once; `diptych data inspect` opens all
 
 
@@ -82,6 +83,8 @@ class RowFile:
         answers = row_answers(row)
         if whole:
             row = shard.read(place)
+            if row.fault is not None:
+                raise row.fault
             make_row_record(row, answers[-1], self.source)  # the last one's prompt holds all that came before
         if whole or shard.reads_all:
             for picture in (block[0] for message in messages_of(row) for block in message.blocks if isinstance(block, tuple)):
@@ -144,7 +147,8 @@ class RowFile:
 
 
 def row_answers(row: Row) -> list[int]:
-    """Where the answers stand that are trained (`answer_places`)."""
+    """Where the answers stand that are trained (`answer_places`). Raises NotARecord for what is no record."""
+    check_known_columns(row.value)
     return answer_places(given_messages(row.value))
 
 
@@ -156,7 +160,7 @@ def make_row_record(row: Row, place: int, source: str) -> Record:
     prompt = join(_document(message) for message in messages[:place])
     answer = _document(messages[place]) if place < len(messages) else None
     license = str(row.value.get("license") or "")
-    columns = {**columns_of(row), "id": id_of(row), "license": license}
+    columns = {**columns_of(row), **check_known_columns(row.value), "id": id_of(row), "license": license}
     columns["source"] = columns.get("source") or source
     if answer is not None and columns.get("num_images") is None:
         columns["num_images"] = len(answer.images)

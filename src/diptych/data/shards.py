@@ -24,7 +24,20 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from diptych import userfiles
-from diptych.data.readers import Member, Row, check_ended, footer, json_row, parquet, replaced, sample_name, suffix_of, values_of
+from diptych.data.readers import (
+    Member,
+    Row,
+    check_ended,
+    footer,
+    is_plain_file,
+    json_row,
+    packed_by,
+    parquet,
+    replaced,
+    sample_name,
+    suffix_of,
+    values_of,
+)
 
 MAX_GROUP_BYTES = 2**29
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -145,13 +158,15 @@ class Samples(Shard):
             with tarfile.open(fileobj=stream, mode="r:", tarinfo=Member) as archive:
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # or it would keep all of them
-                    if not member.isfile():
+                    if not is_plain_file(member):
                         continue
                     found, ending = sample_name(member.name)
                     if found != key and members:
                         yield start, self._sample(archive, key, members, only)
                         members = {}
                     start, key = start if members else member.offset, found
+                    if ending in members:
+                        raise tarfile.ReadError(f"the sample {key} has two members .{ending}")
                     members[ending] = member
                 if members:
                     yield start, self._sample(archive, key, members, only)
@@ -189,7 +204,7 @@ class Groups(Shard):
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[Place, Row]]:
         number = 0
         with parquet(self.path) as file:
-            self.columns |= set(file.schema_arrow.names)
+            self.columns |= {field.name for field in file.schema_arrow if _has_words(field.type)}
             known = [c for c in columns if c in file.schema_arrow.names]
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).total_byte_size
@@ -215,13 +230,22 @@ class Groups(Shard):
             return file.read_row_group(group)
 
 
+def _has_words(kind: Any) -> bool:
+    """Whether JSON has words for values of a pyarrow type, so that they can reach rewards."""
+    from pyarrow import types
+
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+        return False
+    return all(_has_words(kind.field(number).type) for number in range(kind.num_fields))
+
+
 SHARDS: dict[str, type[Shard]] = {".jsonl": Lines, ".json": Entries, ".tar": Samples, ".parquet": Groups}
 
 
 def open_shard(path: Path, *, as_lines: bool = False) -> Shard:
     """`as_lines`: JSON lines, whatever its name. Raises ValueError for a file without random access."""
     suffix = ".jsonl" if as_lines else suffix_of(path)
-    if suffix not in SHARDS:
+    if suffix not in SHARDS or (suffix == ".tar" and packed_by(path)):
         raise ValueError(
             f"{path} has no random access, which training needs; allowed are {', '.join(SHARDS)}. Unpack it (gunzip), or make records of "
             f"it first: diptych data convert messages {path} --out FOLDER"

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+from diptych.models.janus_layout import BIN, SINGLE, bin_tensors
+
+INDEX = f"{SINGLE}.index.json"
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -87,22 +89,30 @@ def read_header(path: Path, problems: list[str]) -> dict[str, tuple[str, tuple[i
     return found
 
 
-def read_weights(folder: Path, problems: list[str]) -> Stored:
-    """Headers of `model.safetensors`, or of the shards that its index names, as the loaders choose them."""
-    shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
+def read_weights(folder: Path, problems: list[str], torch_files: bool = False) -> Stored:
+    """Headers of `model.safetensors`, or of the shards that its index names, as the loaders choose them.
+
+    `torch_files`: where there are none, those of `pytorch_model.bin` or its shards, for families whose loader reads them.
+    """
+    single, index_name, pattern = SINGLE, INDEX, "model-*.safetensors"
+    if torch_files and not (folder / SINGLE).is_file() and not (folder / INDEX).is_file() and any(folder.glob(f"{BIN[:-4]}*.bin*")):
+        single, index_name, pattern = BIN, f"{BIN}.index.json", "pytorch_model-*.bin"
+    shards = sorted(path.name for path in folder.glob(pattern))
     index: dict[str, Any] = {}
-    if (folder / SINGLE).is_file():
-        names: Iterable[str] = [SINGLE]
+    if (folder / single).is_file():
+        names: Iterable[str] = [single]
         for name in shards:
-            problems.append(f"{folder / name} is not read, because {SINGLE} lies beside it; delete whichever is not of this checkpoint")
-    elif (folder / INDEX).is_file():
-        index = _weight_map(folder / INDEX, problems)
+            problems.append(f"{folder / name} is not read, because {single} lies beside it; delete whichever is not of this checkpoint")
+    elif (folder / index_name).is_file():
+        index = _weight_map(folder / index_name, problems)
         names = sorted(set(index.values())) or shards
         for name in sorted(set(shards) - set(names)):
-            problems.append(f"{folder / name} is not named in {INDEX}, so it is not read; delete it, or copy the index that belongs to it")
+            problems.append(
+                f"{folder / name} is not named in {index_name}, so it is not read; delete it, or copy the index that belongs to it"
+            )
     elif shards:
         names = shards
-        problems.append(f"{folder / INDEX} is missing, without which the {len(shards)} shards beside it are not read; copy it")
+        problems.append(f"{folder / index_name} is missing, without which the {len(shards)} shards beside it are not read; copy it")
     else:
         names = []
         _say_what_is_there_instead(folder, problems)
@@ -111,15 +121,25 @@ def read_weights(folder: Path, problems: list[str]) -> Stored:
         path, keys = folder / name, {key for key, file in index.items() if file == name}
         header = None
         if path.is_file():
-            header = read_header(path, problems)
+            header = _read_bin(path, problems) if path.suffix == ".bin" else read_header(path, problems)
         else:
-            problems.append(f"{path}, which {INDEX} names for {len(keys)} tensors, is missing; copy it")
+            problems.append(f"{path}, which {index_name} names for {len(keys)} tensors, is missing; copy it")
         if header is None:
             stored.lost |= keys
             stored.complete = stored.complete and bool(keys)
         else:
             stored.tensors.update(header)
     return stored
+
+
+def _read_bin(path: Path, problems: list[str]) -> dict[str, tuple[str, tuple[int, ...]]] | None:
+    """The same of a file that torch saved: of its archive only the names and shapes are read."""
+    kinds = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+    try:
+        return {key: (kinds.get(value.dtype, str(value.dtype)), tuple(value.shape)) for key, value in bin_tensors(path, "meta").items()}
+    except ValueError as error:
+        problems.append(str(error))
+        return None
 
 
 def _weight_map(path: Path, problems: list[str]) -> dict[str, str]:

@@ -18,10 +18,12 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.utils import logging as transformers_logging
 
 from diptych.doctor.files import Stored, read_json_object, read_weights, say_misshapen, say_missing
-from diptych.doctor.words import StandIn, StandInMap, check_maps, check_words, read_tokenizer
+from diptych.doctor.words import TOKENS, StandIn, StandInMap, check_maps, check_words, read_tokenizer
+from diptych.models import janus_layout
 from diptych.models.base import UnifiedModel
 from diptych.models.chameleon import ChameleonModel, load_decoder
-from diptych.models.hf import HARMLESS_KEYS, HFModel, OneVocabularyModel, check_tokenizer, load_image_processor
+from diptych.models.hf import HARMLESS_KEYS, HFModel, OneVocabularyModel
+from diptych.models.janus import JanusModel
 from diptych.models.storyboard.model import StoryboardConfig, StoryboardModel
 from diptych.models.vila_u.config import VISION_FOLDER, VisionConfig
 from diptych.models.vila_u.model import VilaUModel
@@ -52,25 +54,27 @@ def build_skeleton(family: type[UnifiedModel], folder: Path, problems: list[str]
 
 
 def _stock(family: type[HFModel], folder: Path, problems: list[str]) -> Skeleton:
-    skeleton = Skeleton(stored=[read_weights(folder, problems)])
-    config_class: Any = family.hf_class.config_class
-    config = _attempt(lambda: config_class.from_pretrained(folder), folder / "config.json", problems)
+    deepseek = issubclass(family, JanusModel) and janus_layout.is_deepseek(folder)
+    skeleton = Skeleton(stored=[read_weights(folder, problems, torch_files=deepseek)])
+    config = _attempt(lambda: family.stock_config(folder), folder / "config.json", problems)
     if config is None:
         return skeleton
     one_vocabulary = issubclass(family, OneVocabularyModel)
     if one_vocabulary and not isinstance(config.vocabulary_map, dict):
         config.vocabulary_map = {}  # the stock classes cannot be built without; `check_maps` tells
-    hf = _stock_model(family.hf_class, config, folder, skeleton.stored[0], problems)
+    make_stock = _deepseek_model if deepseek else _stock_model
+    hf = make_stock(family.hf_class, config, folder, skeleton.stored[0], problems)
     before = len(problems)
-    skeleton.tokenizer = read_tokenizer(folder, problems, check_tokenizer)
+    skeleton.tokenizer = read_tokenizer(folder, problems, family.check_tokenizer)
     if hf is not None:
         if (folder / GENERATION).is_file():
             hf.generation_config = _attempt(lambda: GenerationConfig.from_pretrained(folder), folder / GENERATION, problems)
         rows = int(hf.get_input_embeddings().weight.shape[0])
-        check_words(family.family, folder, skeleton.tokenizer, rows, problems, hf.generation_config)
+        tokens = list(janus_layout.tags(folder).values())[:3] if deepseek else TOKENS[family.family]
+        check_words(family.family, folder, skeleton.tokenizer, rows, problems, hf.generation_config, tokens)
         if one_vocabulary and not check_maps(family.family, folder, hf, rows, problems):
             hf.model.vocabulary_mapping = StandInMap(hf.config.vq_config)
-    processor = _read_processor(folder, problems)
+    processor = _read_processor(family, folder, problems)
     if hf is not None:
         if issubclass(family, ChameleonModel):
             _check_decoder(folder, hf, problems)
@@ -162,26 +166,46 @@ def _stock_model(
     return model
 
 
+def _deepseek_model(cls: type[PreTrainedModel], config: Any, folder: Path, stored: Stored, problems: list[str]) -> Any:
+    """The same for Janus in DeepSeek's layout, in its own names."""
+    make: Callable[[Any], Any] = cls
+    model = _attempt(lambda: _on_meta(lambda: make(config)), folder / "config.json", problems)
+    if model is not None:
+        known = re.compile(f"{janus_layout.UNUSED}|{janus_layout.COMPUTED}")
+        given = dataclasses.replace(stored, tensors={key: value for key, value in stored.tensors.items() if not known.search(key)})
+        wanted = janus_layout.deepseek_shapes(model)
+        if janus_layout.HEAD not in wanted:  # tied
+            given.tensors.pop(janus_layout.HEAD, None)
+        _compare_shapes(folder, wanted, given, "Janus", problems, exact=True)
+    return model
+
+
 def _compare(folder: Path, module: nn.Module | None, kind: str, problems: list[str], exact: bool = False) -> Stored:
     """Keys and shapes of a module of ours against the files. `exact`: the loader refuses what it has no place for."""
     stored = read_weights(folder, problems)
     if module is None:
         return stored
     wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    _compare_shapes(folder, wanted, stored, kind, problems, exact)
+    return stored
+
+
+def _compare_shapes(
+    folder: Path, wanted: dict[str, tuple[int, ...]], stored: Stored, kind: str, problems: list[str], exact: bool
+) -> None:  # fmt: skip
     given = {key: shape for key, (_, shape) in stored.tensors.items()}
     missing, unknown = wanted.keys() - given.keys() - stored.lost, given.keys() - wanted.keys()
     if stored.complete:
         say_missing(folder, kind, missing, unknown if exact else (), problems)
     say_misshapen(folder, kind, {k: (given[k], wanted[k]) for k in wanted.keys() & given.keys() if given[k] != wanted[k]}, problems)
-    return stored
 
 
-def _read_processor(folder: Path, problems: list[str]) -> Any:
+def _read_processor(family: type[HFModel], folder: Path, problems: list[str]) -> Any:
     settings = folder / PREPROCESSOR
     if settings.is_file() and read_json_object(settings, problems) is None:
         return None
     try:
-        return load_image_processor(folder)
+        return family.read_image_processor(folder)
     except ValueError as error:
         missing = f"{settings} is missing, which says how pictures are prepared; copy it from the release"
         problems.append(str(error) if settings.is_file() else missing)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +76,21 @@ def read_tokenizer(folder: Path, problems: list[str], check: Callable[[Any, Path
     return tokenizer
 
 
-def check_words(family: str, folder: Path, tokenizer: Any, rows: int, problems: list[str], generation: Any = None) -> None:
-    """Tokens that are missing, and ids without a row of the embedding. `rows`: of the text embedding."""
+def check_words(
+    family: str,
+    folder: Path,
+    tokenizer: Any,
+    rows: int,
+    problems: list[str],
+    generation: Any = None,
+    tokens: Sequence[str] | None = None,
+) -> None:
+    """Tokens that are missing, and ids without a row of the embedding. `rows`: of the text embedding. `tokens`: where they are not those
+    of TOKENS."""
     if tokenizer is None:
         return
     vocabulary: dict[str, int] = tokenizer.get_vocab()
-    lacking = [token for token in TOKENS[family] if token not in vocabulary]
+    lacking = [token for token in tokens or TOKENS[family] if token not in vocabulary]
     if lacking:
         problems.append(
             f"the tokenizer in {folder} lacks {', '.join(map(repr, lacking))}, which {family} needs around pictures; use the tokenizer "

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from diptych.data.problems import Problems
+from diptych.data.problems import NONSENSE, Problems
 from diptych.data.readers import read_json
 from diptych.evaluation.benchmark import Score
 from diptych.evaluation.headlines import HeadlineDifference, headlines
@@ -158,7 +158,7 @@ def _scores(lines: Iterable[tuple[str, bytes]], problems: Problems) -> dict[Key,
     for where, raw in lines:
         try:
             score = _score(json.loads(raw))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except NONSENSE as error:
             problems.report(where, "broken line", f"{type(error).__name__}: {error}")
             continue
         key = (score.id, score.answer)
@@ -203,7 +203,7 @@ def read_answers(job: Job, keys: Sequence[Key]) -> dict[Key, dict[str, Any]]:
             try:
                 line = json.loads(raw)
                 key = (line["id"], int(line.get("answer", 0)))
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except NONSENSE:
                 continue
             if key in wanted:
                 found[key] = line

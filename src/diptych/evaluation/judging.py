@@ -22,7 +22,7 @@ import PIL.Image
 
 from diptych.config import build
 from diptych.data.convert.pictures import MissingPicture
-from diptych.data.problems import Problems
+from diptych.data.problems import NONSENSE, Problems
 from diptych.data.readers import Row
 from diptych.document import Document, Image, Text
 from diptych.evaluation.benchmark import Benchmark, Item, Score, Scoring
@@ -247,7 +247,7 @@ def read_items(rows: Iterable[Row], make: Callable[[Row], Item], problems: Probl
             problems.report(row.where, error.cause, error)
         except MissingPicture as error:
             problems.report(row.where, "missing picture", error)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except NONSENSE as error:
             problems.report(row.where, "broken record", f"{type(error).__name__}: {error}")
         else:
             if item.id in items:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from diptych.data.problems import Problems
+from diptych.data.problems import NONSENSE, Problems
 from diptych.data.readers import read_json
 from diptych.document import Document, Image, Segment, Text
 from diptych.evaluation.benchmark import Benchmark, Cells, Headline, Item, Score, Scoring, StoredImage
@@ -76,7 +76,7 @@ class MMIE(Benchmark):
                 if not isinstance(id, str) or not id:
                     raise ValueError(f"id is {id!r}; a string is needed")
                 question, reference = _parts_of(record)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except NONSENSE as error:
                 problems.report(where, "broken record", f"{type(error).__name__}: {error}", str(id or ""))
                 continue
             missing = [part["image"] for part in question if part["image"] and not _inside(folder, part["image"])]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diptych.data.problems import Problems
+from diptych.data.problems import NONSENSE, Problems
 
 UNUSABLE, REPEATED, STRANGER = "unusable entry", "repeated entry", "entry of something that was not asked"
 Entries = dict[str, tuple[str, Any]]  # by id: place in the file, entry
@@ -20,7 +20,7 @@ def entries_of(found: Sequence[Any], path: Path, problems: Problems, key: Callab
         where = f"{path}:entry {number}"
         try:
             id = key(entry)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except NONSENSE as error:
             problems.report(where, UNUSABLE, f"{type(error).__name__}: {error}")
             continue
         if id in entries:

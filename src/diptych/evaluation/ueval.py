@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from diptych.data.problems import Problems
+from diptych.data.problems import NONSENSE, Problems
 from diptych.data.readers import Row, read_json, read_rows, shards
 from diptych.document import Document, Text
 from diptych.evaluation.benchmark import Cells, Headline, Item, Score, Scoring, by_aspect
@@ -138,7 +138,7 @@ class UEval(JudgedBenchmark):
                 where, entry = entries[item.id]
                 try:
                     values, cause, usable = _official_shares(item, entry), "", usable + 1
-                except (KeyError, TypeError, ValueError) as error:
+                except NONSENSE as error:
                     told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
                     self._problems.report(where, UNUSABLE, told, item.id)
                     cause = "unusable entry in the file"

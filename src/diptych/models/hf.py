@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,7 +57,7 @@ class HFModel(TokenizerModel):
     """
 
     hf_class: ClassVar[type[PreTrainedModel]]
-    image_marker: ClassVar[str]  # what the chat template writes for a picture
+    image_marker: str  # what the chat template writes for a picture
     default_template: ClassVar[str]  # Jinja, where the checkpoint brings none
     answer_lead: ClassVar[str] = " "  # what stands between the prompt and an answer that begins with text
 
@@ -165,11 +166,15 @@ class HFModel(TokenizerModel):
     def save_pretrained(self, folder: Path) -> None:
         """The family's own layout: config and weights by transformers, every other small file as it was."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.hf.save_pretrained(folder)
+        self.write_weights(folder)
         for name, content in self.side_files.items():
             if not (folder / name).exists():
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(content)
+
+    def write_weights(self, folder: Path) -> None:
+        """Config and weights."""
+        self.hf.save_pretrained(folder)
 
     @classmethod
     def load_parts(cls, folder: Path, dtype: torch.dtype | None, load_in_4bit: bool, skip_4bit: list[str]) -> tuple[Any, Any]:
@@ -177,7 +182,25 @@ class HFModel(TokenizerModel):
         options: dict[str, Any] = {"dtype": dtype or "auto"}
         if load_in_4bit:
             options["quantization_config"] = nf4(dtype, skip_4bit)
-        return load_weights(cls.hf_class, folder, **options), load_tokenizer(folder)
+        return cls.stock_model(folder, **options), load_tokenizer(folder, cls.check_tokenizer)
+
+    # What a family with a second layout of its files reads there in its own way
+    @classmethod
+    def stock_config(cls, folder: Path) -> Any:
+        config_class: Any = cls.hf_class.config_class
+        return config_class.from_pretrained(folder)
+
+    @classmethod
+    def stock_model(cls, folder: Path, **options: Any) -> Any:
+        return load_weights(cls.hf_class, folder, **options)
+
+    @classmethod
+    def check_tokenizer(cls, tokenizer: Any, folder: Path) -> None:
+        check_tokenizer(tokenizer, folder)
+
+    @classmethod
+    def read_image_processor(cls, folder: Path) -> Any:
+        return load_image_processor(folder)
 
 
 class OneVocabularyModel(HFModel):
@@ -233,31 +256,34 @@ def decode(decoder: Any, embeds: Tensor, position_ids: Tensor, attention: Tensor
     return output.last_hidden_state
 
 
-def load_weights(cls: Any, folder: Path, **options: Any) -> Any:
+def load_weights(cls: Any, folder: Path, named: Callable[[str], str] = str, **options: Any) -> Any:
     """`from_pretrained` (meta device, shard by shard) that refuses what transformers only warns of.
 
+    `named`: what the files call a weight. With a `config` and a `state_dict` among the options the folder is not read.
     Raises ValueError naming what is missing, truncated or misshapen.
     """
     try:
-        model, report = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+        source = None if "state_dict" in options else folder
+        model, report = cls.from_pretrained(source, local_files_only=True, output_loading_info=True, **options)
     except Exception as error:  # a config.json may hold any nonsense, on which transformers fails in any way
         raise ValueError(f"{folder} cannot be loaded as {cls.__name__}: {str(error)[:400]}. Copy the whole checkpoint again") from error
     leftover = sorted(key for key in report["unexpected_keys"] if not re.search(HARMLESS_KEYS, key))
     if leftover:
+        first = named(leftover[0])
         raise ValueError(
-            f"{folder} holds {len(leftover)} weights that its config.json leaves no place for (first: {leftover[0]}), so they would be "
-            "lost when it is saved; take config.json and weights from one release"
+            f"{folder} holds {len(leftover)} weights that its config.json leaves no place for (first: {first}), so they would be lost when "
+            "it is saved; take config.json and weights from one release"
         )
     wrong = [*report["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"])]
     if wrong:
         raise ValueError(
-            f"{folder} lacks {len(wrong)} weights of {cls.__name__}, or has them in another shape (first: {sorted(wrong)[0]}); "
+            f"{folder} lacks {len(wrong)} weights of {cls.__name__}, or has them in another shape (first: {named(sorted(wrong)[0])}); "
             "copy every shard of the checkpoint and the config.json that belongs to them"
         )
     return model.eval()
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, check: Callable[[Any, Path], None] | None = None) -> Any:
     """Raises ValueError where files are missing or broken, or are misread."""
     check_template_files(folder)
     try:
@@ -267,7 +293,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise ValueError(
             f"the tokenizer in {folder} cannot be read ({said}); copy the tokenizer files that came with the checkpoint"
         ) from error
-    check_tokenizer(tokenizer, folder)
+    (check or check_tokenizer)(tokenizer, folder)
     return tokenizer
 
 

@@ -1,6 +1,7 @@
 """Janus and Janus-Pro: two heads and two embeddings around one Llama; prompt pictures are SigLIP features, drawn ones VQ codes.
 
-arXiv:2501.17811. Stock class: `JanusForConditionalGeneration`.
+arXiv:2501.17811. Stock class: `JanusForConditionalGeneration`. A folder is in transformers' layout or in DeepSeek's own
+(`models/janus_layout.py`), and is written in the one that it was read in.
 """
 
 from __future__ import annotations
@@ -20,51 +21,67 @@ from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from diptych.config import ImageSampling, SamplingParams
 from diptych.document import Image
+from diptych.models import janus_layout
 from diptych.models.base import ImageSpec, check_image_size
-from diptych.models.hf import HFModel, load_image_processor
+from diptych.models.hf import HFModel, load_weights
 from diptych.models.pixels import square, to_images, to_pixels
 from diptych.pictures import to_rgb
 from diptych.tokens import TokenRow
 
-BEGIN, END, PLACEHOLDER, PAD = "<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<｜▁pad▁｜>"
+BEGIN, END, PLACEHOLDER, PAD = janus_layout.TAGS.values()
 # Kept in full precision under 4 bits: small, or what draws.
 _NOT_IN_4BIT = ["vision_model", "aligner", "vqmodel", "generation_embeddings", "generation_aligner", "generation_head", "lm_head"]
+
+
+def chat_template(marker: str, user: str, assistant: str) -> str:
+    """As DeepSeek's code writes a conversation: stripped, and an empty message is its role alone. Jinja drops a newline right after a
+    block, so those of the template are written as expressions."""
+    return (
+        "{% for m in messages %}{% set said = namespace(text='') %}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+        "{% set said.text = said.text + '" + marker + "\\n' %}{% else %}{% set said.text = said.text + c['text'] | trim %}{% endif %}"
+        "{% endfor %}" + user + ":{{ ' ' + said.text | trim + '\\n\\n' if said.text | trim }}{% endfor %}" + assistant + ":"
+    )
 
 
 class JanusModel(HFModel):
     family = "janus"
     hf_class = JanusForConditionalGeneration
     image_marker = PLACEHOLDER
-    # As DeepSeek's code writes a conversation: stripped, and an empty message is its role alone. Jinja drops a newline right after a
-    # block, so those of the template are written as expressions.
-    default_template = (
-        "{% for m in messages %}{% set said = namespace(text='') %}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-        "{% set said.text = said.text + '" + PLACEHOLDER + "\\n' %}{% else %}{% set said.text = said.text + c['text'] | trim %}{% endif %}"
-        "{% endfor %}<|User|>:{{ ' ' + said.text | trim + '\\n\\n' if said.text | trim }}{% endfor %}<|Assistant|>:"
-    )
+    default_template = chat_template(PLACEHOLDER, *janus_layout.ROLES["deepseek"])
     default_sampling = SamplingParams(image=ImageSampling(guidance_scale=5.0))
 
     def __init__(self, hf: Any, tokenizer: Any, image_processor: Any, folder: Path) -> None:
         super().__init__(hf, tokenizer, image_processor, folder)
         vision, vq = hf.config.vision_config, hf.config.vq_config
+        self.deepseek = janus_layout.DeepSeekFiles.of(folder)
+        tags = self.deepseek.tags if self.deepseek else janus_layout.TAGS
         grid = vq.num_patches
         self.image_spec = ImageSpec.plain(
             num_positions=grid**2,
             depth=1,
             codebook_size=vq.num_embeddings,
             pixel_size=grid * 2 ** (len(vq.channel_multiplier) - 1),
-            begin_id=self.token_id(BEGIN),
-            end_id=self.token_id(END),
+            begin_id=self.token_id(tags["image_start_tag"]),
+            end_id=self.token_id(tags["image_end_tag"]),
         )
         self.num_features = int(vision.num_image_tokens)
-        pads = (self.vocabulary.get(PAD), hf.generation_config.pad_token_id, tokenizer.pad_token_id)  # by name first, as DeepSeek's code
+        # by name first, as DeepSeek's code
+        pads = (self.vocabulary.get(tags["pad_tag"]), hf.generation_config.pad_token_id, tokenizer.pad_token_id)
         pad = next((i for i in pads if i is not None), None)
         if pad is None:
             raise ValueError(f"{folder} names no pad token, of which Janus makes its unconditional prompt; use the release's files")
         self._pad = int(pad)
-        processor = json.loads(self.side_files.get("processor_config.json", b"{}"))
-        self.system_prompt = DEFAULT_SYSTEM_PROMPT if processor.get("use_default_system_prompt") else ""
-        self.token_id(PLACEHOLDER)
+        self.image_marker = tags["image_tag"]
+        placeholder = self.token_id(self.image_marker)
+        if self.deepseek is None:
+            processor = json.loads(self.side_files.get("processor_config.json", b"{}"))
+            self.system_prompt = DEFAULT_SYSTEM_PROMPT if processor.get("use_default_system_prompt") else ""
+        else:
+            self.system_prompt = self.deepseek.system_prompt
+            hf.config.image_token_id = placeholder
+            hf.generation_config = janus_layout.generation_config(tokenizer, self._pad)
+            if self.template == self.default_template:
+                self.template = chat_template(self.image_marker, *self.deepseek.roles)
         self.freeze()
 
     # --- tensors ---
@@ -148,6 +165,37 @@ class JanusModel(HFModel):
         those of transformers' `encode`, which must not be found again."""
         return [self.hf.model.vqmodel, self.hf.model.vision_model]
 
+    def write_weights(self, folder: Path) -> None:
+        if self.deepseek is None:
+            super().write_weights(folder)
+        else:
+            self.deepseek.save(self.hf, folder)
+
+    @classmethod
+    def stock_config(cls, folder: Path) -> Any:
+        return janus_layout.stock_config(folder) if janus_layout.is_deepseek(folder) else super().stock_config(folder)
+
+    @classmethod
+    def stock_model(cls, folder: Path, **options: Any) -> Any:
+        if not janus_layout.is_deepseek(folder):
+            return super().stock_model(folder, **options)
+        config, stored = cls.stock_config(folder), janus_layout.stored_tensors(folder)
+        if options["dtype"] == "auto" and janus_layout.EMBEDDING in stored:
+            options["dtype"] = stored[janus_layout.EMBEDDING].dtype  # as they are, whatever config.json says
+        weights = janus_layout.in_stock_names(stored)
+        return load_weights(cls.hf_class, folder, janus_layout.deepseek_name, config=config, state_dict=weights, **options)
+
+    @classmethod
+    def check_tokenizer(cls, tokenizer: Any, folder: Path) -> None:
+        super().check_tokenizer(tokenizer, folder)
+        if janus_layout.is_deepseek(folder):
+            janus_layout.add_image_tag(tokenizer, folder)
+
+    @classmethod
+    def read_image_processor(cls, folder: Path) -> Any:
+        deepseek = janus_layout.is_deepseek(folder)
+        return janus_layout.image_processor(folder) if deepseek else super().read_image_processor(folder)
+
     @classmethod
     def load(
         cls, folder: Path, *, dtype: torch.dtype | None = None, load_in_4bit: bool = False, image_size: int | None = None
@@ -155,7 +203,9 @@ class JanusModel(HFModel):
         hf, tokenizer = cls.load_parts(folder, dtype, load_in_4bit, _NOT_IN_4BIT)
         # JanusConfig's default is a tied head; the releases' are not, and a config.json that leaves it open must not say so when saved
         hf.config.tie_word_embeddings = hf.lm_head.weight is hf.get_input_embeddings().weight
-        model = cls(hf, tokenizer, load_image_processor(folder), folder)
+        model = cls(hf, tokenizer, cls.read_image_processor(folder), folder)
+        if model.deepseek is not None:
+            model.deepseek.read_unused(folder)
         check_image_size(image_size, model.image_spec.pixel_size, cls.family)
         return model
 

@@ -24,15 +24,16 @@ PACKAGED = ("storyboard",)
 FAMILIES: dict[str, str] = {  # model_type in config.json -> module:class; imported when it is needed
     "diptych_storyboard": "diptych.models.storyboard.model:StoryboardModel",
     "janus": "diptych.models.janus:JanusModel",
+    "multi_modality": "diptych.models.janus:JanusModel",  # DeepSeek's own layout
     "vila_u_llama": "diptych.models.vila_u.model:VilaUModel",
     "emu3": "diptych.models.emu3:Emu3Model",
     "chameleon": "diptych.models.chameleon:ChameleonModel",
 }
 # Folders in another layout than transformers', by what their config.json says
 OTHER_LAYOUTS = {
-    "multi_modality": "this is DeepSeek's own layout of Janus; use the conversion for transformers, e.g. deepseek-community/Janus-Pro-7B",
     "Emu3": "this is BAAI's own layout of Emu3; use the conversion for transformers, e.g. Emu3-community/Emu3-Chat-hf",
 }
+TORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin")
 _DTYPES_IN_FILES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 logger = logging.getLogger(__name__)
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,10 +64,15 @@ def model_folder(source: str | Path) -> Path:
 
 
 def _from_hub(name: str) -> Path:
+    """Weights in safetensors or, where the repository has none, those that torch saved."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf"]))
+        folder = Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf"]))
+        if (folder / "config.json").is_file() and not any(folder.rglob("*.safetensors")):
+            commit = folder.name if folder.parent.name == "snapshots" else None  # of the files that are there now
+            folder = Path(snapshot_download(name, revision=commit, allow_patterns=[*TORCH_WEIGHTS, f"{TORCH_WEIGHTS[0]}.index.json"]))
+        return folder
     except Exception as error:
         raise ValueError(f"no folder {name!r}, and the hub did not give a model of that name: {str(error)[:200]}") from error
 
@@ -156,7 +162,7 @@ def training_dtype(asked: str, source: str | Path) -> str:
 
 
 def checkpoint_dtype(source: str | Path) -> torch.dtype | None:
-    """The dtype of a checkpoint's embeddings or, where it has no safetensors, that in its config.json; None where neither tells."""
+    """The dtype of a checkpoint's embeddings or, where no file of weights tells, that in its config.json; None where neither does."""
     folder = model_folder(source)
     if is_adapter(folder):
         return checkpoint_dtype(read_description(folder)["base"]["source"])
@@ -165,6 +171,11 @@ def checkpoint_dtype(source: str | Path) -> torch.dtype | None:
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 if "embed_tokens" in name:
                     return _DTYPES_IN_FILES.get(file.get_slice(name).get_dtype())
+    for path in sorted(found for pattern in TORCH_WEIGHTS for found in folder.glob(pattern)):
+        with contextlib.suppress(Exception):
+            for name, tensor in torch.load(path, map_location="meta", weights_only=True, mmap=True).items():
+                if "embed_tokens" in name:
+                    return tensor.dtype
     try:
         fields = json.loads((folder / "config.json").read_text())
         told = fields.get("dtype") or fields.get("torch_dtype")

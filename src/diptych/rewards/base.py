@@ -10,6 +10,7 @@ A recipe's `options` reach a class as the keywords with which it is made, once, 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -21,7 +22,7 @@ import math
 import sys
 import typing
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -294,7 +295,7 @@ def call_rewards(
                 returned = run_async(_wait(returned))
             if inspect.isgenerator(returned):
                 returned = list(returned)
-        except Exception as error:  # rewards are untrusted: counted, logged, masked out
+        except (Exception, asyncio.CancelledError, SystemExit) as error:  # rewards are untrusted: counted, logged, masked out
             errors[config.key] = f"{type(error).__name__}: {error}"
             logger.warning("reward %s failed: %s", config.key, errors[config.key])
             returned = [_AllMissing()] * len(sizes)
@@ -330,6 +331,8 @@ async def _wait(awaitable: Any) -> Any:
 
 
 def _checked(name: str, returned: Any, sizes: list[int]) -> list[Any]:
+    if isinstance(returned, str | bytes | Mapping | Set):
+        raise RewardError(f"reward {name!r} returned {type(returned).__name__}; a list with one entry per document is needed")
     try:
         values = [v.tolist() if hasattr(v, "tolist") else list(v) if isinstance(v, tuple) else v for v in returned]
     except TypeError:

@@ -10,12 +10,13 @@ first --max-images events are kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from diptych.data.convert.draft import Block, Draft, Options, document
 from diptych.data.convert.pictures import VIDEOS, Frame, find_file
-from diptych.data.problems import Problems
+from diptych.data.problems import NONSENSE, Problems
 from diptych.data.readers import read_json
 
 PROMPT = "Tell what happens in the video in {n} steps, each with a picture."
@@ -31,7 +32,7 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
         where = f"{options.input}:{id}"
         try:
             chosen, past = events(entry), past_the_end(entry)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except NONSENSE as error:
             problems.report(where, "not a record", f"{type(error).__name__}: {error}", id)
             continue
         for number in past:
@@ -60,6 +61,8 @@ def events(entry: dict[str, Any]) -> list[tuple[float, float, str]]:
         (float(start), min(float(end), last), str(s).strip())
         for (start, end), s in zip(entry["timestamps"], entry["sentences"], strict=True)
     ]
+    if not all(math.isfinite(time) for start, end, _ in found for time in (start, end)):
+        raise ValueError("a time is no number")
     kept: list[tuple[float, float, str]] = []
     for start, end, sentence in sorted(found, key=lambda event: event[:2]):
         repeated = any(_iou(start, end, a, b) > MAX_IOU for a, b, _ in kept)

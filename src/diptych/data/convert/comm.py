@@ -17,7 +17,7 @@ import torch
 
 from diptych.data.convert.draft import Block, Draft, Options, document
 from diptych.data.convert.pictures import Picture
-from diptych.data.problems import Problems
+from diptych.data.problems import NONSENSE, Problems
 from diptych.data.source_ids import names_of
 
 PROMPT = "Explain step by step, with pictures: {title}"
@@ -36,7 +36,7 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
         id = str(item.get("data_id", "")) if isinstance(item, dict) else ""
         try:
             title, told, names = _steps(item, pictures, options.cut_at)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except NONSENSE as error:
             problems.report(where, "not a record", f"{type(error).__name__}: {error}", id)
             continue
         if len(names) < (options.min_images or 1):

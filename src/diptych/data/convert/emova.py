@@ -18,7 +18,7 @@ from typing import Any
 
 from diptych.data.convert.draft import Block, Draft, Message, Options
 from diptych.data.convert.pictures import Picture, resolve
-from diptych.data.problems import Problems
+from diptych.data.problems import NONSENSE, Problems
 from diptych.data.readers import Row, read_rows
 
 MARK = "<image>"
@@ -41,7 +41,7 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
                 problems.report(row.where, "no picture", "", id)
                 continue
             messages = _messages(turns, pictures)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except NONSENSE as error:
             problems.report(row.where, "not a record", f"{type(error).__name__}: {error}", id)
             continue
         names = [image for image in (value.get("image"),) if isinstance(image, str)]

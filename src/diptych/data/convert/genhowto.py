@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from diptych.data.convert.draft import Draft, Options, document
 from diptych.data.convert.pictures import VIDEOS, Frame, find_file
-from diptych.data.problems import Problems
+from diptych.data.problems import NONSENSE, Problems
 from diptych.userfiles import read_text
 
 PROMPT = "This is the start. Show how to go on with the {category}: first the action, then the result, each with a picture."
@@ -55,18 +56,25 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
 
 def _rows(path: Path, prompt: str, problems: Problems) -> Iterator[tuple[str, dict[str, str]]]:
     needed = (*KEY, "DS_CAT_NAME", "SCORE", prompt)
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     missing = [name for name in needed if name not in (reader.fieldnames or ())]
     if missing:
         raise ValueError(f"{path} lacks the columns {', '.join(missing)}; give GenHowTo's file as it was published")
-    for row in reader:
+    for row in _read(reader, path, problems):
         where = f"{path}:{reader.line_num}"
         try:
-            for name in ("FRAME_S1", "FRAME_AC", "FRAME_S2", "SCORE"):
-                float(row[name])
+            if not all(math.isfinite(float(row[name])) for name in ("FRAME_S1", "FRAME_AC", "FRAME_S2", "SCORE")):
+                raise ValueError("a time or the score is no number")
             if not row[prompt].strip():
                 raise ValueError(f"{prompt} is empty")
-        except (TypeError, ValueError, AttributeError) as error:
+        except NONSENSE as error:
             problems.report(where, "broken line", error)
             continue
         yield where, row
+
+
+def _read(reader: csv.DictReader[str], path: Path, problems: Problems) -> Iterator[dict[str, str]]:
+    try:
+        yield from reader
+    except csv.Error as error:  # a quote that never closes would take in the rows behind it
+        problems.report(f"{path}:{reader.line_num}", "broken line", f"{error}; what stands behind was not read")

@@ -127,6 +127,10 @@ class _Job:
         def skip(cause: str, detail: object = "") -> None:
             self.problems.report(draft.where, cause, detail, draft.id)
 
+        try:
+            refuse_surrogates([draft.id, draft.columns, [[b for b in m.blocks if isinstance(b, str)] for m in draft.messages]])
+        except NotARecord as error:
+            return skip(error.cause, error)
         if not is_sampled(draft.id, options.share, options.seed):
             self.not_sampled += 1
             return
@@ -156,7 +160,6 @@ class _Job:
         line = record_line(draft, names, name, draft.license or options.license or kind.license)
         try:
             answer_places(line["messages"])
-            refuse_surrogates(line)
         except NotARecord as error:
             return skip(error.cause, error)
         for file, (raw, _) in zip(names, pictures, strict=True):
@@ -180,7 +183,7 @@ class _Job:
 
     def _checkpoint(self, done: bool = False) -> None:
         for problem in self.problems.found[self._written :]:
-            self.listed.write(json.dumps(problem.as_dict(), ensure_ascii=False).encode() + b"\n")
+            self.listed.write(json.dumps(problem.as_dict(), ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
         self._written = len(self.problems.found)
         for stream in (self.records, self.listed):
             stream.flush()

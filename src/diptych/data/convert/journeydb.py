@@ -19,7 +19,7 @@ from typing import Any
 
 from diptych.data.convert.draft import Draft, Options, document
 from diptych.data.convert.pictures import Picture
-from diptych.data.problems import Problems
+from diptych.data.problems import NONSENSE, Problems
 from diptych.data.readers import Row, json_lines, tar_members
 from diptych.data.sampling import is_sampled
 
@@ -45,7 +45,7 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
         try:
             name = str(PurePosixPath(row.value["img_path"]))  # "./012/ab.jpg" -> "012/ab.jpg"
             text = caption(row.value)
-        except (KeyError, TypeError, ValueError) as error:
+        except NONSENSE as error:
             problems.report(row.where, "not a record", f"{type(error).__name__}: {error}", str(row.value.get("img_path", "")))
             continue
         if not is_sampled(name, options.share, options.seed):

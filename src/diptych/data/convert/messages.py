@@ -9,10 +9,12 @@ list of blocks: {"type": "text", "text"}, {"type": "image", "image": path, data 
 
 from __future__ import annotations
 
+import datetime
+import decimal
 from collections.abc import Iterator
 from typing import Any
 
-from diptych.data.conversation import BLOCKS, NotARecord, given_messages, kind_of, shown
+from diptych.data.conversation import BLOCKS, NotARecord, answer_places, given_messages, kind_of, shown
 from diptych.data.convert.draft import Block, Draft, Message, Options
 from diptych.data.convert.pictures import resolve
 from diptych.data.problems import Problems
@@ -27,6 +29,7 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
         try:
             if row.fault is not None:
                 raise row.fault
+            answer_places(given_messages(row.value))  # as it was given: a draft has no words for what it refuses
             messages = messages_of(row)
         except ValueError as error:
             problems.report(row.where, getattr(error, "cause", "not a record"), error, id)
@@ -38,12 +41,14 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
 def id_of(row: Row) -> str:
     """Its own, or the sample's key, or its place."""
     given = next((row.value[key] for key in ("id", "__key__") if row.value.get(key) not in (None, "")), None)
-    return str(given) if given is not None else row.where.rsplit("/", 1)[-1]
+    place = row.where.rsplit("/", 1)[-1].encode(errors="backslashreplace").decode()  # a file's name need not be text
+    return str(given) if given is not None else place
 
 
 def columns_of(row: Row) -> dict[str, Any]:
     """What reaches the rewards: columns that JSON can hold."""
-    return {key: value for key, value in row.value.items() if key not in USED and _is_plain(value)}
+    found = {key: plain(value) for key, value in row.value.items() if key not in USED}
+    return {key: value for key, value in found.items() if value is not UNKNOWN}
 
 
 def messages_of(row: Row) -> tuple[Message, ...]:
@@ -87,9 +92,19 @@ def _blocks(content: Any, row: Row, waiting: list[Any]) -> Iterator[Block]:
             raise NotARecord(f"block {index} is {shown(block)}; allowed are {BLOCKS}")
 
 
-def _is_plain(value: Any) -> bool:
+UNKNOWN = object()  # of a value that JSON has no words for, such as bytes
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: decimals as numbers, dates as text, maps as lists of pairs; UNKNOWN for what is none."""
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
-    if isinstance(value, list):
-        return all(_is_plain(inner) for inner in value)
-    return value is None or isinstance(value, str | int | float | bool)
+        inner = {key: plain(one) for key, one in value.items()}
+        return UNKNOWN if any(one is UNKNOWN or not isinstance(key, str) for key, one in inner.items()) else inner
+    if isinstance(value, list | tuple):
+        items = [plain(one) for one in value]
+        return UNKNOWN if any(one is UNKNOWN for one in items) else items
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value.is_finite() and value == value.to_integral_value() else float(value)
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return value if value is None or isinstance(value, str | int | float | bool) else UNKNOWN

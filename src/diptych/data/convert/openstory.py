@@ -17,7 +17,7 @@ from typing import Any
 
 from diptych.data.convert.draft import Block, Draft, Options, document
 from diptych.data.convert.pictures import find_file
-from diptych.data.problems import Problems
+from diptych.data.problems import NONSENSE, Problems
 from diptych.data.readers import read_rows
 
 PROMPT = "Tell a story in {n} parts, each with a picture. It begins like this: {first}"
@@ -41,7 +41,7 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
         caption = ""
         try:
             caption = _caption(row.value["json"])
-        except (KeyError, TypeError, ValueError) as error:
+        except NONSENSE as error:
             problems.report(row.where, "not a record", f"{type(error).__name__}: {error}", key)
         videos.setdefault(video, []).append((time, key, caption, row.where))
     for video, shown in videos.items():

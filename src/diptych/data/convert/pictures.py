@@ -17,6 +17,7 @@ from diptych.pictures import decode, to_rgb
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 KEPT = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 QUALITY = 95
+MAX_SECONDS = 1e6  # of a video, more than eleven days
 
 
 class MissingPicture(ValueError):
@@ -84,7 +85,8 @@ def encode(pixels: PIL.Image.Image, raw: bytes | None, kind: str | None, size: i
 
 def find_file(folder: Path, name: str, endings: tuple[str, ...]) -> Path | None:
     """`folder/name` with one of the endings."""
-    return next((path for path in (folder / f"{name}{ending}" for ending in endings) if path.is_file()), None)
+    paths = (folder / f"{name}{ending}" for ending in endings)
+    return next((path for path in paths if os.path.isfile(path)), None)  # unlike Path.is_file, also where the name is too long
 
 
 def frame_at(video: Path, seconds: float) -> PIL.Image.Image:
@@ -96,8 +98,10 @@ def frame_at(video: Path, seconds: float) -> PIL.Image.Image:
         import av
     except ImportError as error:
         raise ValueError(f"reading frames of {video} needs the extra: pip install 'diptych[data]'") from error
-    if not video.is_file():
+    if not os.path.isfile(video):
         raise MissingPicture(f"{video} does not exist")
+    if not seconds < MAX_SECONDS:  # also where it is no number
+        raise ValueError(f"{video} has no second {seconds:g}")
     try:
         with av.open(str(video)) as container:
             if not container.streams.video:

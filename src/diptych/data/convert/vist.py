@@ -13,7 +13,7 @@ from typing import Any
 
 from diptych.data.convert.draft import Block, Draft, Options, document
 from diptych.data.convert.pictures import find_file
-from diptych.data.problems import Problems
+from diptych.data.problems import NONSENSE, Problems
 from diptych.data.readers import read_json
 
 PROMPT = "Tell a story in {n} parts, each with a picture. It begins like this: {first}"
@@ -34,7 +34,7 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
             order, photo = int(annotation["worker_arranged_photo_order"]), str(annotation["photo_flickr_id"])
             part = (order, photo, str(annotation["original_text"]).strip())
             stories.setdefault(str(annotation["story_id"]), []).append(part)
-        except (KeyError, TypeError, ValueError) as error:
+        except NONSENSE as error:
             problems.report(f"{options.input}:annotation {number}", "not a record", f"{type(error).__name__}: {error}", story)
             broken.add(story)
     for id, parts in stories.items():

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diptych.data.convert.draft import Block, Draft, Options, document
-from diptych.data.problems import Problems
+from diptych.data.problems import NONSENSE, Problems
 from diptych.data.readers import json_lines, read_json
 
 PROMPT = "Explain step by step, with pictures: {title}"
@@ -112,7 +112,7 @@ def _guides(path: Path, problems: Problems) -> Iterator[Guide]:
         where = f"{path}:{id}"
         try:
             guide = _problem(id, where, entry)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except NONSENSE as error:
             problems.report(where, "not a record", f"{type(error).__name__}: {error}", id)
             continue
         yield guide
@@ -150,7 +150,7 @@ def _articles(path: Path, problems: Problems) -> Iterator[Guide]:
                 try:
                     title, category = _title(row.value["goal"], method["name"]), _category(row.value.get("category_hierarchy"))
                     guide = Guide(id, where, article, title, category, tuple(_step(step) for step in method["steps"]))
-                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                except NONSENSE as error:
                     problems.report(where, "not a record", f"{type(error).__name__}: {error}", id)
                     continue
                 yield guide

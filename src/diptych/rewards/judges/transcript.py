@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from diptych.data.conversation import refuse_surrogates
 from diptych.document import Document, Text
 from diptych.pictures import open_image
 from diptych.rewards.judges.client import Answer, Question
@@ -18,6 +19,7 @@ def read_document(path: Path, prompt: str = "") -> tuple[Document, Document]:
     """
     try:
         blocks = read_json(path)
+        refuse_surrogates(blocks)
         if isinstance(blocks, list) and len(blocks) > 1 and isinstance(blocks[0], dict) and "role" in blocks[0]:
             asked, answer = (Document.from_blocks(message["content"], path.parent) for message in blocks[-2:])
             return asked, answer
