@@ -29,7 +29,10 @@ def test_unknown_families_and_folders_are_named(folders, tmp_path):
     with pytest.raises(ValueError, match="model_type 'show_o'; known families are " + ", ".join(FAMILIES)):
         load_model(folder)
     edit_json(folder / "config.json", lambda config: config.update(model_type="multi_modality"))
-    with pytest.raises(ValueError, match=r"DeepSeek's own layout of Janus; use the conversion for transformers"):
+    with pytest.raises(ValueError, match=r"has no section .*gen_head_config.*; Janus and Janus-Pro can be loaded"):
+        load_model(folder)
+    edit_json(folder / "config.json", lambda config: config.update(model_type="Emu3"))
+    with pytest.raises(ValueError, match=r"BAAI's own layout of Emu3; use the conversion for transformers"):
         load_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):

@@ -1,4 +1,5 @@
-"""Janus' adapter against recordings of DeepSeek's own code, on its toy checkpoint converted to transformers' layout."""
+"""Janus' adapter against recordings of DeepSeek's own code, on its toy checkpoint in its own layout and converted to transformers';
+and the files of DeepSeek's layout, read and written."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import PIL.Image
 import pytest
 import torch
 from family_data import drawn_first
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from toy_checkpoints import JANUS_TEMPLATE, edit_json, save
 from transformers import AutoTokenizer, JanusConfig, JanusForConditionalGeneration, JanusProcessor
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
@@ -29,6 +30,13 @@ from diptych.tokens import Modality, TokenRow, collate
 DATA = Path(__file__).parent / "data" / "janus_deepseek"
 RECORDED = load_file(DATA / "reference_fp32.safetensors")
 FACTS = json.loads((DATA / "reference_fp32.json").read_text())
+POOL = "vision_model.vision_tower.attn_pool"
+LEFT_OUT = {
+    "gen_vision_model.quantize.codebook_used": [65_536], f"{POOL}.latent": [1, 1, 48], f"{POOL}.q.weight": [48, 48],
+    f"{POOL}.q.bias": [48], f"{POOL}.kv.weight": [96, 48], f"{POOL}.kv.bias": [96], f"{POOL}.proj.weight": [48, 48],
+    f"{POOL}.proj.bias": [48], f"{POOL}.norm.weight": [48], f"{POOL}.norm.bias": [48], f"{POOL}.mlp.fc1.weight": [192, 48],
+    f"{POOL}.mlp.fc1.bias": [192], f"{POOL}.mlp.fc2.weight": [48, 192], f"{POOL}.mlp.fc2.bias": [48],
+}  # fmt: skip
 PICTURES = ("land", "port", "sq", "big", "thin")
 
 # DeepSeek's names of weights to those of transformers, in this order
@@ -68,7 +76,7 @@ def renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if ".self_attn.qkv." in name:
             for part, third in zip("qkv", value.chunk(3), strict=True):
                 found[name.replace("qkv", f"{part}_proj")] = third
-        else:
+        elif "attn_pool" not in name and "codebook_used" not in name:  # transformers' class has no place for them
             found[name] = value[0] if name.endswith("position_embedding.weight") else value
     return found
 
@@ -100,7 +108,8 @@ def convert(source: Path, folder: Path) -> Path:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):  # transformers draws initial weights
         model = JanusForConditionalGeneration(config).eval()
-    model.load_state_dict(renamed(load_file(source / "model.safetensors")), strict=True)
+    weights = {name: value for path in source.glob("*.safetensors") for name, value in load_file(path).items()}
+    model.load_state_dict(renamed(weights), strict=True)
     size = {"height": picture["image_size"], "width": picture["image_size"]}
     kept = {name: picture[name] for name in ("min_size", "image_mean", "image_std", "rescale_factor", "do_normalize")}
     processor = JanusProcessor(
@@ -112,8 +121,23 @@ def convert(source: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def converted(tmp_path_factory) -> Path:
     return convert(DATA / "toy_checkpoint", tmp_path_factory.mktemp("janus") / "converted")
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory) -> Path:
+    """The toy with the weights that the repository leaves out, because no forward pass reads them, at random."""
+    copied = shutil.copytree(DATA / "toy_checkpoint", tmp_path_factory.mktemp("janus") / "deepseek")
+    source = torch.Generator().manual_seed(0)
+    left_out = {name: torch.randn(shape, generator=source) for name, shape in LEFT_OUT.items()}
+    save_file({**load_file(copied / "model.safetensors"), **left_out}, copied / "model.safetensors", metadata={"format": "pt"})
+    return copied
+
+
+@pytest.fixture(scope="module", params=["converted", "deepseek"])
+def folder(request) -> Path:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +149,7 @@ def janus(folder) -> UnifiedModel:
 def bare(folder, tmp_path_factory) -> UnifiedModel:
     """Without the conversion's chat template: the family's own."""
     copied = shutil.copytree(folder, tmp_path_factory.mktemp("janus") / "bare")
-    (copied / "chat_template.jinja").unlink()
+    (copied / "chat_template.jinja").unlink(missing_ok=True)
     return load_model(copied)
 
 
@@ -285,8 +309,8 @@ def test_text_has_deepseeks_ids(janus):
 
 
 @pytest.mark.parametrize("template", ["janus", "bare"])
-def test_prompts_have_deepseeks_ids(request, template):
-    model = request.getfixturevalue(template)
+def test_prompts_have_deepseeks_ids(janus, bare, template):
+    model = {"janus": janus, "bare": bare}[template]
     (case,) = (c for c in FACTS["prompts"] if c["name"] == "one_image" and c["system_prompt"])
     row = model.encode_prompt(Document((Image(recorded_picture("land")), Text("What is in the picture?"))))
     assert with_placeholders(row) == case["expanded_ids"] == RECORDED["understand.input_ids"][0].tolist()
@@ -330,8 +354,11 @@ def test_the_unconditional_prompt_is_padding_but_for_the_begin_tokens(janus):
 
 def test_the_padding_is_found_by_its_name(folder, tmp_path):
     """Fine-tuned checkpoints often give the end token as padding."""
-    copied = shutil.copytree(folder, tmp_path / "copied")
-    edit_json(copied / "generation_config.json", lambda settings: settings.update(pad_token_id=FACTS["tokens"]["<｜end▁of▁sentence｜>"]))
+    copied, end = shutil.copytree(folder, tmp_path / "copied"), "<｜end▁of▁sentence｜>"
+    if (copied / "generation_config.json").is_file():
+        edit_json(copied / "generation_config.json", lambda settings: settings.update(pad_token_id=FACTS["tokens"][end]))
+    else:
+        edit_json(copied / "special_tokens_map.json", lambda tokens: tokens.update(pad_token=end))
     assert load_model(copied).unconditional_prompt(2)[1] == FACTS["tokens"]["<｜▁pad▁｜>"]
 
 
@@ -412,11 +439,11 @@ def test_an_interleaved_answer_is_laid_out_and_scored_as_recorded(janus):
 # --- files ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_config_that_leaves_the_head_open_does_not_tie_it(folder, janus, tmp_path):
-    """JanusConfig's default is a tied head."""
-    copied = shutil.copytree(folder, tmp_path / "copied")
+def test_a_config_that_leaves_the_head_open_does_not_tie_it(converted, tmp_path):
+    """JanusConfig's default is a tied head. DeepSeek's config says nothing of it anyway."""
+    copied = shutil.copytree(converted, tmp_path / "copied")
     edit_json(copied / "config.json", lambda config: config.pop("tie_word_embeddings"))
-    model = load_model(copied)
+    model, janus = load_model(copied), load_model(converted)
     assert torch.equal(model.hf.lm_head.weight, janus.hf.lm_head.weight)
     assert not torch.equal(model.hf.lm_head.weight, model.hf.get_input_embeddings().weight)
     model.save(tmp_path / "saved")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
 from diptych.config import RunConfig
@@ -34,7 +33,6 @@ OTHER_LAYOUTS = {
     "Emu3": "this is BAAI's own layout of Emu3; use the conversion for transformers, e.g. Emu3-community/Emu3-Chat-hf",
 }
 TORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin")
-_DTYPES_IN_FILES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 logger = logging.getLogger(__name__)
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -134,12 +132,13 @@ def open_policy(config: RunConfig, device: torch.device, checkpoint: Path | None
     options: dict[str, Any] = {
         "dtype": config.dtype, "load_in_4bit": config.load_in_4bit or None, "image_size": config.image_size,
     }  # fmt: skip
-    options["dtype"] = training_dtype(config.dtype, checkpoint or config.model)
-    model = load_model(checkpoint or config.model, **options)  # load_in_4bit None: as an adapter was trained
+    model = load_to_train(checkpoint or config.model, **options)  # load_in_4bit None: as an adapter was trained
     if config.load_in_4bit and config.lora is None and model.adapter is None:
         raise ValueError("load_in_4bit=true with full training: 4-bit weights cannot be trained. Add adapters: --lora.r 16")
     if config.lora is not None and model.adapter is None:
         source = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+        if config.dtype == "auto" and model.dtype == torch.float32:
+            options["dtype"] = "float32"  # also where the checkpoint is float16
         attach_lora(model, config.lora, {"source": source, **options})
     elif config.lora is not None and model.adapter.settings() != {"r": config.lora.r, "alpha": config.lora.alpha}:
         raise ValueError(
@@ -155,33 +154,12 @@ def open_policy(config: RunConfig, device: torch.device, checkpoint: Path | None
     return model
 
 
-def training_dtype(asked: str, source: str | Path) -> str:
-    """The dtype of a training's weights, and of its reference: what was asked for, but float32 for a float16 checkpoint under `auto`,
-    because gradients and sums leave float16's range (65504)."""
-    return "float32" if asked == "auto" and checkpoint_dtype(source) == torch.float16 else asked
-
-
-def checkpoint_dtype(source: str | Path) -> torch.dtype | None:
-    """The dtype of a checkpoint's embeddings or, where no file of weights tells, that in its config.json; None where neither does."""
-    folder = model_folder(source)
-    if is_adapter(folder):
-        return checkpoint_dtype(read_description(folder)["base"]["source"])
-    for path in sorted(folder.rglob("*.safetensors")):
-        with contextlib.suppress(Exception), safe_open(path, framework="pt") as file:  # whoever loads it says what is broken
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                if "embed_tokens" in name:
-                    return _DTYPES_IN_FILES.get(file.get_slice(name).get_dtype())
-    for path in sorted(found for pattern in TORCH_WEIGHTS for found in folder.glob(pattern)):
-        with contextlib.suppress(Exception):
-            for name, tensor in torch.load(path, map_location="meta", weights_only=True, mmap=True).items():
-                if "embed_tokens" in name:
-                    return tensor.dtype
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-        told = fields.get("dtype") or fields.get("torch_dtype")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return getattr(torch, str(told), None) if told else None
+def load_to_train(source: str | Path, *, dtype: str, load_in_4bit: bool | None, image_size: int | None) -> UnifiedModel:
+    """`load_model`, but what would be float16 under `dtype: auto` is float32: gradients and sums leave float16's range (65504)."""
+    model = load_model(source, dtype=dtype, load_in_4bit=load_in_4bit, image_size=image_size)
+    if dtype == "auto" and any(tensor.dtype == torch.float16 for tensor in model.parameters()):
+        return load_model(source, dtype="float32", load_in_4bit=load_in_4bit, image_size=image_size)
+    return model
 
 
 def warn_of_rounding(model: UnifiedModel, config: RunConfig) -> None:
@@ -216,7 +194,7 @@ class Reference:
         self.started_from_adapter = is_adapter(folder)
         if policy.adapter is None or policy.adapter.train_in_full:
             four = config.load_in_4bit or None
-            copy = load_model(folder, dtype=training_dtype(config.dtype, folder), load_in_4bit=four, image_size=config.image_size)
+            copy = load_to_train(folder, dtype=config.dtype, load_in_4bit=four, image_size=config.image_size)
             self.copy = copy.to(self.waits_on).eval().requires_grad_(False)
         elif self.started_from_adapter:
             policy.adapter.add_reference(folder)
