@@ -264,7 +264,8 @@ def load_weights(cls: Any, folder: Path, named: Callable[[str], str] = str, **op
     """
     try:
         source = None if "state_dict" in options else folder
-        model, report = cls.from_pretrained(source, local_files_only=True, output_loading_info=True, **options)
+        reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused below, by name
+        model, report = cls.from_pretrained(source, local_files_only=True, **reporting, **options)
     except Exception as error:  # a config.json may hold any nonsense, on which transformers fails in any way
         raise ValueError(f"{folder} cannot be loaded as {cls.__name__}: {str(error)[:400]}. Copy the whole checkpoint again") from error
     leftover = sorted(key for key in report["unexpected_keys"] if not re.search(HARMLESS_KEYS, key))
