@@ -32,6 +32,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "not finite": (grpo, "token_advantages", not_finite),
     "bad record": (experience, "prompt_row", raises(ValueError("half of a character"))),
     "bug": (grpo, "optimizer_step", raises(KeyError("a fault of ours"))),
+    "bug while sampling": (grpo, "collate", raises(KeyError("a fault of ours"))),
     "none": (grpo, "world_size", grpo.world_size),
 }
 
@@ -41,5 +42,8 @@ if __name__ == "__main__":
     if SECOND and fault in FAULTS:
         setattr(*FAULTS[fault])
     changes = ["--output_dir", os.environ["OTHER_FOLDER"]] if SECOND and fault == "other folder" else []
+    if SECOND and fault == "other machine":
+        os.environ["LOCAL_RANK"] = "0"
+        os.chdir(os.environ["OTHER_FOLDER"])
     sys.argv = ["diptych", "grpo", recipe, *changes]
     main()

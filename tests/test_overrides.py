@@ -76,6 +76,10 @@ def test_quotes_around_the_whole_are_taken_off_and_null_unsets():
         (["--lora", "{r: 8} # why"], r"--lora '\{r: 8\} # why': '# why' would be lost"),
         (["--lora", "{r: 8, # why\n alpha: 3}"], "'# why' would be lost"),
         (["--optim.betas", "[0.8, 0.9"], "--optim.betas: cannot read the value"),
+        (["--optim", "{lr: 1e-4, lr: 2e-4}"], "the key 'lr' stands twice"),
+        (["--ptx.sources", "[{name: d, weight: 1, weight: 2}]"], "the key 'weight' stands twice"),
+        (["--rewards.0.options.a", '{"x": 1, "x": 2}'], "the key 'x' stands twice"),
+        (["--rewards.².name", "x"], "no index of a list"),
         (["--rewards.0.options.a"], "--rewards.0.options.a needs a value"),
     ],
 )
@@ -100,7 +104,8 @@ def test_an_option_of_unknown_type_is_a_number_only_where_nothing_is_lost():
     for text, read in {"3": 3, "0.5": 0.5, "1e-4": 1e-4, "-2": -2, "true": True, "False": False, "null": None, "[1, 2]": [1, 2]}.items():
         assert parse_pairs("option", [f"a={text}"]) == {"a": read}
         assert load_config(GRPOConfig, "grpo", ["--rewards.0.options.a", text]).rewards[0].options["a"] == read
-    for text in [*TEXTS, "1.10", "1e10", "007", "NaN", "Infinity", "9" * 5000, "[1, 2", "a=b"]:
+    assert parse_pairs("option", ['a=[1.10, 2.5, {"v": 0.50}]']) == {"a": ["1.10", 2.5, {"v": "0.50"}]}
+    for text in [*TEXTS, "1.10", "1e10", "1e-400", "1e+400", "007", "NaN", "Infinity", "9" * 5000, "[1, 2", "a=b"]:
         assert parse_pairs("column", [f"a={text}"]) == {"a": text}
     assert parse_pairs("option", ["my-key=1"]) == {"my-key": 1}  # names of one's own stand as they are
     assert load_config(GRPOConfig, "grpo", ["--rewards.0.options.my-key", "1"]).rewards[0].options == {"my-key": 1}

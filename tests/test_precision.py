@@ -15,7 +15,7 @@ from test_family_training import common
 from diptych.config import GRPOConfig, ImageSampling, WarmupConfig, build
 from diptych.grpo import grpo
 from diptych.models import load_model
-from diptych.models.loading import Reference, checkpoint_dtype, open_policy, training_dtype
+from diptych.models.loading import Reference, open_policy
 from diptych.runs import read_jsonl
 from diptych.sampling.guidance import mix
 from diptych.warmup import warmup
@@ -56,7 +56,7 @@ def test_a_float16_checkpoint_trains_in_float32(janus, tmp_path):
         run = tmp_path / dtype
         warmup(build(WarmupConfig, {**common(janus, run, "janus", max_steps=6), **settings, "dtype": dtype}))
         losses[dtype] = [line["loss/text"] for line in read_jsonl(run / "metrics.jsonl")]
-        assert checkpoint_dtype(run / "checkpoints" / "step_6" / "model") == torch.float32
+        assert load_model(run / "checkpoints" / "step_6" / "model").dtype == torch.float32
     assert losses["auto"] == losses["float32"]
     assert losses["auto"][-1] < losses["auto"][0]
 
@@ -90,14 +90,29 @@ def test_full_training_in_bfloat16_is_warned_of(janus, tmp_path, caplog, dtype, 
     assert ("Set dtype: float32, or train adapters" in caplog.text) == warns
 
 
-def test_dtypes_of_checkpoints_are_found_without_loading_them(folders, family, tmp_path):
-    assert checkpoint_dtype(folders[family]) == load_model(folders[family], image_size=32 if family == "emu3" else None).dtype
-    (tmp_path / "config.json").write_text('{"torch_dtype": "float16"}')
-    assert checkpoint_dtype(tmp_path) == torch.float16
-    assert training_dtype("auto", tmp_path) == "float32"
-    assert training_dtype("bfloat16", tmp_path) == "bfloat16"
-    (tmp_path / "config.json").write_text("{}")
-    assert checkpoint_dtype(tmp_path) is None
+@pytest.mark.parametrize("stored", ["config alone", "language model alone", "no dtype in config"])
+def test_what_would_be_loaded_as_float16_counts_not_what_a_file_says(janus, tmp_path, stored):
+    """transformers loads in the dtype of config.json, whatever that of the file is."""
+    config = json.loads((janus / "config.json").read_text())
+    config.pop("dtype", None)
+    if stored == "config alone":
+        (janus / "config.json").write_text(json.dumps({**config, "torch_dtype": "float16"}))
+    else:
+        for file in janus.glob("*.safetensors"):
+            tensors = {k: v.half() if stored == "no dtype in config" or "language_model" in k else v for k, v in load_file(file).items()}
+            save_file(tensors, file, metadata={"format": "pt"})
+        (janus / "config.json").write_text(json.dumps(config | ({"torch_dtype": "float16"} if "language" in stored else {})))
+    policy = open_policy(build(WarmupConfig, {**common(janus, tmp_path / "run", "janus"), "sources": [{"name": "x"}]}), torch.device("cpu"))
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+
+
+def test_an_adapter_keeps_the_dtype_that_it_was_trained_with(janus, tmp_path):
+    stored_as(janus, torch.float16)
+    first = common(janus, tmp_path / "first", "janus", max_steps=2, lora={"r": 2}, dtype="bfloat16")
+    warmup(build(WarmupConfig, {**first, "sources": [{"name": data(tmp_path / "d.jsonl")}], "batch_size": 2, "num_eval_records": 1}))
+    adapter = tmp_path / "first" / "checkpoints" / "step_2" / "model"
+    again = build(WarmupConfig, {**common(adapter, tmp_path / "second", "janus", lora={"r": 2}), "sources": [{"name": "x"}]})
+    assert open_policy(again, torch.device("cpu")).dtype == torch.bfloat16
 
 
 def test_guidance_is_mixed_in_float32():

@@ -108,6 +108,27 @@ def test_processes_with_other_folders_do_not_train_different_models(tiny_folder,
     assert "the processes do not have the same last checkpoint: process 0 has 2, process 1 has 0. output_dir must be a folder" in said
 
 
+@pytest.mark.parametrize("what", ["mine.py", "d.jsonl"])
+def test_machines_with_other_inputs_do_not_train_one_model(tiny_folder, tmp_path, monkeypatch, what):  # noqa: F811
+    for name in ("here", "there"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "mine.py").write_text("def r(completions, **_):\n    return [float(len(str(c))) for c in completions]\n")
+        (folder / "d.jsonl").write_text('{"messages": [{"role": "user", "content": "tell the story ."}]}\n')
+    with (tmp_path / "there" / what).open("a") as stream:
+        stream.write("\n")
+    monkeypatch.chdir(tmp_path / "here")
+    config = grpo_config(
+        tiny_folder, tmp_path / "run", rewards=[{"name": "mine:r"}], prompts=[{"name": "d.jsonl"}], num_minibatches=1, max_steps=2
+    )
+    process = launched("other machine", config, tmp_path / "grpo.yaml", OTHER_FOLDER=str(tmp_path / "there"))
+    said = ended(process)
+    assert process.returncode != 0
+    assert (
+        f"machine 1 has other inputs than machine 0: {'reward mine:r' if what == 'mine.py' else 'data d.jsonl'} (changed: {what})" in said
+    )
+
+
 def test_two_processes_log_what_one_logs(tiny_folder, tmp_path):  # noqa: F811
     """The same documents, so the same rewards, shares, lengths, gaps and losses."""
     settings = {
@@ -131,6 +152,29 @@ def test_two_processes_log_what_one_logs(tiny_folder, tmp_path):  # noqa: F811
             assert b[name] == pytest.approx(a[name], rel=2e-3, abs=2e-5, nan_ok=True), name
     samples = [(tmp_path / f"run{count}" / "samples" / "step_2.jsonl").read_text() for count in (1, 2)]
     assert samples[0] == samples[1]
+
+
+def test_more_processes_than_rows(tiny_folder, tmp_path):  # noqa: F811
+    """Of a warm-up batch of one row, and of old skills beside GRPO: the third process has nothing to do."""
+    settings = {"num_minibatches": 1, "prompts_per_step": 3, "max_steps": 2}
+    config = grpo_config(
+        tiny_folder, tmp_path / "run", ptx={"sources": [{"name": "storyboard:understanding"}], "coef": 0.5, "batch_size": 1}, **settings
+    )
+    process = launched("none", config, tmp_path / "grpo.yaml", 3)
+    assert "error:" not in ended(process)
+    assert process.returncode == 0
+    assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 2
+
+
+@pytest.mark.parametrize("fault", ["bug", "parity"])
+def test_nobody_waits_for_a_reward_that_hangs(tiny_folder, tmp_path, fault):  # noqa: F811
+    rewards = [{"name": "toy_rewards:hangs_in_the_background"}]
+    config = grpo_config(tiny_folder, tmp_path / "run", rewards=rewards, background_rewards=True, num_minibatches=1)
+    began = time.monotonic()
+    process = launched("parity" if fault == "parity" else "bug while sampling", config, tmp_path / "grpo.yaml")
+    ended(process)
+    assert process.returncode != 0
+    assert time.monotonic() - began < 60
 
 
 def test_a_parameter_without_a_gradient_keeps_none(monkeypatch):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import decimal
+import io
 import json
+import math
 import random
 import re
 import tarfile
@@ -238,6 +241,107 @@ def test_cut_and_broken_archives_lose_nothing_silently(tmp_path, kind):
             open_source(str(whole))
 
 
+def tar_of(path: Path, members: list[tuple[str, bytes | str]], mode: str = "w") -> Path:
+    """Members with bytes are files; with a text, links to what it names."""
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+            else:
+                info.type, info.linkname = (tarfile.SYMTYPE if name.endswith("txt") else tarfile.LNKTYPE), content
+                archive.addfile(info)
+    return path
+
+
+ROW = json.dumps({"messages": [USER, ANSWER]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ([("a.json", ROW), ("b.json", "a.json")], "b.json is a link"),
+        ([("a.json", ROW), ("b.json", ROW), ("b.txt", "c.txt")], "b.txt is a link"),
+        ([("a.json", ROW), ("a.json", ROW)], "two members .json"),
+        ([("a.json", ROW), ("a.png", b"x"), ("a.PNG", b"y")], "two members .png"),
+    ],
+)
+def test_links_and_doubled_members_are_told(tmp_path, members, told):
+    path = tar_of(tmp_path / "a.tar", [("0.json", ROW), *members, ("z.json", ROW)])
+    problems = inspect_records(str(path)).problems.found
+    assert any(told in problem.detail for problem in problems), problems
+    with pytest.raises(ValueError, match=told):
+        open_source(str(path))
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_a_packed_archive_whose_sum_is_wrong_is_told(tmp_path, kind):
+    path = tar_of(tmp_path / "a.tar.gz", [(f"{i}.json", ROW) for i in range(20)], f"w:{kind}")
+    assert inspect_records(str(path)).problems.found == []
+    raw = bytearray(path.read_bytes())
+    path.write_bytes(raw[:-6])
+    assert inspect_records(str(path)).problems.found
+    if kind == "gz":
+        raw[-8] ^= 1  # of the checksum alone
+        path.write_bytes(raw)
+        (problem,) = inspect_records(str(path)).problems.found
+        assert "CRC" in problem.detail
+    path.rename(tmp_path / "a.tar")
+    with pytest.raises(ValueError, match="has no random access, which training needs"):
+        open_source(str(tmp_path / "a.tar"))
+
+
+def test_what_a_row_rules_out_is_not_trained_by_its_conversion(tmp_path):
+    for loss in (0, "false", 1):
+        rows = [{"messages": [USER, ANSWER]}, {"messages": [USER, {**ANSWER, "loss": loss}, USER, ANSWER]}]
+        report, lines = converted("messages", tmp_path / f"out{loss}", written(tmp_path / "d.jsonl", rows))
+        assert len(lines) == 1
+        assert report["skipped"] == {"not a record": 1}
+
+
+def test_decimals_dates_and_times_of_parquet(tmp_path):
+    table = pyarrow.table(
+        {
+            "prompt": ["a", "b"], "completion": ["x", "y"],
+            "num_images": pyarrow.array([3, None], pyarrow.decimal128(10, 2)),
+            "price": pyarrow.array([decimal.Decimal("1.25"), None], pyarrow.decimal128(10, 2)),
+            "day": pyarrow.array([19000, 0], pyarrow.date32()),
+            "moment": pyarrow.array([1, 2], pyarrow.timestamp("ns")), "span": pyarrow.array([1, 2], pyarrow.duration("ns")),
+            "raw": pyarrow.array([b"x", b"y"]),
+        }
+    )  # fmt: skip
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    source = open_source(str(tmp_path / "a.parquet"))
+    columns = source.file[0].columns
+    assert (columns["num_images"], columns["price"], columns["day"]) == (3, 1.25, "2022-01-08")
+    assert isinstance(columns["num_images"], int)
+    assert "raw" not in source.columns
+    assert {"price", "day", "moment", "num_images"} <= source.columns
+    late = pyarrow.array([1, 2**31 - 1], pyarrow.int32()).cast(pyarrow.date32())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "completion": ["x", "y"], "day": late}), tmp_path / "late.parquet")
+    (problem,) = inspect_records(str(tmp_path / "late.parquet")).problems.found
+    assert problem.where.endswith("row 2")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("num_images", -1, "a whole number from 0"), ("num_images", 1.5, "a whole number"), ("num_images", "two", "a whole number"),
+        ("num_images", True, "a whole number"), ("num_images", [1], "a whole number"), ("ends_with_text", "no", "true or false"),
+        ("ends_with_text", 1, "true or false"),
+    ],
+)  # fmt: skip
+def test_columns_that_format_reads_are_checked(tmp_path, name, value, told):
+    path = tmp_path / "d.jsonl"
+    written(path, [{"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER], name: value}])
+    with pytest.raises(ValueError, match=rf"d\.jsonl:2: not a record: `{name}` is .*; it is {told}"):
+        open_source(str(path))
+    good = [{"messages": [USER]} | {name: one} for one in (None, math.nan, *((3, 3.0) if name == "num_images" else (True, False)))]
+    source = open_source(str(written(path, good)))
+    assert [source.file[i].columns[name] for i in range(4)] == [None, None, *((3, 3) if name == "num_images" else (True, False))]
+
+
 # --- what is left out ------------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +359,21 @@ def test_broken_rows_are_left_out_up_to_a_share(tmp_path):
     assert {r.id for step in range(20) for r in mixture.batch(step, 8)} <= {f"r{i}" for i in range(40) if i % 5}
     assert [line["where"] for line in mixture.told()] == [f"{name}:{i}" for i in range(1, 41, 5)]
     assert mixture.sources[0].size == 30  # of 32 records; rows 20 and 40 are for validation
+
+
+def test_a_row_of_several_answers_is_left_out_once(tmp_path):
+    turns = [turn for i in range(4) for turn in (USER, {"role": "assistant", "content": f"{i}"})]
+    rows = [{"messages": turns, "id": "many"}, *({"messages": [USER, ANSWER], "id": f"r{i}"} for i in range(9))]
+    sources = [MixtureSource(name=str(written(tmp_path / "d.jsonl", rows)))]
+
+    def make(_: int, record: Any) -> str:
+        if record.id == "many":
+            raise ValueError("too hard")
+        return record.id
+
+    mixture = Mixture(sources, 0, max_skipped=0.1)
+    assert "many" not in mixture.made(0, 200, make)
+    assert len(mixture.told()) == 4
 
 
 def test_what_only_shows_later_takes_the_next_record(tmp_path):

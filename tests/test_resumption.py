@@ -7,6 +7,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,22 @@ def test_files_named_anywhere_in_options_are_known(tiny_folder, tmp_path, monkey
     grpo(config)
 
 
+def test_what_a_reward_writes_is_no_input(tiny_folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    for folder in ("logs", "many"):
+        (tmp_path / folder).mkdir()
+    for number in range(1100):
+        (tmp_path / "many" / str(number)).write_text("")
+    (tmp_path / "writes.py").write_text(
+        "from pathlib import Path\n\ndef r(completions, log_dir, data, **_):\n"
+        "    Path(log_dir, str(len(list(Path(log_dir).iterdir())))).write_text('x')\n"
+        "    Path(data, 'more').write_text('x')\n    return [float(len(str(c))) for c in completions]\n"
+    )
+    config = grpo_config(tiny_folder, tmp_path / "run", rewards=[{"name": "writes:r", "options": {"log_dir": "logs", "data": "many"}}])
+    stopped(config, grpo)
+    grpo(config)
+
+
 def test_code_is_followed_through_imports_of_any_kind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     package = tmp_path / "own" / "deep"
@@ -192,8 +209,13 @@ def test_code_is_followed_through_imports_of_any_kind(tmp_path, monkeypatch):
         (package / f"{name}.py").write_text("")
     (tmp_path / "lone.py").write_text("from own.a import x\n")
     found = {path.relative_to(tmp_path.resolve()).as_posix() for path in own_code("own.a")}
+    (tmp_path / "own" / f"fast{EXTENSION_SUFFIXES[0]}").write_bytes(b"")
+    (tmp_path / "own" / "late.py").write_text("")
+    (tmp_path / "lone.py").write_text("from own.a import x\nimport own.fast\nimportlib.import_module('own.late')\n")
+    found = {path.relative_to(tmp_path.resolve()).as_posix() for path in own_code("own.a")}
     assert found == {
-        "own/__init__.py", "own/a.py", "own/b.py", "own/deep/__init__.py", "own/deep/c.py", "own/deep/d.py", "lone.py",
+        "own/__init__.py", f"own/fast{EXTENSION_SUFFIXES[0]}", "own/late.py",
+        "own/a.py", "own/b.py", "own/deep/__init__.py", "own/deep/c.py", "own/deep/d.py", "lone.py",
         "own/up.py", "own/side.py",
     }  # fmt: skip
 
@@ -283,7 +305,8 @@ def test_what_was_set_is_compared_and_a_younger_default_is_not(tiny_folder, tmp_
     edited(lambda s: (s["config"].pop("max_skipped_records"), s.pop("set")))
     assert goes_on(config) == config  # and before it was noted what was set
     edited(lambda s: s["config"]["advantages"].update(normalize="group"))  # as if that had been the default then
-    assert goes_on(config).advantages.normalize == "group"
+    for _ in range(3):  # and at every later start
+        assert goes_on(config).advantages.normalize == "group"
     with pytest.raises(ValueError, match=r"different: advantages\.normalize\)"):
         goes_on(config.model_copy(update={"advantages": config.advantages.model_copy(update={"normalize": "step"})}))
     bare = grpo_config(tiny_folder, tmp_path / "run", lora={})

@@ -20,7 +20,7 @@ from diptych.config import RewardConfig
 from diptych.document import Document, Text
 from diptych.experience import Silence
 from diptych.grpo import grpo
-from diptych.rewards import RewardError, call_rewards
+from diptych.rewards import RewardError, base, call_rewards
 from diptych.rewards.base import check_columns
 from diptych.rewards.format import format
 from diptych.runs import read_jsonl
@@ -159,6 +159,47 @@ def test_a_coroutine_that_fails_in_a_notebook_is_a_reward_that_fails():
 
     found = asyncio.run(cell())
     assert (found.missing, found.errors) == ({"mine": 1.0}, {"mine": "ConnectionError: gone"})
+
+
+class Stateful:
+    """Keeps what belongs to an event loop from one call to the next."""
+
+    def __init__(self) -> None:
+        self.slots = asyncio.Semaphore(1)
+
+    async def __call__(self, completions, **_):
+        async def one(value: int) -> float:
+            async with self.slots:
+                await asyncio.sleep(0.001)
+                return float(value)
+
+        return await asyncio.gather(*(one(i) for i in range(len(completions))))
+
+
+def test_what_a_coroutine_keeps_is_good_for_the_next_call():
+    config = RewardConfig(name="stateful")
+    base._made.clear()
+    for _ in range(3):
+        found = call_rewards([(config, Stateful)], [STORY] * 3, [STORY] * 3, {})
+        assert (found.missing, found.documents.tolist()) == ({"stateful": 0.0}, [[0, 1, 2]])
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit])
+def test_whatever_a_reward_raises_is_missing(error):
+    async def cancelled(completions, **_):
+        raise error()
+
+    def plainly(completions, **_):
+        raise error()
+
+    for reward in (cancelled, plainly) if error is not SystemExit else (plainly,):
+        assert called(reward).missing == {"mine": 1.0}
+
+
+@pytest.mark.parametrize("returned", [{0: 1.0, 1: 1.0}, {0.5, 1.0}, "11", b"11", None, 3])
+def test_what_is_no_list_is_refused(returned):
+    with pytest.raises(RewardError, match=r"returned \w+; a list with one entry per document is needed"):
+        called(lambda completions, **_: returned)
 
 
 # --- silence -------------------------------------------------------------------------------------------------------------

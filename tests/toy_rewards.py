@@ -94,3 +94,7 @@ def sometimes_missing(completions, **_):
     """No number for answers that begin with a letter of the alphabet's first half."""
     texts = ["".join(b["text"] for b in messages[-1]["content"] if b["type"] == "text") for messages in completions]
     return [math.nan if len(text) % 7 == 0 else float(len(text)) for text in texts]
+
+
+def hangs_in_the_background(completions, **_):
+    time.sleep(1000)

@@ -10,8 +10,10 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -228,11 +230,26 @@ def background(config: GRPOConfig, device: torch.device) -> Iterator[Callable[..
     if device.type == "cpu" if config.background_rewards is None else not config.background_rewards:
         yield _at_once
         return
-    pool = ThreadPoolExecutor(1, "rewards")
+    waiting: queue.SimpleQueue[tuple[Future[RewardBatch], Callable[[], RewardBatch]] | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        while (task := waiting.get()) is not None:
+            future, call = task
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+    def submit(function: Callable[..., RewardBatch], *arguments: Any) -> Future[RewardBatch]:
+        future: Future[RewardBatch] = Future()
+        waiting.put((future, functools.partial(function, *arguments)))
+        return future
+
+    threading.Thread(target=work, name="rewards", daemon=True).start()  # no program waits at its end for a reward that hangs
     try:
-        yield pool.submit
+        yield submit
     finally:
-        pool.shutdown(wait=False)
+        waiting.put(None)
 
 
 def _at_once(function: Callable[..., RewardBatch], *arguments: Any) -> Future[RewardBatch]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from diptych.admission import admit
-from diptych.config import GRPOConfig, MixtureSource, ModalityConfig, SamplingParams
+from diptych.config import GRPOConfig, ModalityConfig, SamplingParams
 from diptych.credit import token_advantages
 from diptych.data import Mixture
 from diptych.experience import (
@@ -63,7 +63,6 @@ from diptych.sampling.engine import context_needed
 from diptych.sampling.rollout import Rollout
 from diptych.supervised import encode_batch, example_length, supervised_gradient
 from diptych.tokens import TokenBatch, collate
-from diptych.worlds.storyboard.scene import Split
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -94,11 +93,10 @@ def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progre
     device = pick_device(config.device)
     if config.offload and device.type == "cpu":
         raise ValueError(f"offload={list(config.offload)} frees a GPU's memory, and this run is on the CPU; leave it out")
-    prompts, held_out_prompts, old_skills = (
-        Mixture(sources, config.seed, split, max_skipped=config.max_skipped_records) if sources else None
-        for sources, split in training_data(config)
-    )
-    assert prompts is not None
+    mix = partial(Mixture, seed=config.seed, max_skipped=config.max_skipped_records)
+    prompts = mix(config.prompts)
+    held_out_prompts = mix(config.prompts, split="validation", beside=prompts) if config.eval_steps else None
+    old_skills = mix(config.ptx.sources) if config.ptx else None
     check_columns(reward_functions, prompts.columns)
     needs_reference = bool(config.text.beta or config.image.beta)
     mixtures = [mixture for mixture in (prompts, old_skills) if mixture is not None]
@@ -173,12 +171,6 @@ def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progre
             progress(step, config.max_steps, metrics)
     run.describe("skipped.json", [line for mixture in mixtures for line in mixture.told()])
     return model.eval()
-
-
-def training_data(config: GRPOConfig) -> list[tuple[tuple[MixtureSource, ...], Split]]:
-    """Prompts, those that are held out, and the examples of old skills; empty where there are none."""
-    held_out = config.prompts if config.eval_steps else ()
-    return [(config.prompts, "train"), (held_out, "validation"), (config.ptx.sources if config.ptx else (), "train")]
 
 
 def check_shares(config: GRPOConfig) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.machinery
+import itertools
 import json
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +24,12 @@ from diptych.models.fingerprint import digest, of_file, of_model
 from diptych.models.loading import packaged_folder
 from diptych.rewards.base import BUILT_IN, JUDGES, SCORERS, load_reward
 from diptych.runs import RunFolder, atomic_text
-from diptych.runtime import on_first
+from diptych.runtime import gather, on_first, rank
 
 WHOLE = 2**20  # blocks of a file: all of it, up to some TB
 BLOCK = 2**22
+MOST_FILES = 1000  # of a folder that an option names: one with more is no part of a reward
+_WRITTEN = re.compile("log|cache|out|save|dump|tmp", re.IGNORECASE)  # names of options for what a reward writes
 
 
 def check_inputs(
@@ -35,31 +40,32 @@ def check_inputs(
     `needs_model`: the base model is read again also where the run goes on. Raises ValueError, in every process, naming each input that is
     not what it was when the run's checkpoints were made.
     """
-    return on_first(lambda: _checked(run, config, mixtures, rewards, needs_model))
+    found = None
+    if rank() == 0 or os.environ.get("LOCAL_RANK") == "0":  # of each machine one process
+        goes_on = bool(run.steps())
+        found = {f"model {config.model}": of_model(config.model, fetch=not goes_on or needs_model)}
+        for source in (source for mixture in mixtures for source in mixture.sources):
+            if (key := f"data {source.name}") not in found:
+                found[key] = of_source(source)
+        found |= {f"reward {reward.key}": of_reward(reward) for reward in rewards}
+    seen = [one for one in gather(found) if one is not None]
+    for number, other in enumerate(seen):
+        if others := [f"{key} ({told})" for key, value in seen[0].items() if (told := differing(value, other[key]))]:
+            raise ValueError(f"machine {number} has other inputs than machine 0: {'; '.join(others)}. Give all of them the same files")
+    return on_first(lambda: _checked(run, seen[0]))
 
 
-def _checked(
-    run: RunFolder, config: RunConfig, mixtures: Sequence[Mixture], rewards: Sequence[RewardConfig], needs_model: bool
-) -> dict[str, Any]:
+def _checked(run: RunFolder[Any], found: dict[str, Any]) -> dict[str, Any]:
     path = run.path / "inputs.json"
-    goes_on = bool(run.steps())
-    stored = json.loads(path.read_bytes()) if goes_on and path.is_file() else {}
-    found: dict[str, Any] = {}
-    model = of_model(config.model, fetch=not goes_on or needs_model)
-    found[f"model {config.model}"] = model if model is not None else stored.get(f"model {config.model}")
-    for source in (source for mixture in mixtures for source in mixture.sources):
-        if (key := f"data {source.name}") not in found:
-            found[key] = of_source(source)
-    for reward in rewards:
-        found[f"reward {reward.key}"] = of_reward(reward)
+    stored = json.loads(path.read_bytes()) if run.steps() and path.is_file() else {}
+    found = {key: value if value is not None else stored.get(key) for key, value in found.items()}
     changed = [f"{key} ({told})" for key, value in found.items() if key in stored and (told := differing(stored[key], value))]
     if changed:
         raise ValueError(
             f"{run.path} was trained on other inputs: {'; '.join(changed)}. Put back what was there, or choose another output_dir. To go "
             f"on all the same, delete {path}"
         )
-    text = json.dumps({**stored, **found}, indent=1) + "\n"
-    atomic_text(path, text)
+    atomic_text(path, json.dumps({**stored, **found}, indent=1) + "\n")
     return found
 
 
@@ -107,6 +113,8 @@ def of_reward(config: RewardConfig) -> dict[str, Any] | None:
         files |= {path.name: of_file(path) for path in sorted(packaged.iterdir()) if path.is_file()}
     free: frozenset[str] = getattr(getattr(reward, "options_class", None), "may_change", frozenset())
     for name, value in _texts({name: value for name, value in config.options.items() if name not in free}):
+        if _WRITTEN.search(name):
+            continue
         files |= {f"{name} {value}": told for told in _named(value)}
     if config.name == "text_likelihood":
         model = of_model(config.options.get("model", "storyboard"), fetch=True)
@@ -130,8 +138,9 @@ def _named(value: str) -> Iterator[str]:
         if value and path.is_file():
             yield of_file(path)
         elif value and path.is_dir():
-            inside = sorted(one for one in path.rglob("*") if one.is_file())
-            yield digest(*(f"{one.relative_to(path).as_posix()} {of_file(one)}\n" for one in inside))
+            inside = sorted(itertools.islice((one for one in path.rglob("*") if one.is_file()), MOST_FILES + 1))
+            if len(inside) <= MOST_FILES:
+                yield digest(*(f"{one.relative_to(path).as_posix()} {of_file(one)}\n" for one in inside))
 
 
 def own_code(module: str) -> list[Path]:
@@ -157,7 +166,7 @@ def _roots() -> list[Path]:
 def _imported(path: Path) -> Iterator[tuple[int, str]]:
     """How many folders up (0: absolute, 1: beside it), and the name, of every import in a file."""
     try:
-        tree = ast.parse(path.read_bytes())
+        tree = ast.parse(path.read_bytes() if path.suffix == ".py" else b"")
     except (SyntaxError, ValueError):
         return
     for node in ast.walk(tree):
@@ -167,6 +176,10 @@ def _imported(path: Path) -> Iterator[tuple[int, str]]:
             base = node.module or ""
             yield node.level, base
             yield from ((node.level, f"{base}.{alias.name}".strip(".")) for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__"):
+                yield 0, node.args[0].value
 
 
 def _files_of(module: str, folders: Sequence[Path]) -> Iterator[Path]:
@@ -175,7 +188,11 @@ def _files_of(module: str, folders: Sequence[Path]) -> Iterator[Path]:
     for folder in folders:
         for depth in range(1, len(parts) + 1):
             place = folder.joinpath(*parts[:depth])
-            yield from (path.resolve() for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file())
+            named = [place.with_name(f"{place.name}{suffix}") for suffix in _SUFFIXES]
+            yield from (path.resolve() for path in (*named, *(place / f"__init__{suffix}" for suffix in _SUFFIXES)) if path.is_file())
+
+
+_SUFFIXES = [".py", *importlib.machinery.EXTENSION_SUFFIXES]
 
 
 def _is_installed(path: Path) -> bool:

@@ -76,7 +76,7 @@ def is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return True
-        if "No space left" in str(error) or "StorageFull" in str(error):
+        if any(words in str(error) for words in ("No space left", "StorageFull", "unexpected pos")):  # the last is torch.save's
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -86,7 +86,8 @@ def atomic_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(text.encode(errors="backslashreplace"))  # half a character, as in a path, is \\udce9 in JSON too
+        # half a character, as a path may hold one, becomes \udce9, which is right in JSON too
+        temporary.write_text(text.encode(errors="backslashreplace").decode())
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -149,7 +150,9 @@ class RunFolder(Generic[ConfigT]):
         stored = (yaml.safe_load(file.read_text()) or {}) if file.is_file() else None
         made_with: dict[str, Any] = versions()
         history: list[dict[str, Any]] = []
+        named = set_keys(config)
         if stored is not None:
+            named |= set(stored.get("set", ()))
             step = (self.steps() or [0])[-1]
             config, changed = resumed_settings(config, stored, self._may_change, self.path)
             if config.max_steps < step:
@@ -163,7 +166,7 @@ class RunFolder(Generic[ConfigT]):
                 told = "; ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in [*changed.items(), *others.items()])
                 logger.warning("%s goes on behind step %d with other settings: %s", self.path, step, told)
         settings = config.model_dump(mode="json")
-        content = {"config": settings, "set": sorted(set_keys(config)), "versions": made_with, **({"history": history} if history else {})}
+        content = {"config": settings, "set": sorted(named), "versions": made_with, **({"history": history} if history else {})}
         if stored is None or stored != content:
             atomic_text(file, dump_yaml(content))
         return settings

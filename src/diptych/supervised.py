@@ -67,7 +67,7 @@ def supervised_gradient(
     """
     choices = batch.choice_mask
     counts = torch.tensor([(choices & batch.text_mask[..., None]).sum(), (choices & batch.image_mask[..., None]).sum()])
-    mine = torch.arange(rank(), len(batch), world_size())  # none, where there are more processes than rows
+    mine = torch.arange(len(batch))[rank() :: world_size()]  # none, where there are more processes than rows
     sums = torch.zeros(2)
     for rows in mine.split(micro_batch_size or max(1, len(mine))) if len(mine) else ():
         micro = batch[rows].to(model.device)

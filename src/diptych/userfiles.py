@@ -23,7 +23,7 @@ _OTHERS = {
 
 def decode(raw: bytes, where: str) -> str:
     """The text of bytes that begin a file, or of a line of it. Raises ValueError naming the first byte that is not UTF-8."""
-    for mark, name in _OTHERS.items():  # UTF-32 first: its mark begins with that of UTF-16
+    for mark, name in _OTHERS.items() if raw[:1] in (b"\xff", b"\xfe", b"\0") else ():  # UTF-32's mark begins with that of UTF-16
         if raw.startswith(mark):
             raise ValueError(f"{where} is {name} (byte 1 is 0x{raw[0]:02x}); UTF-8 is needed: save it as UTF-8")
     if b"\0" in raw:

@@ -44,7 +44,7 @@ def _train(run: RunFolder[WarmupConfig], progress: Progress | None) -> UnifiedMo
     seed_everything(config.seed)
     device = pick_device(config.device)
     mixture = Mixture(config.sources, config.seed, max_skipped=config.max_skipped_records)
-    validation = Mixture(config.sources, config.seed, "validation", max_skipped=config.max_skipped_records)
+    validation = Mixture(config.sources, config.seed, "validation", max_skipped=config.max_skipped_records, beside=mixture)
     inputs = check_inputs(run, config, [mixture], needs_model=config.lora is not None)
     step = (run.steps() or [0])[-1]
     agree(step, "last checkpoint", SHARED_FOLDER)

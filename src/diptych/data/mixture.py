@@ -16,7 +16,7 @@ import numpy as np
 from diptych.config import MixtureSource
 from diptych.data.conversation import Record
 from diptych.data.problems import Problem, Problems
-from diptych.data.records import Source, open_source
+from diptych.data.records import Source, open_source, split_of
 from diptych.runtime import rng as make_rng
 from diptych.worlds.storyboard.scene import Split
 
@@ -29,16 +29,24 @@ class Mixture:
     skipped: for each source what was left out of it: records by their place, rows that are no records by -1, -2, ...
     """
 
-    def __init__(self, sources: Sequence[MixtureSource], seed: int, split: Split = "train", max_skipped: float = 0.0) -> None:
-        """`max_skipped`: the share of a source's records that may be left out. Raises ValueError where more is broken."""
+    def __init__(
+        self, sources: Sequence[MixtureSource], seed: int, split: Split = "train", max_skipped: float = 0.0, beside: Mixture | None = None
+    ) -> None:
+        """`max_skipped`: the share of a source's rows that may be left out. `beside`: a mixture of another split of the same sources, whose
+        files need not be gone through again. Raises ValueError where more is broken than may be left out."""
         self.seed, self.split, self.max_skipped = seed, split, max_skipped
         self.sources: list[Source] = []
         self.skipped: list[dict[int, Problem]] = []
-        for source in sources:
+        for number, source in enumerate(sources):
+            file = beside.sources[number].file if beside is not None else None
             problems = Problems() if max_skipped else None
-            self.sources.append(open_source(source.name, source.num_records, seed=seed, split=split, problems=problems))
-            self.skipped.append({-1 - number: problem for number, problem in enumerate(problems.found if problems else ())})
-            self.check_share(len(self.sources) - 1)
+            if beside is not None and file is not None:
+                self.sources.append(split_of(source.name, file, split))
+                self.skipped.append({at: problem for at, problem in beside.skipped[number].items() if at < 0})
+            else:
+                self.sources.append(open_source(source.name, source.num_records, seed=seed, split=split, problems=problems))
+                self.skipped.append({-1 - at: problem for at, problem in enumerate(problems.found if problems else ())})
+            self.check_share(number)
         weights = np.array([s.weight for s in sources])
         self.weights = weights / weights.sum()
 

@@ -279,7 +279,11 @@ def is_plain_file(member: tarfile.TarInfo) -> bool:
     return member.isfile()
 
 
-PACKED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}  # how a file begins, and what opens it and checks its sum
+PACKED: dict[bytes, Callable[..., Any]] = {  # how a file begins, and what opens it and checks its sum
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
 
 
 def packed_by(path: Path) -> Callable[..., Any] | None:

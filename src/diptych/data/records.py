@@ -65,7 +65,7 @@ class Source:
         assert self.file is not None
         assert self.places is not None
         index = dict(zip(self.places.tolist(), range(len(self.places)), strict=True))
-        yield from ((index[at], record) for at, record in self.file.conversations() if at in index)
+        yield from ((index[at], record) for at, record in self.file.conversations(index))
 
 
 def open_source(
@@ -79,10 +79,18 @@ def open_source(
     """
     if name.startswith("storyboard:"):
         return _storyboard(name, name.split(":", 1)[1], num_records, seed, split)
+    return split_of(name, open_file(name, num_records, problems), split)
+
+
+def open_file(name: str, num_records: int | None = None, problems: Problems | None = None) -> RowFile:
+    """The rows of a data set, whatever split they are of."""
     files = record_files(name)
     as_lines = len(files) == 1 and has_records(files[0])
-    source = str(files[0]) if as_lines else name
-    file = RowFile(files, source, num_records, problems, as_lines=as_lines)
+    return RowFile(files, str(files[0]) if as_lines else name, num_records, problems, as_lines=as_lines)
+
+
+def split_of(name: str, file: RowFile, split: Split) -> Source:
+    """The records of a split: every 20th row is for validation."""
     held_out = file.lines % 20 == 19
     if not held_out.any():
         held_out = file.lines == file.lines[-1]

@@ -5,8 +5,10 @@ record is, and its pictures are opened when it is used. What a row may look like
 from __future__ import annotations
 
 import array
+import collections
 import hashlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,7 @@ class RowFile:
             if row.fault is not None:
                 raise row.fault
             make_row_record(row, answers[-1], self.source)  # the last one's prompt holds all that came before
-        if whole or shard.reads_all:
+        if (whole or shard.reads_all) and any(isinstance(message["content"], list) for message in given_messages(row.value)):
             for picture in (block[0] for message in messages_of(row) for block in message.blocks if isinstance(block, tuple)):
                 if isinstance(picture, Path):
                     self._note(picture, row.root, whole)
@@ -118,22 +120,33 @@ class RowFile:
             return self.shards[shard].where(Place(*place)), ""
         return row.where, id_of(row)
 
-    def conversations(self) -> Iterator[tuple[int, Record]]:
-        """Every record in order, with a stand-in for each picture: of the files only what is said is read."""
-        at = 0
-        for number, shard in enumerate(self.shards):
-            for place, row in shard.rows(CONVERSATION):
-                if at == len(self) or self._index[0][at] != number:
-                    break
-                if (self._index[1][at], self._index[2][at], self._index[3][at]) != (place.at, place.extent, place.number):
-                    continue  # no record
-                messages = given_messages(row.value)
-                while at < len(self) and self._index[0][at] == number and self._index[3][at] == place.number:
-                    answer = self._index[4][at]
-                    prompt = join(_words(message) for message in messages[:answer])
-                    told = _words(messages[answer]) if answer < len(messages) else None
-                    yield at, Record(prompt, told, self.source, {}, id_of(row), where=row.where)
-                    at += 1
+    def conversations(self, wanted: Container[int]) -> Iterator[tuple[int, Record]]:
+        """The records that are wanted, in order, with a stand-in for each picture: of the files only what is said is read."""
+        places = (at for at in range(len(self)) if at in wanted)
+        for number, mine in itertools.groupby(places, key=self._index[0].__getitem__):
+            shard, records = self.shards[number], list(mine)
+            yield from self._read_one_by_one(shard, records) if shard.reads_all else self._gone_through(shard, records)
+
+    def _read_one_by_one(self, shard: Shard, mine: Iterable[int]) -> Iterator[tuple[int, Record]]:
+        for at in mine:
+            row = shard.read(Place(*(column[at] for column in self._index[1:4])))
+            yield at, self._words(row, given_messages(row.value), self._index[4][at])
+
+    def _gone_through(self, shard: Shard, mine: Iterable[int]) -> Iterator[tuple[int, Record]]:
+        waiting = collections.deque(mine)
+        for place, row in shard.rows(CONVERSATION):
+            messages: list[dict[str, Any]] = []
+            while waiting and self._index[3][waiting[0]] == place.number:
+                messages = messages or given_messages(row.value)
+                at = waiting.popleft()
+                yield at, self._words(row, messages, self._index[4][at])
+            if not waiting:
+                break
+
+    def _words(self, row: Row, messages: list[dict[str, Any]], answer: int) -> Record:
+        prompt = join(_words(message) for message in messages[:answer])
+        told = _words(messages[answer]) if answer < len(messages) else None
+        return Record(prompt, told, self.source, {}, id_of(row), where=row.where)
 
     def __getitem__(self, at: int) -> Record:
         shard, *place, answer, _ = (column[at] for column in self._index)
