@@ -153,7 +153,7 @@ def own_code(module: str) -> list[Path]:
             continue
         found[path] = None
         for level, name in _imported(path):
-            above = [path.parents[level - 1]] if 0 < level <= len(path.parents) else [path.parent, *_roots()]
+            above = [path.parents[level - 1]] if 0 < level <= len(path.parents) else _roots()
             waiting += _files_of(name, above)
     return sorted(found)
 
@@ -182,14 +182,18 @@ def _imported(path: Path) -> Iterator[tuple[int, str]]:
                 yield 0, node.args[0].value
 
 
-def _files_of(module: str, folders: Sequence[Path]) -> Iterator[Path]:
-    """Of `a.b.c`, seen from folders: a/b/c.py, and the packages a and a.b on the way."""
+def _files_of(module: str, folders: Sequence[Path]) -> list[Path]:
+    """Of `a.b.c`, in the first of the folders that has any of it: a/b/c.py, and the packages a and a.b on the way."""
     parts = [part for part in module.split(".") if part]
     for folder in folders:
+        found: list[Path] = []
         for depth in range(1, len(parts) + 1):
             place = folder.joinpath(*parts[:depth])
             named = [place.with_name(f"{place.name}{suffix}") for suffix in _SUFFIXES]
-            yield from (path.resolve() for path in (*named, *(place / f"__init__{suffix}" for suffix in _SUFFIXES)) if path.is_file())
+            found += [path.resolve() for path in (*named, *(place / f"__init__{suffix}" for suffix in _SUFFIXES)) if path.is_file()]
+        if found:
+            return found
+    return []
 
 
 _SUFFIXES = [".py", *importlib.machinery.EXTENSION_SUFFIXES]
