@@ -82,13 +82,15 @@ class RowFile:
     def _check(self, shard: Shard, place: Place, row: Row, *, whole: bool) -> list[int]:
         if row.fault is not None:
             raise row.fault
-        answers = row_answers(row)
+        check_known_columns(row.value)
+        given = given_messages(row.value)
+        answers = answer_places(given)
         if whole:
             row = shard.read(place)
             if row.fault is not None:
                 raise row.fault
             make_row_record(row, answers[-1], self.source)  # the last one's prompt holds all that came before
-        if (whole or shard.reads_all) and any(isinstance(message["content"], list) for message in given_messages(row.value)):
+        if (whole or shard.reads_all) and any(isinstance(message["content"], list) for message in given):
             for picture in (block[0] for message in messages_of(row) for block in message.blocks if isinstance(block, tuple)):
                 if isinstance(picture, Path):
                     self._note(picture, row.root, whole)
@@ -125,7 +127,8 @@ class RowFile:
         places = (at for at in range(len(self)) if at in wanted)
         for number, mine in itertools.groupby(places, key=self._index[0].__getitem__):
             shard, records = self.shards[number], list(mine)
-            yield from self._read_one_by_one(shard, records) if shard.reads_all else self._gone_through(shard, records)
+            few = shard.reads_all and 2 * len(records) < len(self)
+            yield from self._read_one_by_one(shard, records) if few else self._gone_through(shard, records)
 
     def _read_one_by_one(self, shard: Shard, mine: Iterable[int]) -> Iterator[tuple[int, Record]]:
         for at in mine:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -358,7 +359,7 @@ def weight_files(folder: Path) -> list[Path]:
 def bin_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """What torch saved, mapped into memory and not read; on "meta" shapes alone. Raises ValueError where it is no plain state dict."""
     try:
-        found = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        found = torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))  # torch < 1.6 saved none
     except Exception as error:  # pickle, zip and torch fail in many ways
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {said}); copy it again") from error
