@@ -500,6 +500,7 @@ def test_both_layouts_are_the_same_model(original, converted):
     other = load_model(converted)
     assert_equal_states(original, other)
     assert original.image_spec == other.image_spec
+    assert tokenizer_hash(original) == tokenizer_hash(other)  # one `code_cache` serves both
     assert original.system_prompt == other.system_prompt
     for prompt in prompts()[:2]:
         assert torch.equal(original.encode_prompt(prompt).text_ids, other.encode_prompt(prompt).text_ids)
@@ -658,6 +659,29 @@ def test_the_weights_own_type_counts_and_a_saved_config_names_it(kind, deepseek,
     before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "saved"))
     assert after == {**before, "torch_dtype": "bfloat16"}
     assert load_model(folder, dtype="float32").dtype == torch.float32
+
+
+def test_files_of_old_torch_and_what_old_files_hold_besides(deepseek, original, tmp_path):
+    weights = {**weights_of(deepseek), "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    folder = rewritten(deepseek, tmp_path / "x", "bin", weights)
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert_equal_states(load_model(folder), original)
+    assert examine(str(folder)).problems == []
+
+
+def test_a_tied_head(deepseek, tmp_path):
+    """No release has one. It is not in the files, and is not written."""
+    weights = {name: value for name, value in weights_of(deepseek).items() if name != janus_layout.HEAD}
+    folder = rewritten(deepseek, tmp_path / "x", "safetensors", weights)
+    with pytest.raises(ValueError, match=r"lacks 1 weights .*first: language_model\.lm_head\.weight"):
+        load_model(folder)
+    edit_json(folder / "config.json", lambda config: config["language_config"].update(tie_word_embeddings=True))
+    model = load_model(folder)
+    assert model.hf.lm_head.weight is model.hf.get_input_embeddings().weight
+    assert examine(str(folder)).problems == []
+    model.save(tmp_path / "saved")
+    assert weights_of(tmp_path / "saved").keys() == weights.keys()
+    assert_equal_states(load_model(tmp_path / "saved"), model)
 
 
 def test_a_model_is_known_by_its_bin_files(deepseek, tmp_path):
