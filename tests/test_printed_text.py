@@ -14,7 +14,7 @@ from test_training import tiny_folder, warmup_config  # noqa: F401 - a fixture
 
 from diptych.config import to_yaml
 
-NAMES = ["[draft]", "[/home]", "[red]a[/red]", "a:smile:b", "100%", "a #2", "{x}", "\\[b]", "[link=x]", "a" * 150]
+NAMES = ["[draft]", "[/home]", "[red]a[/red]:smile:", "100% #2", "{x}\\[b]", "a" * 150]
 
 
 def diptych(*arguments: object, folder: Path) -> str:

@@ -92,7 +92,10 @@ def benchmark(
     from diptych.models import UnifiedModel, load_model
     from diptych.rewards.judges.options import JudgeOptions
     from diptych.runtime import pick_device
+    from diptych.tokens import valid_text
 
+    for text in (prefix, suffix):
+        valid_text(text)
     chosen = BENCHMARKS[str(context.info_name)]()
     asked = {"temperature": temperature, "guidance": guidance, "max_images": max_images, "max_text_tokens": max_text_tokens}
     asked = {name: chosen.defaults.get(name) if value is None else value for name, value in asked.items()}
