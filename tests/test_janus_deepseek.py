@@ -845,6 +845,8 @@ def test_broken_weights_are_named(kind, deepseek, tmp_path):
     weights = weights_of(deepseek)
     key = "vision_model.vision_tower.blocks.1.attn.qkv.weight"
     without = rewritten(deepseek, tmp_path / "without", kind, {name: value for name, value in weights.items() if name != key})
+    others = {name: value for name, value in weights.items() if name != janus_layout.EMBEDDING}
+    unembedded = rewritten(deepseek, tmp_path / "unembedded", kind, others)
     extra = rewritten(deepseek, tmp_path / "extra", kind, {**weights, "gen_vision_model.extra.weight": torch.zeros(2)})
     shape = rewritten(deepseek, tmp_path / "shape", kind, {**weights, key: weights[key][:, :-1].contiguous()})
     cut = rewritten(deepseek, tmp_path / "cut", kind)
@@ -854,6 +856,7 @@ def test_broken_weights_are_named(kind, deepseek, tmp_path):
     sorted([*gone.glob("*.bin"), *gone.glob("*.safetensors")])[-1].unlink()
     for folder, loading, doctor in (
         (without, rf"lacks 3 weights of .*first: {re.escape(key)}", rf"lacks 1 tensor \({re.escape(key)}\) of Janus"),
+        (unembedded, rf"lacks 1 weights of .*first: {re.escape(janus_layout.EMBEDDING)}", "lacks 1 tensor"),
         (extra, r"holds 1 weights .*first: gen_vision_model\.extra\.weight", r"holds 1 tensor \(gen_vision_model\.extra\.weight\)"),
         (shape, rf"in another shape \(first: {re.escape(key)}\)", rf"in another shape: {re.escape(key)} is \[144, 47\]"),
         (cut, rf"{file.name} cannot be (read|loaded)", rf"{file.name} (cannot be read|is truncated|is no safetensors)"),

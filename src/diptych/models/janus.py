@@ -180,8 +180,9 @@ class JanusModel(HFModel):
         if not janus_layout.is_deepseek(folder):
             return super().stock_model(folder, **options)
         config, stored = cls.stock_config(folder), janus_layout.stored_tensors(folder)
-        if options["dtype"] == "auto" and janus_layout.EMBEDDING in stored:
-            options["dtype"] = stored[janus_layout.EMBEDDING].dtype  # as they are, whatever config.json says
+        if options["dtype"] == "auto":  # as they are, whatever config.json says
+            told = stored.get(janus_layout.EMBEDDING) or next(iter(stored.values()), None)
+            options["dtype"] = told.dtype if told else torch.float32
         weights = janus_layout.in_stock_names(stored)
         return load_weights(cls.hf_class, folder, janus_layout.deepseek_name, config=config, state_dict=weights, **options)
 
