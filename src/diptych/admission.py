@@ -40,6 +40,12 @@ def admit(mixture: Mixture, length: Length, limit: int, run: RunFolder[Any], pur
         mixture.check_share(number)
 
 
+def note_skipped(run: RunFolder[Any], *mixtures: Mixture) -> None:
+    """What was left out so far, in `skipped.json`; no file where nothing was."""
+    if told := [line for mixture in mixtures for line in mixture.told()]:
+        run.describe("skipped.json", told)
+
+
 def _remembered(mixture: Mixture, length: Length, limit: int, run: RunFolder[Any], purpose: str, known: Any) -> list[Any]:
     path = run.path / f"admitted_{purpose}.json"
     try:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diptych.admission import admit
+from diptych.admission import admit, note_skipped
 from diptych.config import GRPOConfig, ModalityConfig, SamplingParams
 from diptych.credit import token_advantages
 from diptych.data import Mixture
@@ -121,6 +121,7 @@ def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progre
             admit(mixture, partial(prompt_length, model, config.sampling), model.max_positions, run, name, known)
     if old_skills is not None:
         admit(old_skills, partial(example_length, model), model.max_positions, run, "ptx", known)
+    note_skipped(run, *mixtures)
     usable = partial(usable_prompt, model, config)
     held_out = held_out_prompts.made(0, config.num_eval_prompts, usable) if held_out_prompts else []
     silence = Silence(config)
@@ -166,10 +167,10 @@ def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progre
         if step % config.sample_steps == 0 or step == config.max_steps:
             run.save_samples(step, sample_records(experience, config.num_generations))
         if step % config.save_steps == 0 or step == config.max_steps:
+            note_skipped(run, *mixtures)
             run.save(step, model, {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step})
         if progress:
             progress(step, config.max_steps, metrics)
-    run.describe("skipped.json", [line for mixture in mixtures for line in mixture.told()])
     return model.eval()
 
 

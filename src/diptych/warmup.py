@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from diptych.admission import admit
+from diptych.admission import admit, note_skipped
 from diptych.config import WarmupConfig
 from diptych.data import Mixture, Record
 from diptych.document import to_json_blocks
@@ -61,6 +61,7 @@ def _train(run: RunFolder[WarmupConfig], progress: Progress | None) -> UnifiedMo
     for name, some in (("train", mixture), ("validation", validation)):
         known = {"inputs": summary(inputs), "lengths": model.max_positions}
         admit(some, partial(example_length, model), model.max_positions, run, name, known)
+    note_skipped(run, mixture)
     held_out = validation.made(0, config.num_eval_records, partial(usable_example, model))
 
     while step < config.max_steps:
@@ -78,10 +79,10 @@ def _train(run: RunFolder[WarmupConfig], progress: Progress | None) -> UnifiedMo
         if step % config.sample_steps == 0 or step == config.max_steps:
             save_samples(run, model, held_out, config, step)
         if step % config.save_steps == 0 or step == config.max_steps:
+            note_skipped(run, mixture)
             run.save(step, model, {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step})
         if progress:
             progress(step, config.max_steps, metrics)
-    run.describe("skipped.json", mixture.told())
     return model.eval()
 
 
