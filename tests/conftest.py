@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from family_data import SIZE
+from janus_data import DATA, convert, with_what_is_left_out
 from toy_checkpoints import MAKERS
 
 from diptych.config import ImageSampling, SamplingParams, TextSampling
@@ -49,6 +50,18 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def models(folders) -> dict[str, UnifiedModel]:
     return {name: load_model(folder, image_size=SIZE.get(name)) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def deepseek(tmp_path_factory) -> Path:
+    """Janus' toy in DeepSeek's own layout."""
+    return with_what_is_left_out(tmp_path_factory.mktemp("janus") / "deepseek")
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory) -> Path:
+    """The same in transformers' layout."""
+    return convert(DATA / "toy_checkpoint", tmp_path_factory.mktemp("janus") / "converted")
 
 
 @pytest.fixture(params=list(MAKERS))

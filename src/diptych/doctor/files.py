@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diptych.models.janus_layout import BIN, SINGLE, bin_tensors
+from diptych.models.janus_weights import BIN, SINGLE, bin_tensors
 
 INDEX = f"{SINGLE}.index.json"
 TORCH_DTYPES = {

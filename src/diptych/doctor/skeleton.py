@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from diptych.doctor.files import Stored, read_json_object, read_weights, say_misshapen, say_missing
 from diptych.doctor.words import TOKENS, StandIn, StandInMap, check_maps, check_words, read_tokenizer
-from diptych.models import janus_layout
+from diptych.models import janus_config, janus_weights
 from diptych.models.base import UnifiedModel
 from diptych.models.chameleon import ChameleonModel, load_decoder
 from diptych.models.hf import HARMLESS_KEYS, HFModel, OneVocabularyModel
@@ -54,7 +54,7 @@ def build_skeleton(family: type[UnifiedModel], folder: Path, problems: list[str]
 
 
 def _stock(family: type[HFModel], folder: Path, problems: list[str]) -> Skeleton:
-    deepseek = issubclass(family, JanusModel) and janus_layout.is_deepseek(folder)
+    deepseek = issubclass(family, JanusModel) and janus_config.is_deepseek(folder)
     skeleton = Skeleton(stored=[read_weights(folder, problems, torch_files=deepseek)])
     config = _attempt(lambda: family.stock_config(folder), folder / "config.json", problems)
     if config is None:
@@ -70,7 +70,7 @@ def _stock(family: type[HFModel], folder: Path, problems: list[str]) -> Skeleton
         if (folder / GENERATION).is_file():
             hf.generation_config = _attempt(lambda: GenerationConfig.from_pretrained(folder), folder / GENERATION, problems)
         rows = int(hf.get_input_embeddings().weight.shape[0])
-        tokens = list(janus_layout.tags(folder).values())[:3] if deepseek else TOKENS[family.family]
+        tokens = list(janus_config.tags(folder).values())[:3] if deepseek else TOKENS[family.family]
         check_words(family.family, folder, skeleton.tokenizer, rows, problems, hf.generation_config, tokens)
         if one_vocabulary and not check_maps(family.family, folder, hf, rows, problems):
             hf.model.vocabulary_mapping = StandInMap(hf.config.vq_config)
@@ -171,11 +171,11 @@ def _deepseek_model(cls: type[PreTrainedModel], config: Any, folder: Path, store
     make: Callable[[Any], Any] = cls
     model = _attempt(lambda: _on_meta(lambda: make(config)), folder / "config.json", problems)
     if model is not None:
-        known = re.compile(f"{janus_layout.UNUSED}|{janus_layout.COMPUTED}")
+        known = re.compile(f"{janus_weights.UNUSED}|{janus_weights.COMPUTED}")
         given = dataclasses.replace(stored, tensors={key: value for key, value in stored.tensors.items() if not known.search(key)})
-        wanted = janus_layout.deepseek_shapes(model)
-        if janus_layout.HEAD not in wanted:  # tied
-            given.tensors.pop(janus_layout.HEAD, None)
+        wanted = janus_weights.deepseek_shapes(model)
+        if janus_weights.HEAD not in wanted:  # tied
+            given.tensors.pop(janus_weights.HEAD, None)
         _compare_shapes(folder, wanted, given, "Janus", problems, exact=True)
     return model
 

@@ -1,7 +1,7 @@
 """Janus and Janus-Pro: two heads and two embeddings around one Llama; prompt pictures are SigLIP features, drawn ones VQ codes.
 
 arXiv:2501.17811. Stock class: `JanusForConditionalGeneration`. A folder is in transformers' layout or in DeepSeek's own
-(`models/janus_layout.py`), and is written in the one that it was read in.
+(`models/janus_config.py`, `models/janus_weights.py`), and is written in the one that it was read in.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from diptych.config import ImageSampling, SamplingParams
 from diptych.document import Image
-from diptych.models import janus_layout
+from diptych.models import janus_config, janus_weights
 from diptych.models.base import ImageSpec, check_image_size
 from diptych.models.hf import HFModel, load_weights
 from diptych.models.pixels import square, to_images, to_pixels
 from diptych.pictures import to_rgb
 from diptych.tokens import TokenRow
 
-BEGIN, END, PLACEHOLDER, PAD = janus_layout.TAGS.values()
+BEGIN, END, PLACEHOLDER, PAD = janus_config.TAGS.values()
 # Kept in full precision under 4 bits: small, or what draws.
 _NOT_IN_4BIT = ["vision_model", "aligner", "vqmodel", "generation_embeddings", "generation_aligner", "generation_head", "lm_head"]
 
@@ -47,14 +47,14 @@ class JanusModel(HFModel):
     family = "janus"
     hf_class = JanusForConditionalGeneration
     image_marker = PLACEHOLDER
-    default_template = chat_template(PLACEHOLDER, *janus_layout.ROLES["deepseek"])
+    default_template = chat_template(PLACEHOLDER, *janus_config.ROLES["deepseek"])
     default_sampling = SamplingParams(image=ImageSampling(guidance_scale=5.0))
 
     def __init__(self, hf: Any, tokenizer: Any, image_processor: Any, folder: Path) -> None:
         super().__init__(hf, tokenizer, image_processor, folder)
         vision, vq = hf.config.vision_config, hf.config.vq_config
-        self.deepseek = janus_layout.DeepSeekFiles.of(folder)
-        tags = self.deepseek.tags if self.deepseek else janus_layout.TAGS
+        self.deepseek = janus_weights.DeepSeekFiles.of(folder)
+        tags = self.deepseek.tags if self.deepseek else janus_config.TAGS
         grid = vq.num_patches
         self.image_spec = ImageSpec.plain(
             num_positions=grid**2,
@@ -79,7 +79,7 @@ class JanusModel(HFModel):
         else:
             self.system_prompt = self.deepseek.system_prompt
             hf.config.image_token_id = placeholder
-            hf.generation_config = janus_layout.generation_config(tokenizer, self._pad)
+            hf.generation_config = janus_config.generation_config(tokenizer, self._pad)
             if self.template == self.default_template:
                 self.template = chat_template(self.image_marker, *self.deepseek.roles)
         self.freeze()
@@ -173,29 +173,29 @@ class JanusModel(HFModel):
 
     @classmethod
     def stock_config(cls, folder: Path) -> Any:
-        return janus_layout.stock_config(folder) if janus_layout.is_deepseek(folder) else super().stock_config(folder)
+        return janus_config.stock_config(folder) if janus_config.is_deepseek(folder) else super().stock_config(folder)
 
     @classmethod
     def stock_model(cls, folder: Path, **options: Any) -> Any:
-        if not janus_layout.is_deepseek(folder):
+        if not janus_config.is_deepseek(folder):
             return super().stock_model(folder, **options)
-        config, stored = cls.stock_config(folder), janus_layout.stored_tensors(folder)
+        config, stored = cls.stock_config(folder), janus_weights.stored_tensors(folder)
         if options["dtype"] == "auto":  # as they are, whatever config.json says
-            told = stored.get(janus_layout.EMBEDDING) or next(iter(stored.values()), None)
+            told = stored.get(janus_weights.EMBEDDING) or next(iter(stored.values()), None)
             options["dtype"] = told.dtype if told else torch.float32
-        weights = janus_layout.in_stock_names(stored)
-        return load_weights(cls.hf_class, folder, janus_layout.deepseek_name, config=config, state_dict=weights, **options)
+        weights = janus_weights.in_stock_names(stored)
+        return load_weights(cls.hf_class, folder, janus_weights.deepseek_name, config=config, state_dict=weights, **options)
 
     @classmethod
     def check_tokenizer(cls, tokenizer: Any, folder: Path) -> None:
         super().check_tokenizer(tokenizer, folder)
-        if janus_layout.is_deepseek(folder):
-            janus_layout.add_image_tag(tokenizer, folder)
+        if janus_config.is_deepseek(folder):
+            janus_config.add_image_tag(tokenizer, folder)
 
     @classmethod
     def read_image_processor(cls, folder: Path) -> Any:
-        deepseek = janus_layout.is_deepseek(folder)
-        return janus_layout.image_processor(folder) if deepseek else super().read_image_processor(folder)
+        deepseek = janus_config.is_deepseek(folder)
+        return janus_config.image_processor(folder) if deepseek else super().read_image_processor(folder)
 
     @classmethod
     def load(
