@@ -6,6 +6,9 @@ import asyncio
 import json
 import logging
 import math
+import os
+import signal
+import time
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -182,6 +185,32 @@ def test_what_a_coroutine_keeps_is_good_for_the_next_call():
     for _ in range(3):
         found = call_rewards([(config, Stateful)], [STORY] * 3, [STORY] * 3, {})
         assert (found.missing, found.documents.tolist()) == ({"stateful": 0.0}, [[0, 1, 2]])
+
+
+def test_a_coroutine_that_calls_another_reward_does_not_wait_for_itself():
+    async def outer(completions, **_):
+        inner = called(slowly)
+        return inner.documents[0].tolist()
+
+    assert called(outer).documents.tolist() == [[0, 1]]
+    assert called(outer).documents.tolist() == [[0, 1]]
+
+
+def test_coroutines_run_in_a_process_that_was_forked():
+    assert called(slowly).documents.tolist() == [[0, 1]]
+    child = os.fork()
+    if not child:
+        os._exit(0 if run_async(slowly([1, 2, 3])) == [0, 1, 2] else 1)
+    for _ in range(200):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit])

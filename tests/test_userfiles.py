@@ -16,8 +16,9 @@ from diptych.config import WarmupConfig, load_config
 from diptych.data import Problems, open_source
 from diptych.data.exclude import Exclusion
 from diptych.data.inspect import inspect_records
+from diptych.evaluation.benchmark import as_file_name
 from diptych.rewards.judges.transcript import read_document
-from diptych.userfiles import decode, read_entries
+from diptych.userfiles import decode, read_entries, read_json
 
 ROW = {"id": "r0", "messages": [{"role": "user", "content": "x é"}, {"role": "assistant", "content": "y"}]}
 RECIPE = "{model: m, output_dir: o, max_steps: 1, optim: {lr: 1}, sources: [{name: a}]}"
@@ -135,3 +136,16 @@ def test_paths_are_in_no_way_special(tmp_path):
         (folder / "d.jsonl").write_text(json.dumps(ROW) + "\n")
         assert open_source(str(folder))[0].id == "r0"
         assert open_source(str(Path(folder) / "d.jsonl"))[0].id == "r0"
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "a\\b", "..", "", "x" * 300, "a\0b"])
+def test_names_out_of_published_data_lead_nowhere_else(name):
+    with pytest.raises(ValueError, match="cannot be the name of a file"):
+        as_file_name(name)
+    assert as_file_name("task-1_é.2") == "task-1_é.2"
+
+
+def test_numbers_that_python_will_not_read_are_told_with_their_file(tmp_path):
+    (tmp_path / "a.json").write_text("[" + "9" * 5000 + "]")
+    with pytest.raises(ValueError, match=r"cannot read .*a\.json: "):
+        read_json(tmp_path / "a.json")

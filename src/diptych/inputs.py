@@ -25,6 +25,7 @@ from diptych.models.loading import packaged_folder
 from diptych.rewards.base import BUILT_IN, JUDGES, SCORERS, load_reward
 from diptych.runs import RunFolder, atomic_text
 from diptych.runtime import gather, on_first, rank
+from diptych.userfiles import read_json
 
 WHOLE = 2**20  # blocks of a file: all of it, up to some TB
 BLOCK = 2**22
@@ -57,7 +58,9 @@ def check_inputs(
 
 def _checked(run: RunFolder[Any], found: dict[str, Any]) -> dict[str, Any]:
     path = run.path / "inputs.json"
-    stored = json.loads(path.read_bytes()) if run.steps() and path.is_file() else {}
+    stored = read_json(path) if run.steps() and path.is_file() else {}
+    if not isinstance(stored, dict) or not all(isinstance(one, dict | None) for one in stored.values()):
+        raise ValueError(f"{path} is damaged; delete it to go on without comparing inputs")
     found = {key: value if value is not None else stored.get(key) for key, value in found.items()}
     changed = [f"{key} ({told})" for key, value in found.items() if key in stored and (told := differing(stored[key], value))]
     if changed:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -95,18 +96,25 @@ def _cpu_name() -> str:
 
 
 @functools.cache
-def _loop() -> asyncio.AbstractEventLoop:
+def _loop(process: int) -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
+    """A loop and its thread, of this process: a fork takes no threads along."""
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="coroutines", daemon=True).start()
-    return loop
+    thread = threading.Thread(target=loop.run_forever, name="coroutines", daemon=True)
+    thread.start()
+    return loop, thread
 
 
 def run_async(awaitable: Coroutine[Any, Any, T]) -> T:
     """The result of a coroutine, also from within a running event loop (a notebook's cell).
 
-    All run in one loop, in a thread of its own, so that what one of them keeps for the next (a semaphore, a session) stays good.
+    All run in one loop, in a thread of its own, so that what one of them keeps for the next (a semaphore, a client) stays good; but what
+    one of them waits for without `await` (an async reward that calls a judge) has a loop to itself, as it would wait for its own end.
     """
-    future = asyncio.run_coroutine_threadsafe(awaitable, _loop())
+    loop, thread = _loop(os.getpid())
+    if threading.current_thread() is thread:
+        with ThreadPoolExecutor(1, "coroutine") as pool:
+            return pool.submit(asyncio.run, awaitable).result()
+    future = asyncio.run_coroutine_threadsafe(awaitable, loop)
     try:
         return future.result()
     except BaseException:

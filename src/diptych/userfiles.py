@@ -56,6 +56,8 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"cannot read {path}: it is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"cannot read {path}: it is no valid JSON: {error}") from error
+    except ValueError as error:  # other bytes than UTF-8, or an integer of thousands of digits
+        raise error if str(path) in str(error) else ValueError(f"cannot read {path}: {error}") from error
 
 
 def lines_of(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:

@@ -22,6 +22,13 @@ from diptych.data.problems import Problems
 from diptych.document import Document, Image
 
 
+def as_file_name(name: str) -> str:
+    """A name out of published data that will be one of a file. Raises ValueError for one that leads elsewhere, or is none."""
+    if not name or len(name.encode(errors="backslashreplace")) > 200 or name in (".", "..") or set(name) & set("/\\\0"):
+        raise ValueError(f"{name[:60]!r} cannot be the name of a file")
+    return name
+
+
 class StoredImage(Image):
     """A picture that is opened whenever its pixels are asked for: a benchmark holds more pictures than memory does.
 

@@ -9,6 +9,7 @@ of the prediction file, the rule for a missing modality, and which task names ar
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -162,6 +163,6 @@ def _item(row: Row, problems: Problems) -> Item:
 
 def _picture(folder: Path, name: str) -> StoredImage:
     for path in (folder / PICTURES / name, folder / name):
-        if path.is_file():
+        if os.path.isfile(path):  # unlike Path.is_file, also where the name is too long
             return StoredImage(path)
-    raise MissingPicture(f"{name} is neither in {folder / PICTURES} nor in {folder}; unpack the zip files there")
+    raise MissingPicture(f"{name[:300]} is neither in {folder / PICTURES} nor in {folder}; unpack the zip files there")

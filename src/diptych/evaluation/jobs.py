@@ -134,11 +134,22 @@ class Job:
         except ValueError:  # whoever opens the model says what is wrong with it
             return None
 
+    def _stored(self) -> dict[str, Any]:
+        """What config.yaml says. Raises ValueError where somebody damaged it."""
+        file = self.out / "config.yaml"
+        try:
+            stored = yaml.safe_load(file.read_text()) or {}
+        except (OSError, ValueError, yaml.YAMLError):
+            stored = None
+        if not isinstance(stored, dict):
+            raise ValueError(f"{file} is damaged; choose another --out, or delete the folder to start over")
+        return stored
+
     def _refuse_changes(self, known: dict[str, Any]) -> None:
         file = self.out / "config.yaml"
         if not file.is_file():
             return
-        stored = yaml.safe_load(file.read_text()) or {}
+        stored = self._stored()
         plain = known.keys() - {"model", "fingerprint", "data"}
         changed = [found for found in (differing_model(stored, known), differing_data(stored, known)) if found]
         changed += sorted(key for key in plain if stored.get(key) != known[key])
@@ -211,7 +222,7 @@ class Job:
                 documents[found.task.index].append(found.document)
         asked = [item for index, item in items if len(documents[index]) == item.num_answers]
         given = [documents[index] for index, item in items if len(documents[index]) == item.num_answers]
-        told = yaml.safe_load((self.out / "config.yaml").read_text())  # the model's name as the first process was given it
+        told = self._stored()  # the model's name as the first process was given it
         submission = self.out / "submission"
         if not submission.is_dir():
             with atomic_folder(submission) as folder:
@@ -240,8 +251,8 @@ class Job:
         }  # fmt: skip
         self._write([*problems.found, *official.found])
         if official.found:
-            told = ", ".join(f"{cause} {number}" for cause, number in official.by_cause().items())
-            self.say(f"{told}; the first is {official.found[0].where}, all are in {self.out / 'problems.json'}")
+            causes = ", ".join(f"{cause} {number}" for cause, number in official.by_cause().items())
+            self.say(f"{causes}; the first is {official.found[0].where}, all are in {self.out / 'problems.json'}")
         write_scores(self.out / "scores.jsonl", scores)
         atomic_text(self.out / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         return result

@@ -14,6 +14,7 @@ import base64
 import copy
 import io
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from diptych.data.convert.pictures import MissingPicture
 from diptych.data.problems import Problems
 from diptych.data.readers import Row, read_json, read_rows
 from diptych.document import Document, Segment, Text
-from diptych.evaluation.benchmark import Headline, Item, Score, Scoring, StoredImage, by_aspect
+from diptych.evaluation.benchmark import Headline, Item, Score, Scoring, StoredImage, as_file_name, by_aspect
 from diptych.evaluation.judging import JudgedBenchmark, Material, UnusableRecord, ask, read_items
 from diptych.evaluation.official import UNUSABLE, entries_of, refuse_strangers
 from diptych.evaluation.sheets import average, figures, grouped
@@ -158,13 +159,13 @@ def _item(row: Row) -> Item:
         segments += [_picture(row.root, part["image"])] if part["image"] is not None else []
     if not segments:
         raise UnusableRecord("broken record", "the request is empty")
-    return Item(str(record["total_uid"]), Document(tuple(segments)), str(record["meta_task_name"]), record)
+    return Item(as_file_name(str(record["total_uid"])), Document(tuple(segments)), str(record["meta_task_name"]), record)
 
 
 def _picture(folder: Path, name: str) -> StoredImage:
     path = folder / name
-    if not path.is_file():
-        raise MissingPicture(f"{path} does not exist; most pictures are not in the repository but in its download")
+    if not os.path.isfile(path):  # unlike Path.is_file, also where the name is too long
+        raise MissingPicture(f"{str(path)[:300]} does not exist; most pictures are not in the repository but in its download")
     return StoredImage(path)
 
 
