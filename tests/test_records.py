@@ -308,6 +308,7 @@ def test_decimals_dates_and_times_of_parquet(tmp_path):
             "price": pyarrow.array([decimal.Decimal("1.25"), None], pyarrow.decimal128(10, 2)),
             "day": pyarrow.array([19000, 0], pyarrow.date32()),
             "moment": pyarrow.array([1, 2], pyarrow.timestamp("ns")), "span": pyarrow.array([1, 2], pyarrow.duration("ns")),
+            "clock": pyarrow.array([1, 2], pyarrow.time64("ns")),
             "raw": pyarrow.array([b"x", b"y"]),
         }
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import shutil
@@ -60,6 +62,14 @@ def stopped(config: Any, run: Any, at: int = 2) -> None:
     for step in (Path(config.output_dir) / "checkpoints").glob("step_*"):
         if int(step.name.removeprefix("step_")) > at:
             shutil.rmtree(step)
+
+
+def refused_after_a_change(file: Path, config: GRPOConfig, told: str) -> None:
+    before = file.read_text()
+    file.write_text(before + "\n")
+    with pytest.raises(ValueError, match=told):
+        grpo(config)
+    file.write_text(before)
 
 
 # --- inputs --------------------------------------------------------------------------------------------------------------
@@ -125,11 +135,7 @@ def test_other_rewards_are_refused(tiny_folder, tmp_path, monkeypatch):  # noqa:
     config = grpo_config(tiny_folder, tmp_path / "run", rewards=[{"name": "reward_of_mine:r", "options": {"words": "words.txt"}}])
     stopped(config, grpo)
     for file in ("reward_of_mine.py", "helper_of_mine.py", "parts/deep.py", "words.txt"):
-        before = (tmp_path / file).read_text()
-        (tmp_path / file).write_text(before + "# other\n")
-        with pytest.raises(ValueError, match=rf"other inputs: reward reward_of_mine:r \(changed: .*{Path(file).name}\)"):
-            grpo(config)
-        (tmp_path / file).write_text(before)
+        refused_after_a_change(tmp_path / file, config, rf"other inputs: reward reward_of_mine:r \(changed: .*{Path(file).name}\)")
     grpo(config)
 
 
@@ -170,11 +176,7 @@ def test_files_named_anywhere_in_options_are_known(tiny_folder, tmp_path, monkey
     stopped(config, grpo)
     for file, told in (("a.txt", r"files\.0 a\.txt"), ("lex/deep/b.txt", "lexicon_dir lex"), ("c.txt", r"more\.deep\.0 c\.txt"),
                        ("lib/reward_in_lib.py", "reward_in_lib.py")):  # fmt: skip
-        before = (tmp_path / file).read_text()
-        (tmp_path / file).write_text(before + "\n")
-        with pytest.raises(ValueError, match=rf"reward reward_in_lib:r \(changed: {told}\)"):
-            grpo(config)
-        (tmp_path / file).write_text(before)
+        refused_after_a_change(tmp_path / file, config, rf"reward reward_in_lib:r \(changed: {told}\)")
     grpo(config)
 
 
@@ -358,6 +360,24 @@ def test_two_starts_of_one_folder_do_not_write_through_each_other(tiny_folder, t
 
 
 # --- logs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_locked_is_trained_in_with_a_warning(tiny_folder, tmp_path, monkeypatch, caplog):  # noqa: F811
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with caplog.at_level(logging.WARNING), RunFolder(tmp_path / "run", warmup_config(tiny_folder, tmp_path / "run")):
+        assert "cannot be locked ([Errno 37] No locks available): start no other run in it" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"model x": 3}'])
+def test_damaged_inputs_are_named(tiny_folder, tmp_path, content):  # noqa: F811
+    config = warmup_config(tiny_folder, tmp_path / "run", max_steps=2)
+    warmup(config)
+    (tmp_path / "run" / "inputs.json").write_text(content)
+    with pytest.raises(ValueError, match=r"inputs\.json"):
+        warmup(config.model_copy(update={"max_steps": 3}))
 
 
 def test_events_are_there_once_after_a_resume(tiny_folder, tmp_path):  # noqa: F811

@@ -79,7 +79,7 @@ def seen_by_all(experience: Experience, config: GRPOConfig) -> Seen:
     """Process r has the prompts r, r + W, ... of the step; here they stand in their order again."""
     rollouts = experience.rollouts
     mine = Seen(
-        experience.rewards,
+        dataclasses.replace(experience.rewards, extras={}),  # values of any kind, which only saved samples need
         [len(r.row) - r.prompt_length for r in rollouts],
         [len(r.document.images) for r in rollouts],
         [r.truncated for r in rollouts],

@@ -203,6 +203,8 @@ _SUFFIXES = [".py", *importlib.machinery.EXTENSION_SUFFIXES]
 
 
 def _is_installed(path: Path) -> bool:
+    if {"site-packages", "dist-packages"} & set(path.parts):
+        return True
     installed = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     return any(path.is_relative_to(folder) for folder in installed) or path.is_relative_to(Path(__file__).resolve().parent)
 

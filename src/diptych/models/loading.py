@@ -168,8 +168,8 @@ def warn_of_rounding(model: UnifiedModel, config: RunConfig) -> None:
     half = sum(p.numel() for p in trained if p.dtype in (torch.bfloat16, torch.float16))
     if half > 0.01 * sum(p.numel() for p in trained):
         logger.warning(
-            "%.1f million weights are trained in %s, where most updates round to nothing (at lr 1e-6 all but 0.2 %% of the weights stand "
-            "still). Set dtype: float32, or train adapters (--lora.r 16), whose weights are float32", half / 1e6, trained[0].dtype,
+            "%.1f million weights are trained in %s, where most updates round to nothing. "
+            "Set dtype: float32, or train adapters (--lora.r 16), whose weights are float32", half / 1e6, trained[0].dtype,
         )  # fmt: skip
 
 
