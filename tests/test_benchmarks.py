@@ -41,6 +41,17 @@ def test_comparisons_run_and_report(script):
     assert len(report["ours"]) == len(report["theirs"]) == 1
 
 
+def test_reading_keeps_rows_as_they_are():
+    command = [sys.executable, str(BENCHMARKS / "data_reading.py"), "--quick"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stderr
+    report = json.loads(found.stdout.splitlines()[-1])
+    assert len(report["probes"]) == 12
+    assert {row["ours"] for row in report["probes"]} == {"same"}
+    assert [row["rows"] for row in report["times"]] == [2000, 200]
+    assert all(row["limit"] > 0 and row["ours_open"] > 0 for row in report["times"])
+
+
 def test_mistakes_that_a_critic_must_see(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from text_rewards import mistakes

@@ -122,6 +122,7 @@ def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_full_disk_is_recognised_behind_other_errors():
     assert is_disk_full(full_disk())
     assert is_disk_full(RuntimeError("write failed: No space left on device"))
+    assert is_disk_full(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 5922880 vs 5922772"))  # torch.save's
     assert not is_disk_full(OSError(errno.EACCES, "Permission denied"))
     assert not is_disk_full(None)
     wrapped = RuntimeError("enforce fail at inline_container")
