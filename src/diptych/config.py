@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from diptych.overrides import parse_overrides, set_leaf
+from diptych.tokens import AnswerForm
 from diptych.userfiles import dump_yaml, load_yaml, read_text
 
 ConfigT = TypeVar("ConfigT", bound="Config")
@@ -39,7 +40,8 @@ class SamplingParams(Config):
 
     text: TextSampling = TextSampling()
     image: ImageSampling = ImageSampling()
-    max_images: int = Field(4, ge=0, description="drawing is not allowed after this many")
+    form: AnswerForm = Field(AnswerForm.FREE, description="what an answer holds, where its record and its source do not say")
+    max_images: int = Field(4, ge=0, description="a free answer draws no more; its given beginning counts")
     max_text_tokens: int = Field(64, ge=1, description="per text segment; a longer one truncates the document")
 
     def greedy(self) -> SamplingParams:
@@ -114,6 +116,7 @@ class MixtureSource(Config):
     name: str
     weight: float = Field(1.0, gt=0)
     num_records: int | None = Field(None, ge=1, description="use only the first so many; None: all")
+    form: AnswerForm | None = Field(None, description="of answers whose record names none (column `answer_form`)")
 
 
 class WarmupConfig(RunConfig):

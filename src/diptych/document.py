@@ -112,6 +112,9 @@ class Document:
         return cls(tuple(segments))
 
 
+NOTHING = Document(())
+
+
 # --- message form ---
 def to_message(role: str, document: Document) -> dict[str, Any]:
     return {"role": role, "content": document.to_blocks()}

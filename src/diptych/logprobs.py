@@ -19,7 +19,7 @@ from diptych.models.base import UnifiedModel
 from diptych.models.packing import pack
 from diptych.sampling.distribution import Grammar, log_distribution, resolve
 from diptych.sampling.guidance import branch_prefixes, mix, num_branches
-from diptych.tokens import Modality, TokenBatch, TokenRow
+from diptych.tokens import AnswerForm, Modality, TokenBatch, TokenRow
 
 _PLAIN = TextSampling()
 CHUNK_LOGITS = 2**24  # 64 MiB in float32, of which a few copies exist
@@ -117,17 +117,23 @@ def _score_text(
 ) -> tuple[Tensor, Tensor]:
     row, column = at
     grammar = None if params is None else Grammar.of(model, params)
-    num_images = torch.zeros_like(batch.text_ids)  # (B, T)
+    may_draw, must_draw = torch.ones_like(row, dtype=torch.bool), torch.zeros_like(row, dtype=torch.bool)  # (N,)
     if grammar is not None:
-        begins = (batch.text_ids == grammar.begin_id) & batch.text_mask & batch.completion_mask
-        num_images = begins.long().cumsum(1) - begins.long()  # images begun before each position
+        forms = batch.forms or (None,) * len(batch)
+        limits = torch.tensor([grammar.limit(form) for form in forms], device=batch.device)
+        begins = (batch.text_ids == grammar.begin_id) & batch.text_mask & (batch.step_ids >= 0)
+        num_images = begins.long().cumsum(1) - begins.long()  # (B, T) images begun before each position
+        may_draw = num_images[at] < limits[row]
+        must_draw = torch.tensor([form is AnswerForm.TEXT_IMAGE for form in forms], device=batch.device)[row]
+    some_must = AnswerForm.TEXT_IMAGE in batch.forms
 
-    def score_some(states: Tensor, chosen: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        allowed = None if grammar is None else grammar.allowed(drawn)
-        log_dist = log_distribution(model.text_logits(states), _PLAIN if params is None else params.text, allowed)  # (n, V)
-        return _gather(log_dist, chosen, entropy_gradient)
+    def score_some(states: Tensor, chosen: Tensor, may: Tensor, must: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model.text_logits(states)  # (n, V)
+        if grammar is None or params is None:
+            return _gather(log_distribution(logits, _PLAIN), chosen, entropy_gradient)
+        return _gather(grammar.log_distribution(logits, params.text, may, must if some_must else None), chosen, entropy_gradient)
 
-    return in_chunks(score_some, model.vocab_size, states, batch.text_ids[row, column], num_images[row, column])
+    return in_chunks(score_some, model.vocab_size, states, batch.text_ids[row, column], may_draw, must_draw)
 
 
 def _score_images(

@@ -21,6 +21,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diptych.document import Segment
+
+
+class AnswerForm(enum.StrEnum):
+    """What an answer may hold. What a form prescribes is in the sequence, but forced: it is no choice, and in no loss.
+
+    FREE: texts and pictures, as the model chooses. IMAGE: one picture, begun at once, and the end. TEXT: no picture. TEXT_IMAGE: a text
+    and then a picture, begun where the model ends its text (in whichever way, these are one choice) or at its greatest length.
+    """
+
+    FREE = "free"
+    IMAGE = "image"
+    TEXT = "text"
+    TEXT_IMAGE = "text_image"
+
+    @property
+    def ends_with_image(self) -> bool:
+        return self in (AnswerForm.IMAGE, AnswerForm.TEXT_IMAGE)
+
 
 class Modality(enum.IntEnum):
     """What stands at a position. FEATURE is a prompt picture given as features instead of codes (Janus)."""
@@ -35,7 +54,8 @@ class Modality(enum.IntEnum):
 class TokenRow:
     """One sequence without padding; fields as in `TokenBatch` with shape (T,) or (T, D).
 
-    `pixels`: the pictures behind its FEATURE positions, in order.
+    `pixels`: the pictures behind its FEATURE positions, in order. `form`: of its answer; None: nothing was said of it, so it is free.
+    `given`: the segments with which the answer begins by somebody else's choice; their tokens are in the sequence.
     """
 
     text_ids: Tensor
@@ -44,13 +64,15 @@ class TokenRow:
     step_ids: Tensor
     completion_mask: Tensor
     pixels: tuple[Tensor, ...] = ()
+    form: AnswerForm | None = None
+    given: tuple[Segment, ...] = ()
 
     def __len__(self) -> int:
         return len(self.text_ids)
 
     @property
     def prompt_length(self) -> int:
-        """Positions before the first that belongs to a document step."""
+        """Positions before the first that belongs to a document step, chosen or not."""
         answer = (self.step_ids >= 0).nonzero()
         return int(answer[0]) if len(answer) else len(self)
 
@@ -85,14 +107,20 @@ class TokenRow:
 
     @classmethod
     def concat(cls, rows: Sequence[TokenRow]) -> TokenRow:
+        """One row after the other; form and beginning are those of the first."""
         joined = {name: torch.cat([getattr(r, name) for r in rows]) for name in _PER_POSITION}
-        return cls(**joined, pixels=tuple(picture for r in rows for picture in r.pixels))
+        pixels = tuple(picture for r in rows for picture in r.pixels)
+        return cls(**joined, pixels=pixels, form=rows[0].form, given=rows[0].given)
 
     def to(self, device: torch.device | str) -> TokenRow:
-        return TokenRow(**{name: getattr(self, name).to(device) for name in _PER_POSITION}, pixels=self.pixels)
+        return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in _PER_POSITION})
+
+    def forced(self) -> TokenRow:
+        """The same tokens, none of them chosen."""
+        return dataclasses.replace(self, completion_mask=torch.zeros_like(self.completion_mask))
 
     def __getitem__(self, positions: slice) -> TokenRow:
-        """Some positions. Raises ValueError where they would cut a picture's features in two."""
+        """Some positions, of no form. Raises ValueError where they would cut a picture's features in two."""
         kept = {name: getattr(self, name)[positions] for name in _PER_POSITION}
         features = int((kept["modality"] == Modality.FEATURE).sum())
         if features == 0:
@@ -116,6 +144,7 @@ class TokenBatch:
     step_ids: (B, T) int64; the document step a token belongs to, -1 in the prompt.
     completion_mask: (B, T) bool; True where the policy chose the token and it is trained.
     pixels: for each row, the pictures behind its FEATURE positions; () where no row has any.
+    forms: for each row, what its answer may hold; () where all are free.
 
     Raises ValueError where shapes or dtypes disagree, or where the mask covers padding.
     """
@@ -127,6 +156,7 @@ class TokenBatch:
     step_ids: Tensor
     completion_mask: Tensor
     pixels: tuple[tuple[Tensor, ...], ...] = ()
+    forms: tuple[AnswerForm | None, ...] = ()
 
     def __post_init__(self) -> None:
         shape = self.text_ids.shape
@@ -140,8 +170,9 @@ class TokenBatch:
         for name, dtype in (("text_ids", torch.long), ("codes", torch.long), ("completion_mask", torch.bool)):
             if getattr(self, name).dtype != dtype:
                 raise ValueError(f"{name} is {getattr(self, name).dtype}; {dtype} is needed")
-        if self.pixels and len(self.pixels) != shape[0]:
-            raise ValueError(f"pixels has {len(self.pixels)} rows; the batch has {shape[0]}")
+        for name in ("pixels", "forms"):
+            if getattr(self, name) and len(getattr(self, name)) != shape[0]:
+                raise ValueError(f"{name} has {len(getattr(self, name))} rows; the batch has {shape[0]}")
         if bool((self.completion_mask & (self.modality == Modality.PAD)).any()):
             raise ValueError("completion_mask is True on padding")
 
@@ -180,21 +211,24 @@ class TokenBatch:
         return len(self.text_ids)
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        return TokenBatch(**{name: getattr(self, name).to(device) for name in _ON_DEVICE}, pixels=self.pixels)
+        return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in _ON_DEVICE})
 
     def __getitem__(self, rows: slice | Tensor | list[int]) -> TokenBatch:
         """Some rows, with trailing padding that none of them needs cut off."""
         parts = {name: getattr(self, name)[rows] for name in _ON_DEVICE}
         longest = max(1, int((parts["modality"] != Modality.PAD).sum(1).max()))
-        pixels = tuple(self.pixels[i] for i in torch.arange(len(self))[rows].tolist()) if self.pixels else ()
+        index = torch.arange(len(self))[rows].tolist() if self.pixels or self.forms else []
+        pixels = tuple(self.pixels[i] for i in index) if self.pixels else ()
+        forms = tuple(self.forms[i] for i in index) if self.forms else ()
         pixels = pixels if any(pixels) else ()
-        return TokenBatch(**{name: value[:, :longest] for name, value in parts.items()}, pixels=pixels)
+        return TokenBatch(**{name: value[:, :longest] for name, value in parts.items()}, pixels=pixels, forms=forms)
 
     def row(self, index: int) -> TokenRow:
         """One sequence without its padding."""
         length = int(self.attention_mask[index].sum())
         parts = {name: getattr(self, name)[index, :length] for name in _PER_POSITION}
-        return TokenRow(**parts, pixels=self.pixels[index] if self.pixels else ())
+        pixels, form = self.pixels[index] if self.pixels else (), self.forms[index] if self.forms else None
+        return TokenRow(**parts, pixels=pixels, form=form)
 
     def rows(self) -> list[TokenRow]:
         return [self.row(index) for index in range(len(self))]
@@ -221,6 +255,7 @@ def collate(rows: Sequence[TokenRow]) -> TokenBatch:
         step_ids=pad("step_ids", -1),
         completion_mask=pad("completion_mask", False),
         pixels=tuple(r.pixels for r in rows) if any(r.pixels for r in rows) else (),
+        forms=tuple(r.form for r in rows) if any(r.form is not None for r in rows) else (),
     )
 
 

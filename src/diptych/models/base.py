@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from diptych.config import SamplingParams
-from diptych.document import STAND_IN, Document, Image, Text
+from diptych.document import NOTHING, STAND_IN, Document, Image, Text
 from diptych.models.attention import Layout
 from diptych.models.codes import CodeCache
 from diptych.models.pixels import to_pixels
-from diptych.tokens import Modality, TokenBatch, TokenRow, valid_text
+from diptych.tokens import AnswerForm, Modality, TokenBatch, TokenRow, valid_text
 
 CODE = -1
 
@@ -155,6 +156,18 @@ class UnifiedModel(nn.Module, abc.ABC):
         `prompt_length`: positions of the prompt that is guided; most families do not care.
         """
 
+    def unconditional_row(self, prompt_length: int, context: Callable[[], TokenRow]) -> TokenRow | None:
+        """What stands before `begin_id` in the unconditional branch of families that keep pictures there; None: `unconditional_prompt`.
+
+        `context`: gives prompt and answer up to, without, `begin_id`.
+        """
+        return None
+
+    @property
+    def answer_end_ids(self) -> list[int]:
+        """Text ids with which an answer ends."""
+        return [self.eos_id]
+
     @abc.abstractmethod
     def encode_text(self, text: str) -> list[int]: ...
 
@@ -170,7 +183,8 @@ class UnifiedModel(nn.Module, abc.ABC):
         override `encode_prompt_row` instead."""
         raise NotImplementedError
 
-    def encode_prompt_row(self, document: Document) -> TokenRow:
+    def encode_prompt_row(self, document: Document, form: AnswerForm) -> TokenRow:
+        """The prompt as the family writes it where an answer of this form is asked for."""
         return self.wrap_prompt(self.encode_segments(document, answer=False))
 
     def answer_text_ids(self, document: Document, index: int) -> list[int]:
@@ -309,52 +323,101 @@ class UnifiedModel(nn.Module, abc.ABC):
 
         return encode() if self.code_cache is None else self.code_cache.codes(pixels, encode)
 
-    def encode_segments(self, document: Document, *, answer: bool) -> TokenRow:
-        """Segments to tokens. In an answer each segment is a step and everything but forced tokens is a choice."""
+    def encode_segments(self, document: Document, *, answer: bool, form: AnswerForm | None = None, num_given: int = 0) -> TokenRow:
+        """Segments to tokens. In an answer each segment is a step, and everything is a choice but what the family or `form` prescribes and
+        the first `num_given` segments (a text that goes on where a given one ends is of its step).
+
+        Raises ValueError for text that is no valid Unicode, and an answer that is not of the form.
+        """
         depth, rows = self.image_spec.depth, []
-        for step, segment in enumerate(document):
+        if answer:
+            check_form(document, form, num_given)
+        segments = document.segments
+        goes_on = 0 < num_given < len(segments) and isinstance(segments[num_given - 1], Text) and isinstance(segments[num_given], Text)
+        step = 0
+        for index, segment in enumerate(segments):
+            step = index - (goes_on and index >= num_given)
+            chosen = answer and index >= num_given
             if isinstance(segment, Text):
                 valid_text(segment.text)
-                ids = self.answer_text_ids(document, step) if answer else self.encode_text(segment.text)
-                rows.append(TokenRow.text(ids, depth, chosen=answer, step=step if answer else -1))
+                ids = self.answer_text_ids(document, index) if answer else self.encode_text(segment.text)
+                rows.append(TokenRow.text(ids, depth, chosen=chosen, step=step if answer else -1))
             elif not answer:
                 rows.append(self.picture_row(segment))
             else:
-                begins_a_row = step == 0 or isinstance(document.segments[step - 1], Image)
+                begins_a_row = index == 0 or isinstance(segments[index - 1], Image)
                 begin_step = step if begins_a_row else step - 1  # the choice to draw ends the text step
-                rows.append(TokenRow.text(self.lead_in_ids(document, step), depth, chosen=True, step=begin_step))
-                rows.append(self.image_spec.row(self.image_codes(segment), chosen=True, step=step, begin_step=begin_step))
+                begin = TokenRow.text(self.lead_in_ids(document, index), depth, chosen=chosen, step=begin_step)
+                image = self.image_spec.row(self.image_codes(segment), chosen=chosen, step=step, begin_step=begin_step)
+                if form is AnswerForm.IMAGE and index == len(segments) - 1:  # the choice to draw is none
+                    begin, image = begin.forced(), TokenRow.concat([image[:1].forced(), image[1:]])
+                rows += [begin, image]
         if answer:
-            rows.append(TokenRow.text([self.eos_id], depth, chosen=True, step=max(0, len(document) - 1)))
+            ends = not (form is not None and form.ends_with_image)
+            rows.append(TokenRow.text(self.answer_end_ids, depth, chosen=ends, step=step))
         return TokenRow.concat(rows) if rows else TokenRow.text([], depth)
 
-    def encode_prompt(self, document: Document) -> TokenRow:
-        """Raises ValueError where the prompt leaves no room for an answer in the context, and for text that is no valid Unicode."""
+    def encode_beginning(self, form: AnswerForm, given: Document) -> TokenRow:
+        """What of an answer stands before the first choice: its given beginning, and what begins a picture that the form prescribes."""
+        draws = form is AnswerForm.IMAGE
+        row = self.encode_segments(Document((*given, STAND_IN)) if draws else given, answer=True)
+        behind = len(self.answer_end_ids) + (len(self.image_spec.layout) if draws else 0)
+        return row[: len(row) - behind].forced()
+
+    def encode_prompt(self, document: Document, form: AnswerForm | None = None, given: Document = NOTHING) -> TokenRow:
+        """The prompt, and of the answer what stands before its first choice (`encode_beginning`).
+
+        `form`: of the answer; None: free. `given`: the segments with which the answer begins.
+
+        Raises ValueError where that leaves no room for an answer in the context, and for text that is no valid Unicode.
+        """
         for segment in document:
             if isinstance(segment, Text):
                 valid_text(segment.text)
-        row = self.encode_prompt_row(document)
+        row = self.encode_prompt_row(document, form or AnswerForm.FREE)
+        if form is not None or len(given):
+            row = TokenRow.concat([row, self.encode_beginning(form or AnswerForm.FREE, given)])
+            row = dataclasses.replace(row, form=form, given=given.segments)
         if len(row) >= self.max_positions:
-            pictures = f" ({len(document.images)} pictures of {self.image_spec.length} positions each)" if document.images else ""
+            count = len(document.images) + len(given.images)
+            pictures = f" ({count} pictures of {self.image_spec.length} positions each)" if count else ""
             raise TooLong(f"the prompt has {len(row)} positions{pictures} and the model's context {self.max_positions}; shorten the prompt")
         return row
 
-    def encode_example(self, prompt: Document, answer: Document, *, unconditional: bool = False) -> TokenRow:
+    def encode_example(
+        self, prompt: Document, answer: Document, *, form: AnswerForm | None = None, given: Document = NOTHING, unconditional: bool = False
+    ) -> TokenRow:
         """Prompt and answer for supervised training; `unconditional` puts the unconditional prompt in the place of the
         real one (caption dropout).
 
-        Raises ValueError where the example is longer than the context, and for text that is no valid Unicode.
+        `answer`: what comes behind the `given` beginning; of the form, where one is asked for.
+
+        Raises ValueError where the example is longer than the context or the answer is not of the form, and for text that is no valid
+        Unicode.
         """
-        begin = self.encode_prompt(prompt)
+        begin = self.encode_prompt(prompt, form)
+        begin = begin[: begin.prompt_length]
         if unconditional:
             begin = TokenRow.text(self.unconditional_prompt(len(begin)), self.image_spec.depth)
-        row = TokenRow.concat([begin, self.encode_segments(answer, answer=True)])
+        told = self.encode_segments(Document((*given, *answer)), answer=True, form=form, num_given=len(given))
+        row = dataclasses.replace(TokenRow.concat([begin, told]), form=form)
         if len(row) > self.max_positions:
             raise TooLong(
                 f"the example has {len(row)} positions ({len(answer.images)} pictures in the answer) and the model's context "
                 f"{self.max_positions}; shorten it"
             )
         return row
+
+
+def check_form(document: Document, form: AnswerForm | None, num_given: int) -> None:
+    """Raises ValueError where what follows the given beginning of an answer is not of the form."""
+    kinds = [type(segment) for segment in document.segments[num_given:]]
+    wanted = {AnswerForm.IMAGE: [Image], AnswerForm.TEXT_IMAGE: [Text, Image]}
+    fits = kinds == wanted[form] if form in wanted else form is not AnswerForm.TEXT or Image not in kinds
+    if not fits:
+        asked = {AnswerForm.IMAGE: "one picture", AnswerForm.TEXT_IMAGE: "a text and a picture", AnswerForm.TEXT: "text alone"}
+        held = ", ".join("picture" if kind is Image else "text" for kind in kinds) or "nothing"
+        raise ValueError(f"its answer holds {held}, and an answer of form {form} is {asked[form] if form else ''}; mend the answer or the form")
 
 
 def check_image_size(asked: int | None, own: int, family: str) -> None:

@@ -21,7 +21,7 @@ from diptych.models.chat_templates import MORE_TEMPLATES, chat_template, check_t
 from diptych.models.control_tokens import TextReader, stand_ins
 from diptych.models.pixels import not_too_long
 from diptych.pictures import to_rgb
-from diptych.tokens import TokenRow
+from diptych.tokens import AnswerForm, TokenRow
 
 HARMLESS_KEYS = r"rotary_emb\.inv_freq$|^model\.vqmodel\.decoder\."  # of old files: computed anew; loaded elsewhere
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
@@ -93,7 +93,7 @@ class HFModel(TokenizerModel):
         assert isinstance(segment, Text)
         return self.encode_text(self.answer_lead + segment.text if index == 0 else segment.text)
 
-    def encode_prompt_row(self, document: Document) -> TokenRow:
+    def encode_prompt_row(self, document: Document, form: AnswerForm) -> TokenRow:
         """The chat template, then tokens piece by piece, with each picture's positions where the template marks it."""
         shape, show = self._rendered(document)
         pieces = self.begin_prompt(shape, len(document.images)).split(self.image_marker)

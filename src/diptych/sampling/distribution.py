@@ -9,28 +9,44 @@ from torch import Tensor
 
 from diptych.config import SamplingParams, TextSampling
 from diptych.models.base import UnifiedModel
+from diptych.tokens import AnswerForm
+
+FOREVER = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
 class Grammar:
     """Which text tokens are legal. In an image only codes are, and forced tokens are never sampled.
 
-    legal: (V,) bool, what the family allows in text. `begin_id` is legal while fewer than `max_images` were begun.
+    legal: (V,) bool, what the family allows in text. `begin_id` is legal where a picture may be begun. Where one must be, under
+    `text_image`, every token that would end the answer (`end_ids`) is `begin_id` instead: their probabilities are added.
     """
 
     legal: Tensor
     begin_id: int
+    end_ids: tuple[int, ...]
     max_images: int
 
     @classmethod
     def of(cls, model: UnifiedModel, params: SamplingParams) -> Grammar:
-        return cls(model.legal_text(), model.image_spec.begin_id, params.max_images)
+        ends = tuple({model.eos_id, model.answer_end_ids[0]})
+        return cls(model.legal_text(), model.image_spec.begin_id, ends, params.max_images)
 
-    def allowed(self, num_images: Tensor) -> Tensor:
-        """(N,) images begun so far in each answer -> (N, V) bool."""
-        allowed = self.legal.expand(len(num_images), -1).clone()
-        allowed[:, self.begin_id] = num_images < self.max_images
-        return allowed
+    def limit(self, form: AnswerForm | None) -> int:
+        """The most pictures of an answer of this form after which text may be chosen, and one more be begun."""
+        return {AnswerForm.TEXT: 0, AnswerForm.TEXT_IMAGE: FOREVER}.get(form or AnswerForm.FREE, self.max_images)
+
+    def log_distribution(self, logits: Tensor, params: TextSampling, may_draw: Tensor, must_draw: Tensor | None) -> Tensor:
+        """Log-probabilities (N, V) float32 of the next text token. `may_draw`, `must_draw`: (N,) bool; None: nowhere."""
+        allowed = self.legal.expand(len(may_draw), -1).clone()
+        allowed[:, self.begin_id] = may_draw
+        if must_draw is not None:
+            logits, ends = logits.float(), torch.tensor(self.end_ids, device=logits.device)
+            joined = logits[:, [self.begin_id, *self.end_ids]].logsumexp(-1)
+            begins = torch.where(must_draw, joined, logits[:, self.begin_id])
+            logits = logits.index_copy(1, ends.new_tensor([self.begin_id]), begins[:, None])
+            allowed[:, ends] &= ~must_draw[:, None]
+        return log_distribution(logits, params, allowed)
 
 
 def resolve(params: SamplingParams, model: UnifiedModel) -> SamplingParams:

@@ -1,7 +1,7 @@
 """The rollout engine: whole documents as one decoding trajectory with carried keys and values.
 
-Phase-aligned lockstep. Rows share slots. In a text phase every row writes text until it begins an image or ends; a row that waits
-leaves a slot empty, and positions count real tokens. In an image phase the rows that draw walk through the family's layout; each has
+Phase-aligned lockstep. Rows share slots. In a text phase every row writes text until it begins an image or ends (one whose form is a
+picture alone has begun it with its prompt); a row that waits leaves a slot empty, and positions count real tokens. In an image phase the rows that draw walk through the family's layout; each has
 an unconditional twin in the same forward pass, with slots of its own that restart at each image. Prompts are prefilled once per group;
 finished rows are dropped at the end of a phase.
 """
@@ -19,25 +19,33 @@ from diptych.config import SamplingParams
 from diptych.models.base import CODE, UnifiedModel
 from diptych.sampling.distribution import Grammar, draw, log_distribution, resolve
 from diptych.sampling.guidance import branch_prefixes, mix, num_branches
-from diptych.sampling.rollout import Draft, Rollout, draft_row, finish
+from diptych.sampling.rollout import Draft, Piece, Rollout, draft_row, finish
 from diptych.sampling.stream import Steps, Stream, advance
-from diptych.tokens import Modality, TokenRow
+from diptych.tokens import AnswerForm, Modality, TokenRow
 
 ASK_EVERY = {"cpu": 1}  # text tokens between two questions whether all rows are done, by device: to ask is to wait for it
 
 
-def context_needed(model: UnifiedModel, params: SamplingParams) -> int:
-    """The most positions that an answer can take."""
-    spec = model.image_spec
-    return (params.max_images + 1) * params.max_text_tokens + params.max_images * len(spec.layout)
+def context_needed(model: UnifiedModel, params: SamplingParams, row: TokenRow | None = None) -> int:
+    """The most positions that an answer can take: one of the form in the settings, or behind a prompt of a form of its own."""
+    text, picture = params.max_text_tokens, len(model.image_spec.layout)
+    form = params.form if row is None or row.form is None else row.form
+    if form is AnswerForm.TEXT:
+        return text
+    if form.ends_with_image:
+        begins = 0 if form is AnswerForm.IMAGE and row is not None and row.form is not None else 1  # else it is in the prompt
+        return (text if form is AnswerForm.TEXT_IMAGE else 0) + begins + picture + len(model.answer_end_ids)
+    left = max(0, params.max_images - (0 if row is None else Draft(row).num_given))
+    return (left + 1) * text + left * picture
 
 
-def check_room(model: UnifiedModel, prompt_length: int, params: SamplingParams) -> None:
+def check_room(model: UnifiedModel, row: TokenRow, params: SamplingParams) -> None:
     """Raises ValueError where the longest possible answer does not fit behind a prompt."""
-    if prompt_length + context_needed(model, params) > model.max_positions:
+    needed = context_needed(model, params, row)
+    if len(row) + needed > model.max_positions:
         raise ValueError(
-            f"a prompt of {prompt_length} positions and an answer of up to {context_needed(model, params)} exceed the model's "
-            f"context of {model.max_positions}; shorten the prompt or lower max_images or max_text_tokens"
+            f"a prompt of {len(row)} positions and an answer of up to {needed} exceed the model's context of {model.max_positions}; shorten "
+            "the prompt or lower max_images or max_text_tokens"
         )
 
 
@@ -45,7 +53,7 @@ def fit_to_context(model: UnifiedModel, prompt: TokenRow, params: SamplingParams
     """The same settings with `max_images` lowered to what fits behind the prompt (0 at least: `sample` says what is too long)."""
     for max_images in range(params.max_images, 0, -1):
         lowered = params.model_copy(update={"max_images": max_images})
-        if len(prompt) + context_needed(model, lowered) <= model.max_positions:
+        if len(prompt) + context_needed(model, lowered, prompt) <= model.max_positions:
             return lowered
     return params.model_copy(update={"max_images": 0})
 
@@ -60,15 +68,20 @@ def sample(
     `generator`: on the CPU; one for all, or one for each prompt, so that its documents do not depend on what stands before it.
     `graphs`: steps of unchanging shape, replayed as CUDA graphs; None: on a GPU. On a CPU they are only of use to tests.
 
-    Raises ValueError where a prompt and the longest possible answer do not fit the context, and FloatingPointError where a model's
-    logits are NaN.
+    A prompt brings the form of its answers (`UnifiedModel.encode_prompt`); different forms may stand together.
+
+    Raises ValueError where a prompt and the longest possible answer do not fit the context, and where the settings ask for a form that
+    the prompts were not encoded for, and FloatingPointError where a model's logits are NaN.
     """
     if not prompts:
         raise ValueError("no prompts to sample from")
     if not isinstance(generator, torch.Generator) and len(generator) != len(prompts):
         raise ValueError(f"{len(generator)} generators were given for {len(prompts)} prompts; give one, or one for each")
     params = resolve(params, model)
-    check_room(model, max(len(p) for p in prompts), params)
+    if params.form is not AnswerForm.FREE and any(prompt.form is None for prompt in prompts):
+        raise ValueError(f"the settings ask for answers of form {params.form}, and a prompt was encoded for none: encode_prompt(prompt, form)")
+    for prompt in prompts:
+        check_room(model, prompt, params)
     was_training = model.training
     model.eval()
     try:
@@ -86,8 +99,14 @@ class _Lockstep:
         self.spec, self.device = model.image_spec, model.device
         self.grammar = Grammar.of(model, params)
         self.drafts = [Draft(prompt) for prompt in prompts for _ in range(group)]
+        forms = [draft.form for draft in self.drafts]
+        self.forms = frozenset(forms)
         self.index = torch.arange(len(self.drafts), device=self.device)  # (B,) which draft a row writes
-        self.num_images = torch.zeros_like(self.index)  # (B,) images begun
+        self.num_images = torch.tensor([draft.num_given for draft in self.drafts], device=self.device)  # (B,) images begun
+        self.limit = torch.tensor([self.grammar.limit(form) for form in forms], device=self.device)  # of each draft
+        self.must_draw = torch.tensor([form is AnswerForm.TEXT_IMAGE for form in forms], device=self.device)
+        self.draws_first = torch.tensor([form is AnswerForm.IMAGE for form in forms], device=self.device)  # its picture is begun
+        self.ends_with_image = torch.tensor([form.ends_with_image for form in forms], device=self.device)
         generators = [generator] if isinstance(generator, torch.Generator) else generator
         self.chance = Chance(model, params, len(self.drafts), generators)
         self.graphs = self.device.type == "cuda" if graphs is None else graphs
@@ -96,11 +115,12 @@ class _Lockstep:
 
     def run(self) -> list[Rollout]:
         while len(self.index):
-            draws = self._text_phase()
-            self._keep(draws)
+            self._keep(self._text_phase())
             if len(self.index):
                 self._image_phase()
-        if any(bool(values.isnan().any()) for draft in self.drafts for _, _, values in draft.pieces):
+                if any(form.ends_with_image for form in self.forms):
+                    self._end_with_image()
+        if any(bool(piece.logprobs.isnan().any()) for draft in self.drafts for piece in draft.pieces):
             raise FloatingPointError(
                 "the model's logits are not finite, so nothing can be sampled from them; look at its weights (a training that diverged?) "
                 "or use another dtype"
@@ -124,15 +144,19 @@ class _Lockstep:
         tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         values = torch.zeros(shape, device=self.device)
         wrote = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        draws, truncated = torch.zeros_like(wrote[:, 0]), torch.zeros_like(wrote[:, 0])
+        draws, truncated = self.draws_first[self.index], torch.zeros_like(wrote[:, 0])
         chance = self.chance.of_text(self.index)  # (B, max_text_tokens)
+        if self.forms == {AnswerForm.IMAGE}:
+            return draws
+        must_draw = self.must_draw[self.index] if AnswerForm.TEXT_IMAGE in self.forms else None
+        limits = self.limit[self.index]
         stream, rows = self.stream, torch.arange(len(self.index), device=self.device)  # who is computed
         branches: list[tuple[Stream, Tensor, int]] = []  # (what was branched off, which of its rows, tokens until then)
-        step, writing = self._steps([stream], limit), torch.ones_like(draws)
+        step, writing = self._steps([stream], limit), ~draws
         num_fed = 0
         for count in range(limit):
-            allowed = self.grammar.allowed(self.num_images[rows])
-            log_dist = log_distribution(self.model.text_logits(stream.hidden), self.params.text, allowed)
+            logits, may_draw = self.model.text_logits(stream.hidden), self.num_images[rows] < limits[rows]
+            log_dist = self.grammar.log_distribution(logits, self.params.text, may_draw, None if must_draw is None else must_draw[rows])
             token = draw(log_dist, self.params.text, chance[rows, count])  # (B',)
             tokens[rows, count] = token
             values[rows, count] = log_dist.gather(-1, token[:, None]).squeeze(-1)
@@ -161,13 +185,31 @@ class _Lockstep:
             parent.merge(stream, picked, num_fed - since)
             stream = parent
         self._record_text(tokens.cpu(), values.cpu(), wrote.cpu(), truncated)
-        return draws
+        return draws if must_draw is None else draws | self._begin_images(truncated & must_draw, tokens[:, -1])
 
     def _record_text(self, tokens: Tensor, values: Tensor, wrote: Tensor, truncated: Tensor) -> None:
         for i, (draft_index, cut) in enumerate(zip(self.index.tolist(), truncated.tolist(), strict=True)):
             draft, kept = self.drafts[draft_index], wrote[i]
-            draft.pieces.append((Modality.TEXT, tokens[i][kept], values[i][kept]))
+            if bool(kept.any()):
+                draft.pieces.append(Piece(Modality.TEXT, tokens[i][kept], values[i][kept], kept[kept]))
             draft.truncated |= cut
+
+    def _begin_images(self, rows: Tensor, last: Tensor) -> Tensor:
+        """Begins a picture in the rows, (B,) bool, whose text was cut before one was begun; `last` (B,): the token not fed yet."""
+        if bool(rows.any()):
+            for token in (last, torch.full_like(last, self.spec.begin_id)):
+                advance(self.model, [self.stream], [self.model.embed_text(token)[:, None]], rows)
+            self.num_images += rows
+            for draft_index in self.index[rows].tolist():
+                self.drafts[draft_index].pieces.append(Piece.forced([self.spec.begin_id]))
+        return rows
+
+    def _end_with_image(self) -> None:
+        """Drops the rows whose form ends with their picture; the end stands behind it."""
+        ends = self.ends_with_image[self.index]
+        for draft_index in self.index[ends].tolist():
+            self.drafts[draft_index].pieces.append(Piece.forced(self.model.answer_end_ids))
+        self._keep(~ends)
 
     def _image_phase(self) -> None:
         """Every remaining row draws one image: codes where the layout has them, forced tokens where it says so.
@@ -194,7 +236,8 @@ class _Lockstep:
         advance(self.model, [self.stream], [torch.stack(waiting, 1)])
         images, numbers = torch.stack(all_codes, 1).cpu(), torch.stack(all_values, 1).cpu()  # (B, positions, D)
         for i, draft_index in enumerate(self.index.tolist()):
-            self.drafts[draft_index].pieces.append((Modality.IMAGE, images[i], numbers[i]))
+            chosen = torch.ones(len(images[i]), dtype=torch.bool)
+            self.drafts[draft_index].pieces.append(Piece(Modality.IMAGE, images[i], numbers[i], chosen))
 
     def _steps(self, streams: list[Stream], steps: int) -> Callable[..., None]:
         """What feeds these streams for up to so many positions."""
@@ -219,7 +262,8 @@ class _Lockstep:
         prefixes = []
         for index in self.index.tolist() if count else []:
             draft = self.drafts[index]
-            prefixes.append(branch_prefixes(self.model, self.params.image, len(draft.prompt), partial(draft_row, self.model, draft)))
+            length = draft.prompt.prompt_length
+            prefixes.append(branch_prefixes(self.model, self.params.image, length, partial(draft_row, self.model, draft)))
         twins = []
         for branch in zip(*prefixes, strict=True):
             places: dict[tuple[Any, ...], int] = {}

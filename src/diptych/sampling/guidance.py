@@ -30,13 +30,14 @@ def branch_prefixes(model: UnifiedModel, image: ImageSampling, prompt_length: in
         prompt_length: positions of the prompt.
         context: gives prompt and answer up to, without, `begin_id`; asked only where a branch needs it.
     """
-    spec = model.image_spec
-    bare = TokenRow.text(model.unconditional_prompt(prompt_length), spec.depth)
-    begin = TokenRow.text([spec.begin_id], spec.depth)
-    prefixes = [TokenRow.concat([bare, begin])]
-    if num_branches(image) == 2:
-        prefixes.append(TokenRow.concat([*pictures_alone(model, bare, prompt_length, context()), begin]))
-    return prefixes[: num_branches(image)]
+    count, depth = num_branches(image), model.image_spec.depth
+    begin = TokenRow.text([model.image_spec.begin_id], depth)
+    bare = TokenRow.text(model.unconditional_prompt(prompt_length), depth)
+    kept = model.unconditional_row(prompt_length, context) if count else None
+    rows = [bare if kept is None or count == 2 else kept]
+    if count == 2:
+        rows.append(TokenRow.concat(pictures_alone(model, bare, prompt_length, context())) if kept is None else kept)
+    return [TokenRow.concat([row, begin]) for row in rows[:count]]
 
 
 def pictures_alone(model: UnifiedModel, bare: TokenRow, prompt_length: int, context: TokenRow) -> list[TokenRow]:

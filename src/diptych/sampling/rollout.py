@@ -13,7 +13,7 @@ from diptych.config import SamplingParams
 from diptych.document import Document, Image, Text
 from diptych.models.base import UnifiedModel
 from diptych.models.pixels import to_images
-from diptych.tokens import Modality, TokenRow
+from diptych.tokens import AnswerForm, Modality, TokenRow
 
 PICTURES_AT_ONCE = 16  # in the image decoder: more gain nothing and take memory
 
@@ -23,7 +23,7 @@ class Rollout:
     """`row` is prompt and answer; `rollout_logprobs` (T, D) float32 as the sampler reported them, 0 in the prompt.
 
     `truncated`: a text segment reached `max_text_tokens` (an image's length is constant, so it never counts).
-    `step_modality[j]`: modality of step j. `document`: the decoded answer, one segment per step.
+    `step_modality[j]`: modality of step j. `document`: the decoded answer, its given beginning included, one segment per step.
     """
 
     prompt_length: int
@@ -39,18 +39,44 @@ class Rollout:
         return len(self.step_modality)
 
 
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Of an answer: n text ids, or a whole image's codes (num_positions, D), with their log-probabilities of the same shape.
+
+    chosen: (n,) bool for text; what is not chosen has log-probability 0.
+    """
+
+    modality: Modality
+    ids: Tensor
+    logprobs: Tensor
+    chosen: Tensor
+
+    @classmethod
+    def forced(cls, ids: list[int]) -> Piece:
+        return cls(Modality.TEXT, torch.tensor(ids), torch.zeros(len(ids)), torch.zeros(len(ids), dtype=torch.bool))
+
+
 @dataclasses.dataclass
 class Draft:
-    """An answer while it is being sampled: text ids and whole images in order, each with its log-probabilities."""
+    """An answer while it is being sampled. `prompt`: the prompt, and what of the answer stands before its first choice."""
 
     prompt: TokenRow
-    pieces: list[tuple[Modality, Tensor, Tensor]] = dataclasses.field(default_factory=list)
+    pieces: list[Piece] = dataclasses.field(default_factory=list)
     truncated: bool = False
+
+    @property
+    def form(self) -> AnswerForm:
+        return self.prompt.form or AnswerForm.FREE
+
+    @property
+    def num_given(self) -> int:
+        """Pictures with which the answer begins."""
+        return sum(isinstance(segment, Image) for segment in self.prompt.given)
 
 
 def finish(model: UnifiedModel, drafts: list[Draft], params: SamplingParams) -> list[Rollout]:
     """Drafts to rollouts; their images are decoded in batches, whichever draft they are of."""
-    images = [codes for d in drafts for kind, codes, _ in d.pieces if kind == Modality.IMAGE]
+    images = [piece.ids for draft in drafts for piece in draft.pieces if piece.modality == Modality.IMAGE]
     pictures: list[PIL.Image.Image] = []
     for codes in torch.stack(images).split(PICTURES_AT_ONCE) if images else ():
         pictures += to_images(model.decode_codes(codes.to(model.device)).float().cpu())
@@ -64,35 +90,46 @@ def draft_row(model: UnifiedModel, draft: Draft) -> TokenRow:
     return row[:-1] if int(row.text_ids[-1]) == model.image_spec.begin_id else row
 
 
-def _assemble(model: UnifiedModel, draft: Draft) -> tuple[TokenRow, Tensor, list[str | Tensor]]:
-    """Tokens, log-probabilities (T, D), and for each step its text or its codes."""
-    spec = model.image_spec
-    rows, logprobs = [draft.prompt], [torch.zeros(len(draft.prompt), spec.depth)]
-    steps: list[str | Tensor] = []
-    for kind, ids, values in draft.pieces:
-        if kind == Modality.IMAGE:
-            steps.append(ids)
-            span = spec.row(ids, chosen=True, step=len(steps) - 1, begin_step=-1)[1:]  # the choice to begin is in the text piece
+def _assemble(model: UnifiedModel, draft: Draft) -> tuple[TokenRow, Tensor, list[Text | Tensor | Image]]:
+    """Tokens, log-probabilities (T, D), and the steps: a drawn image is its codes."""
+    spec, prompt = model.image_spec, draft.prompt
+    rows, logprobs = [prompt], [torch.zeros(len(prompt), spec.depth)]
+    steps: list[Text | Tensor | Image] = list(prompt.given)
+    unfinished: list[int] = []  # of a given text that goes on
+    if steps and isinstance(steps[-1], Text):
+        unfinished = prompt.text_ids[(prompt.step_ids == len(steps) - 1) & (prompt.modality == Modality.TEXT)].tolist()
+    for piece in draft.pieces:
+        if piece.modality == Modality.IMAGE:
+            steps.append(piece.ids)
+            span = spec.row(piece.ids, chosen=True, step=len(steps) - 1, begin_step=-1)[1:]  # what begins it is in the text before
             placed = torch.zeros(len(span), spec.depth)
-            placed[span.modality == Modality.IMAGE] = values
+            placed[span.modality == Modality.IMAGE] = piece.logprobs
         else:
-            text = model.decode_text([int(i) for i in ids if int(i) not in (spec.begin_id, model.eos_id)]).strip()
-            if text:  # control tokens and white space alone belong to the step before them (at the very beginning, to the first)
-                steps.append(text)
-            span = TokenRow.text(ids.tolist(), spec.depth, chosen=True, step=max(0, len(steps) - 1))
-            placed = torch.zeros(len(ids), spec.depth)
-            placed[:, 0] = values
+            text = _text_of(model, unfinished + piece.ids.tolist())
+            if text and unfinished:
+                steps[-1] = Text(text)
+            elif text:  # control tokens and white space alone belong to the step before them (at the very beginning, to the first)
+                steps.append(Text(text))
+            span = TokenRow.text(piece.ids.tolist(), spec.depth, step=max(0, len(steps) - 1))
+            span = dataclasses.replace(span, completion_mask=piece.chosen)
+            placed = torch.zeros(len(span), spec.depth)
+            placed[:, 0] = piece.logprobs
+        unfinished = []
         rows.append(span)
         logprobs.append(placed)
     return TokenRow.concat(rows), torch.cat(logprobs), steps
 
 
+def _text_of(model: UnifiedModel, ids: list[int]) -> str:
+    return model.decode_text([i for i in ids if i not in (model.image_spec.begin_id, model.eos_id)]).strip()
+
+
 def _finish_one(model: UnifiedModel, draft: Draft, params: SamplingParams, pictures: Iterator[PIL.Image.Image]) -> Rollout:
     row, logprobs, steps = _assemble(model, draft)
-    steps = steps or [""]  # an empty answer
-    segments = [Text(step) if isinstance(step, str) else Image(next(pictures), step) for step in steps]
+    steps = steps or [Text("")]  # an empty answer
+    segments = [Image(next(pictures), step) if isinstance(step, Tensor) else step for step in steps]
     return Rollout(
-        prompt_length=len(draft.prompt), row=row, rollout_logprobs=logprobs, params=params, truncated=draft.truncated,
-        step_modality=tuple(Modality.TEXT if isinstance(step, str) else Modality.IMAGE for step in steps),
+        prompt_length=draft.prompt.prompt_length, row=row, rollout_logprobs=logprobs, params=params, truncated=draft.truncated,
+        step_modality=tuple(Modality.TEXT if isinstance(segment, Text) else Modality.IMAGE for segment in segments),
         document=Document(tuple(segments)),
     )  # fmt: skip

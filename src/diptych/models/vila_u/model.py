@@ -24,7 +24,7 @@ from diptych.models.pixels import padded, square, to_pixels
 from diptych.models.vila_u.config import read_json
 from diptych.models.vila_u.vision import Projector, VisionTower
 from diptych.pictures import to_rgb
-from diptych.tokens import TokenRow
+from diptych.tokens import AnswerForm, TokenRow
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -103,7 +103,7 @@ class VilaUModel(TokenizerModel):
         hide, show = stand_ins([text])
         return self.piece_ids(text.strip().translate(hide), show)
 
-    def encode_prompt_row(self, document: Document) -> TokenRow:
+    def encode_prompt_row(self, document: Document, form: AnswerForm) -> TokenRow:
         """`vicuna_v1`: SYSTEM USER: {message} ASSISTANT:, where an empty message has no spaces. A wrapped picture has a space
         before it, as in training data; a bare one has none; the text after either stands on a new line."""
         picture = f" {BEGIN}{MARKER}{END}\n" if self.wrap_prompt_images else f"{MARKER}\n"
