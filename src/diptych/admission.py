@@ -79,12 +79,13 @@ class Bound:
 
     def __init__(self, length: Length, limit: int) -> None:
         self.length, self.limit = length, limit
-        self._least: dict[tuple[int, ...], int | None] = {}  # by the kinds of segments: positions with texts of one letter
+        self._least: dict[tuple[Any, ...], int | None] = {}  # by the kinds of segments: positions with texts of one letter
 
     def fits(self, record: Record) -> bool:
-        segments = (*record.prompt, *(record.answer or ()))
+        segments = (*record.prompt, *record.given, *(record.answer or ()))
         texts = [segment.text for segment in segments if isinstance(segment, Text)]
-        shape = (len(record.prompt), *(isinstance(segment, Image) for segment in segments), -1 if record.answer is None else 1)
+        ends = (len(record.prompt), len(record.given), -1 if record.answer is None else 1)
+        shape = (record.form, *ends, *(isinstance(segment, Image) for segment in segments))
         if shape not in self._least:
             self._least[shape] = self._shortest(record)
         least = self._least[shape]
@@ -96,7 +97,7 @@ class Bound:
 
         answer = None if record.answer is None else short(record.answer)
         try:
-            return self.length(Record(short(record.prompt), answer, record.source, {}))
+            return self.length(Record(short(record.prompt), answer, record.source, {}, form=record.form, given=short(record.given)))
         except ValueError:
             return None
 

@@ -30,7 +30,7 @@ from diptych.rewards.protocol import Context, Progress
 from diptych.runtime import gather, generator, rank, world_size
 from diptych.sampling.engine import check_room, context_needed, noise_of, sample
 from diptych.sampling.rollout import Rollout
-from diptych.tokens import Modality, TokenRow
+from diptych.tokens import AnswerForm, Modality, TokenRow
 
 logger = logging.getLogger(__name__)
 _EVALUATION = 2**20  # in the place of an attempt: random numbers of its own
@@ -70,9 +70,17 @@ class Sampled:
 
     def experience(self, config: GRPOConfig) -> Experience:
         """Waits for the rewards. Raises RewardError where one broke its contract."""
-        rewards = merge([call.result() for call in self.calls])
+        rewards = of_choices(merge([call.result() for call in self.calls]), self.rollouts)
         group_ids = torch.arange(len(self.rollouts) // config.num_generations).repeat_interleave(config.num_generations)
         return Experience(self.records, self.rollouts, rewards, group_ids, self.num_resampled)
+
+
+def of_choices(rewards: RewardBatch, rollouts: Sequence[Rollout]) -> RewardBatch:
+    """The same rewards, which say nothing of steps in which nothing was chosen: those of an answer's given beginning."""
+    chosen = torch.zeros(rewards.applies.shape[1:], dtype=torch.bool)  # (B, J)
+    for b, rollout in enumerate(rollouts):
+        chosen[b, rollout.row.step_ids[rollout.row.completion_mask]] = True
+    return dataclasses.replace(rewards, steps=rewards.steps.where(chosen, 0.0), applies=rewards.applies & chosen)
 
 
 def seen_by_all(experience: Experience, config: GRPOConfig) -> Seen:
@@ -158,14 +166,15 @@ def usable_prompt(model: UnifiedModel, config: GRPOConfig, place: int, record: R
 
 def prompt_row(model: UnifiedModel, record: Record, params: SamplingParams) -> TokenRow:
     """Raises ValueError where the prompt cannot be encoded, or the longest possible answer does not fit behind it."""
-    row = model.encode_prompt(record.prompt)
-    check_room(model, len(row), params)
+    row = model.encode_prompt(record.prompt, record.form or params.form, record.given)
+    check_room(model, row, params)
     return row
 
 
 def prompt_length(model: UnifiedModel, params: SamplingParams, record: Record) -> int:
     """Positions of `prompt_row` and the longest answer."""
-    return len(prompt_row(model, record, params)) + context_needed(model, params)
+    row = prompt_row(model, record, params)
+    return len(row) + context_needed(model, params, row)
 
 
 def _collect_once(
@@ -184,6 +193,7 @@ def _collect_once(
         keys = sorted({*columns, *(key for record, _ in asked for key in record.columns)})
         values: dict[str, list[Any]] = {key: [record.columns.get(key) for record in repeated] for key in keys}
         values["truncated"] = [rollout.truncated for rollout in rollouts]
+        values["answer_form"] = [(rollout.row.form or AnswerForm.FREE).value for rollout in rollouts]
         context = Context(Progress(stream[0], config.max_steps), [_chosen_ids(rollout) for rollout in rollouts])
         call = submit(call_rewards, reward_functions, [r.prompt for r in repeated], [r.document for r in rollouts], values, context)
         found = Sampled(found.records + repeated, found.rollouts + rollouts, [*found.calls, call])

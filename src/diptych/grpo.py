@@ -59,7 +59,7 @@ from diptych.runtime import (
     weights_checksum,
     world_size,
 )
-from diptych.sampling.engine import context_needed
+from diptych.sampling.engine import context_needed, most_choices
 from diptych.sampling.rollout import Rollout
 from diptych.supervised import encode_batch, example_length, supervised_gradient
 from diptych.tokens import TokenBatch, collate
@@ -115,7 +115,8 @@ def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progre
     optimizer, schedule = make_optimizer(model, config.optim, config.max_steps * updates_per_step(config))
     if state:
         restore(optimizer, schedule, state)
-    known = {"inputs": summary(inputs), "lengths": [model.max_positions, context_needed(model, config.sampling)]}
+    answers = [config.sampling.form, *(source.form for source in config.prompts)]
+    known = {"inputs": summary(inputs), "lengths": [model.max_positions, context_needed(model, config.sampling)], "forms": answers}
     for name, mixture in (("prompts", prompts), ("held_out", held_out_prompts)):
         if mixture is not None:
             admit(mixture, partial(prompt_length, model, config.sampling), model.max_positions, run, name, known)
@@ -297,9 +298,7 @@ def share_skipped(mixtures: list[Mixture]) -> None:
 def global_counts(batch: TokenBatch, rows: Tensor, sampling: SamplingParams, model: UnifiedModel) -> Counts:
     mine = torch.tensor([len(rows), int(batch.choice_mask[rows].sum())], dtype=torch.float64)
     num_rollouts, num_choices = sum_over_processes(mine).tolist()
-    spec = model.image_spec
-    longest = (sampling.max_images + 1) * sampling.max_text_tokens + sampling.max_images * spec.num_positions * spec.depth
-    return Counts(int(num_rollouts), int(num_choices), longest)
+    return Counts(int(num_rollouts), int(num_choices), most_choices(model, sampling))
 
 
 def terms(config: ModalityConfig) -> ModalityTerms:

@@ -44,7 +44,7 @@ def example_row(model: UnifiedModel, record: Record, *, unconditional: bool = Fa
     """Raises ValueError for a record without an answer, and one that the model cannot take."""
     if record.answer is None:
         raise ValueError("it has no assistant message; supervised learning needs answers")
-    return model.encode_example(record.prompt, record.answer, unconditional=unconditional)
+    return model.encode_example(record.prompt, record.answer, form=record.form, given=record.given, unconditional=unconditional)
 
 
 def usable_example(model: UnifiedModel, _: int, record: Record) -> Record:

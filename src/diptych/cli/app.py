@@ -12,6 +12,7 @@ from rich.text import Text
 
 from diptych.config import SamplingParams
 from diptych.runtime import end_process
+from diptych.tokens import AnswerForm
 
 app = typer.Typer(
     help="Post-train unified vision-language models until they write illustrated documents.",
@@ -25,6 +26,10 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 Recipe = Annotated[str, typer.Argument(help="a YAML file, or the name of a packaged recipe")]
 Model = Annotated[str, typer.Option(help="packaged name, checkpoint or adapter folder, or hub id")]
 Guidance = Annotated[float | None, typer.Option(min=0, help="classifier-free guidance; 1: off; left out: the family's own")]
+Form = Annotated[
+    AnswerForm | None,
+    typer.Option(help="free: texts and pictures, as the model chooses; image: a picture; text; text_image: a text, then its picture"),
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16")]
 FourBit = Annotated[bool, typer.Option("--load-in-4bit", help="the language model in NF4")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from diptych.cli.app import PASS_ON, Device, Dtype, FourBit, Guidance, Model, app, console, sampling, say
+from diptych.cli.app import PASS_ON, Device, Dtype, Form, FourBit, Guidance, Model, app, console, sampling, say
 from diptych.config import EvaluateConfig, ImageSampling, SamplingParams, build, load_config
 from diptych.evaluation.registry import BENCHMARKS
 from diptych.overrides import kind_of, parse_pairs
@@ -72,6 +72,7 @@ def benchmark(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     temperature: Annotated[float | None, typer.Option(min=0, help="0: greedy; left out: as the family's release samples")] = None,
     guidance: Guidance = None,
+    form: Form = None,
     max_images: Annotated[int | None, typer.Option(min=0, help="of an answer, where the benchmark does not say; left out: 4")] = None,
     max_text_tokens: Annotated[int | None, typer.Option(min=1, help="per text segment; left out: the family's own")] = None,
     prefix: Annotated[str, typer.Option(help="text directly before each prompt")] = "",
@@ -99,11 +100,12 @@ def benchmark(
     chosen = BENCHMARKS[str(context.info_name)]()
     asked = {"temperature": temperature, "guidance": guidance, "max_images": max_images, "max_text_tokens": max_text_tokens}
     asked = {name: chosen.defaults.get(name) if value is None else value for name, value in asked.items()}
+    form = chosen.form if form is None else form
     settings = build(
         Settings,
         {
-            "benchmark": chosen.name, "model": model, "batch_size": batch_size, "seed": seed, **asked, "prefix": prefix, "suffix": suffix,
-            "image_size": image_size, "limit": limit, "ids": None if ids is None else _lines(ids), "dtype": dtype,
+            "benchmark": chosen.name, "model": model, "batch_size": batch_size, "seed": seed, **asked, "form": form,
+            "prefix": prefix, "suffix": suffix, "image_size": image_size, "limit": limit, "ids": None if ids is None else _lines(ids), "dtype": dtype,
             "load_in_4bit": load_in_4bit,
         },
     )  # fmt: skip
@@ -111,7 +113,9 @@ def benchmark(
     def open_model() -> tuple[UnifiedModel, SamplingParams]:
         loaded = load_model(model, dtype=dtype, load_in_4bit=load_in_4bit or None).to(pick_device(device))
         lengths = {name: asked[name] for name in ("max_images", "max_text_tokens") if asked[name] is not None}
-        return loaded, sampling(loaded.default_sampling, asked["temperature"], asked["guidance"]).model_copy(update=lengths)
+        return loaded, sampling(loaded.default_sampling, asked["temperature"], asked["guidance"]).model_copy(
+            update={**lengths, "form": form}
+        )
 
     words = TextColumn("{task.description}", markup=False)
     with Progress(words, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bars:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diptych.cli.app import Device, Dtype, FourBit, Guidance, Model, app, console, sampling, say
+from diptych.cli.app import Device, Dtype, Form, FourBit, Guidance, Model, app, console, sampling, say
+
+if TYPE_CHECKING:
+    from diptych.document import Document
 
 
 @app.command(
@@ -18,6 +21,10 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="the prompt's text")],
     model: Model = "storyboard",
     image: Annotated[list[Path] | None, typer.Option(help="a picture before the text; may be repeated")] = None,
+    form: Form = None,
+    begin: Annotated[
+        str | None, typer.Option(help="how the answer begins: a text, or a .json file of message blocks as --out writes it")
+    ] = None,
     out: Annotated[Path, typer.Option(help="an .html page, or a .json file of message blocks")] = Path("document.html"),
     temperature: Annotated[float | None, typer.Option(min=0, help="0: greedy; left out: as the family's release samples")] = None,
     guidance: Guidance = None,
@@ -29,7 +36,7 @@ def generate(
     image_size: Annotated[int | None, typer.Option(min=1, help="pixels a side of drawn pictures (Emu3)")] = None,
     device: Device = "auto",
 ) -> None:
-    """Writes one illustrated document."""
+    """Writes one illustrated document, or what else `--form` asks for."""
     from diptych.document import Document, Image, Text, to_json_blocks
     from diptych.models import load_model
     from diptych.pictures import open_image
@@ -37,12 +44,14 @@ def generate(
     from diptych.runs import atomic_text
     from diptych.runtime import generator, pick_device
     from diptych.sampling.engine import fit_to_context, sample
+    from diptych.tokens import AnswerForm
 
     if out.suffix not in (".html", ".json"):
         raise ValueError(f"--out is {str(out)!r}; allowed endings are .html and .json")
     asked = Document((*(Image(open_image(path)) for path in image or []), Text(prompt)))
     loaded = load_model(model, dtype=dtype, load_in_4bit=load_in_4bit or None, image_size=image_size).to(pick_device(device))
-    row = loaded.encode_prompt(asked)
+    given = _beginning(begin)
+    row = loaded.encode_prompt(asked, form, given)
     params = sampling(loaded.default_sampling, temperature, guidance).model_copy(update={"max_text_tokens": max_text_tokens})
     params = params.model_copy(update={"max_images": max_images}) if max_images is not None else fit_to_context(loaded, row, params)
     answer = sample(loaded, [row], params, generator=generator(seed))[0].document
@@ -54,6 +63,22 @@ def generate(
         asked_html = f'<div class="prompt">{blocks_html(to_json_blocks(asked))}</div>'
         atomic_text(out, page("Document", f'<div class="task card">{asked_html}{shown}</div>'))
     say(f"{len(answer)} segments, {len(answer.images)} pictures: {out}")
+    if not answer.images and params.max_images and form in (None, AnswerForm.FREE):
+        say(
+            "The model chose to draw nothing. One that was not trained on documents of texts and pictures never does: ask for a picture "
+            "with --form image, or for a text and its picture with --form text_image."
+        )
+
+
+def _beginning(given: str | None) -> Document:
+    """Raises ValueError for a file that holds no message blocks."""
+    from diptych.document import NOTHING, Document
+    from diptych.userfiles import read_json
+
+    if given is None:
+        return NOTHING
+    path = Path(given)
+    return Document.from_blocks(read_json(path) if path.suffix == ".json" else given, path.parent)
 
 
 @app.command(epilog="Example: diptych merge runs/grpo/checkpoints/step_120/model --out merged")

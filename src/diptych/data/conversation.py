@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from diptych.document import Document
-from diptych.tokens import valid_text
+from diptych.document import NOTHING, Document
+from diptych.tokens import AnswerForm, valid_text
 
 FORMS = '{"role": "user" or "assistant", "content": a string or a list of blocks}'
 BLOCKS = 'text, image and image_url blocks such as {"type": "text", "text": "..."}'
@@ -25,7 +25,10 @@ class NotARecord(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """`columns` reach the rewards; `source` says which data set the record came from, `license` under what terms, `where` file and line."""
+    """`columns` reach the rewards; `source` says which data set the record came from, `license` under what terms, `where` file and line.
+
+    `answer` is what comes behind the `given` beginning of an answer; `form`: of that answer, None where nothing is said of it.
+    """
 
     prompt: Document
     answer: Document | None
@@ -34,11 +37,13 @@ class Record:
     id: str = ""
     license: str = ""
     where: str = ""
+    form: AnswerForm | None = None
+    given: Document = NOTHING
 
     @property
     def is_drawing(self) -> bool:
         """Whether the answer is one bare picture, so that caption dropout makes sense."""
-        return self.answer is not None and len(self.answer) == len(self.answer.images) == 1
+        return self.answer is not None and len(self.answer) == len(self.answer.images) == 1 and not len(self.given)
 
     @property
     def name(self) -> str:
@@ -108,12 +113,14 @@ def shown(value: Any) -> str:
 
 
 def answer_places(messages: list[dict[str, Any]]) -> list[int]:
-    """Where the answers stand that are trained; for a prompt without answer, where one would stand.
+    """Where the answers stand that are trained; for a prompt without answer, where one would stand. What says `prefix` before it is its
+    beginning, which is given.
 
     Raises NotARecord where the messages are no conversation, or one of them is empty: one of a user or an assistant holds a picture or a
     text of more than spaces, and in an answer with pictures every text does. (An empty system message is as none.)
     """
-    roles = [message["role"] for message in messages]
+    _check_prefixes(messages)
+    roles = [message["role"] for message in messages if not message.get("prefix")]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(turns)):
         raise NotARecord(
@@ -125,10 +132,26 @@ def answer_places(messages: list[dict[str, Any]]) -> list[int]:
         _refuse_empty(message, number)
     if roles[-1] == "user":
         return [len(messages)]
-    places = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("loss") is not False]
+    spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant" and not message.get("prefix")]
+    places = [i for i in spoken if messages[i].get("loss") is not False]
     if not places:
         raise NotARecord("no answer is trained: each says `loss`: false; leave out the last answer to make it a prompt")
     return places
+
+
+def _check_prefixes(messages: list[dict[str, Any]]) -> None:
+    for place, message in enumerate(messages):
+        given, after = message.get("prefix"), messages[place + 1 : place + 2]
+        if given is None or given is False:
+            continue
+        before = messages[place - 1]["role"] if place else "nothing"
+        if given is not True or message["role"] != "assistant" or message.get("loss") is not None:
+            raise NotARecord(f"`prefix` is {given!r} at a {message['role']} message; it is true or false, at answers, and beside no `loss`")
+        if before != "user" or any(next["role"] != "assistant" or next.get("prefix") for next in after):
+            raise NotARecord(
+                f"message {place + 1} is the beginning of an answer (`prefix`) behind {before}; it stands behind a user message, and "
+                "before the assistant message that goes on, or last"
+            )
 
 
 def is_loss(value: Any) -> bool:
@@ -147,12 +170,13 @@ def _refuse_empty(message: dict[str, Any], number: int) -> None:
 
 
 def check_known_columns(value: dict[str, Any]) -> dict[str, Any]:
-    """`num_images` as a whole number and `ends_with_text` as true or false, of those that are there; NaN is how pandas writes null.
+    """`num_images` as a whole number, `ends_with_text` as true or false and `answer_form` as one of the forms, of those that are there;
+    NaN is how pandas writes null.
 
     Raises NotARecord for anything else.
     """
     found: dict[str, Any] = {}
-    for name in ("num_images", "ends_with_text"):
+    for name in ("num_images", "ends_with_text", "answer_form"):
         given = value.get(name)
         if given is None or given != given:
             found |= {name: None} if name in value else {}
@@ -162,9 +186,12 @@ def check_known_columns(value: dict[str, Any]) -> dict[str, Any]:
             found[name] = int(given)
         elif name == "ends_with_text" and isinstance(given, bool):
             found[name] = given
+        elif name == "answer_form" and given in list(AnswerForm):
+            found[name] = AnswerForm(given)
         else:
-            wanted = "a whole number from 0" if name == "num_images" else "true or false"
-            raise NotARecord(f"`{name}` is {kind_of(given)}; it is {wanted}, or null")
+            forms = f"one of {', '.join(AnswerForm)}"
+            wanted = {"num_images": "a whole number from 0", "ends_with_text": "true or false", "answer_form": forms}
+            raise NotARecord(f"`{name}` is {kind_of(given)}; it is {wanted[name]}, or null")
     return found
 
 

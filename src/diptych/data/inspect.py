@@ -174,11 +174,12 @@ def _num_tokens(model: UnifiedModel, record: Record) -> tuple[int | None, str]:
     try:
         for image in record.prompt.images:
             model.prompt_pixels(open_image(image.pixels))
-        for image in record.answer.images if record.answer else ():
+        for image in (*record.given.images, *(record.answer.images if record.answer else ())):
             model.target_pixels(open_image(image.pixels))
+        prompt, given = stand_in(record.prompt), stand_in(record.given)
         if record.answer is None:
-            return len(model.encode_prompt(stand_in(record.prompt))), ""
-        return len(model.encode_example(stand_in(record.prompt), stand_in(record.answer))), ""
+            return len(model.encode_prompt(prompt, record.form, given)), ""
+        return len(model.encode_example(prompt, stand_in(record.answer), form=record.form, given=given)), ""
     except ValueError as error:
         return None, str(error)
 

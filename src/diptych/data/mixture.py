@@ -46,6 +46,7 @@ class Mixture:
             else:
                 self.sources.append(open_source(source.name, source.num_records, seed=seed, split=split, problems=problems))
                 self.skipped.append({-1 - at: problem for at, problem in enumerate(problems.found if problems else ())})
+            self.sources[-1].form = source.form
             self.check_share(number)
         weights = np.array([s.weight for s in sources])
         self.weights = weights / weights.sum()

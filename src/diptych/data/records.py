@@ -8,12 +8,15 @@ A JSONL line:
 
 Only `messages` is needed; other keys are columns for rewards. Image paths are relative to the file. Prompt sets for GRPO leave out the
 last assistant's message. A conversation of several turns is one record for each answer that is trained; what came before it is its
-prompt. An answer that is not to be trained says `"loss": false` beside its role. How such files are made is in docs/data.md.
+prompt. An answer that is not to be trained says `"loss": false` beside its role. An assistant message that says `"prefix": true` is the
+given beginning of the answer that follows, or is to be sampled. The column `answer_form` says what the answer may hold (`AnswerForm`).
+How such files are made is in docs/data.md.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import glob
 import json
 import re
@@ -28,6 +31,7 @@ from diptych.data.problems import Problems
 from diptych.data.readers import shards, suffix_of
 from diptych.data.rows import RowFile
 from diptych.runtime import rng as make_rng
+from diptych.tokens import AnswerForm
 from diptych.userfiles import lines_of
 from diptych.worlds.storyboard import conversations
 from diptych.worlds.storyboard.scene import Split
@@ -42,11 +46,15 @@ class Source:
         places: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         """`places`: (size,) which records of the file these are."""
-        self.name, self.size, self._get, self.columns, self.file = name, size, get, frozenset(columns), file
+        self.name, self.size, self._get, self.columns, self.file = name, size, get, frozenset(columns) - {"answer_form"}, file
         self.places = places
+        self.form: AnswerForm | None = None  # of answers whose record names none
 
     def __getitem__(self, index: int) -> Record:
-        return self._get(index if self.size is None else index % self.size)
+        return self._formed(self._get(index if self.size is None else index % self.size))
+
+    def _formed(self, record: Record) -> Record:
+        return dataclasses.replace(record, form=self.form) if record.form is None and self.form is not None else record
 
     def place(self, index: int) -> tuple[str, str]:
         """File and line of a record of a file, and its id where its row can be read."""
@@ -65,7 +73,7 @@ class Source:
         assert self.file is not None
         assert self.places is not None
         index = dict(zip(self.places.tolist(), range(len(self.places)), strict=True))
-        yield from ((index[at], record) for at, record in self.file.conversations(index))
+        yield from ((index[at], self._formed(record)) for at, record in self.file.conversations(index))
 
 
 def open_source(

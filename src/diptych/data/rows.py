@@ -24,7 +24,7 @@ from diptych.data.shards import Place, Shard, open_shard
 from diptych.document import STAND_IN, Document, Image, Text, join
 
 # Columns that say what answers there are, and those that `format` reads
-CONVERSATION = ("messages", "prompt", "completion", "conversations", "num_images", "ends_with_text")
+CONVERSATION = ("messages", "prompt", "completion", "conversations", "num_images", "ends_with_text", "answer_form")
 PICTURES_CHECKED = 1000  # records whose pictures are opened at once; `diptych data inspect` opens all
 
 
@@ -147,9 +147,11 @@ class RowFile:
                 break
 
     def _words(self, row: Row, messages: list[dict[str, Any]], answer: int) -> Record:
-        prompt = join(_words(message) for message in messages[:answer])
+        begin = prompt_end(messages, answer)
+        prompt, given = join(map(_words, messages[:begin])), join(map(_words, messages[begin:answer]))
         told = _words(messages[answer]) if answer < len(messages) else None
-        return Record(prompt, told, self.source, {}, id_of(row), where=row.where)
+        form = check_known_columns(row.value).get("answer_form")
+        return Record(prompt, told, self.source, {}, id_of(row), where=row.where, form=form, given=given)
 
     def __getitem__(self, at: int) -> Record:
         shard, *place, answer, _ = (column[at] for column in self._index)
@@ -160,6 +162,11 @@ class RowFile:
             return make_row_record(row, answer, self.source)
         except ValueError as error:
             raise ValueError(f"{row.where}: not a record: {error}") from error
+
+
+def prompt_end(messages: Sequence[dict[str, Any]], answer: int) -> int:
+    """Where the prompt of the answer at a place ends: before the beginning of the answer, where one is given."""
+    return answer - bool(answer and messages[answer - 1].get("prefix"))
 
 
 def row_answers(row: Row) -> list[int]:
@@ -173,14 +180,16 @@ def make_row_record(row: Row, place: int, source: str) -> Record:
     messages = messages_of(row)
     if place > len(messages):
         raise NotARecord("the file was changed since it was opened")
-    prompt = join(_document(message) for message in messages[:place])
+    begin = prompt_end(given_messages(row.value), place)
+    prompt, given = join(map(_document, messages[:begin])), join(map(_document, messages[begin:place]))
     answer = _document(messages[place]) if place < len(messages) else None
     license = str(row.value.get("license") or "")
     columns = {**columns_of(row), **check_known_columns(row.value), "id": id_of(row), "license": license}
     columns["source"] = columns.get("source") or source
     if answer is not None and columns.get("num_images") is None:
-        columns["num_images"] = len(answer.images)
-    return Record(prompt, answer, str(columns["source"]), columns, columns["id"], license, row.where)
+        columns["num_images"] = len(given.images) + len(answer.images)
+    form = columns.pop("answer_form", None)
+    return Record(prompt, answer, str(columns["source"]), columns, columns["id"], license, row.where, form, given)
 
 
 def _words(message: dict[str, Any]) -> Document:

@@ -126,13 +126,14 @@ def _encode(model: UnifiedModel, prompt: Document, params: SamplingParams, templ
     except ValueError as error:
         raise _Refused("unreadable picture", str(error)) from error
     try:
-        row = model.encode_prompt(template.around(prompt))
+        row = model.encode_prompt(template.around(prompt), params.form)
     except TooLong as error:
         raise _Refused("prompt too long", str(error)) from error
     except ValueError as error:
         raise _Refused("prompt not encodable", str(error)) from error
-    if len(row) + context_needed(model, params.model_copy(update={"max_images": 0})) > model.max_positions:
-        sizes = f"a prompt of {len(row)} positions and a text of {params.max_text_tokens}"
+    needed = context_needed(model, params.model_copy(update={"max_images": 0}), row)
+    if len(row) + needed > model.max_positions:
+        sizes = f"a prompt of {len(row)} positions and an answer of {needed}"
         raise _Refused("prompt too long", f"{sizes} exceed the model's context of {model.max_positions}")
     return row
 

@@ -20,6 +20,7 @@ import PIL.Image
 from diptych.data.convert.pictures import load
 from diptych.data.problems import Problems
 from diptych.document import Document, Image
+from diptych.tokens import AnswerForm
 
 
 def as_file_name(name: str) -> str:
@@ -50,7 +51,7 @@ class StoredImage(Image):
 class Item:
     """One question. `prompt` is all that a model sees of it; references stay in `record`.
 
-    `record`: as published. `max_images`: the most pictures of an answer; None: as the job says. `num_answers`: how many are asked for.
+    `record`: as published. `max_images`: the most pictures of a free answer; None: as the job says. `num_answers`: how many are asked for.
     """
 
     id: str
@@ -128,6 +129,7 @@ class Benchmark(ABC):
     """`aspects`: the columns of the score sheet. `scale`: (lowest, highest) raw value, for reports.
 
     `defaults`: settings of a job that are part of the benchmark's protocol, where the user says nothing.
+    `form`: of its answers, where the user says nothing; a model that was never trained to write documents draws where it must only.
     `scored_by`: what a score sheet can be made from beside the answers themselves, of "official" and "judge".
     `max_side`: the largest side of a saved picture, in pixels; None: any.
     `headlines`: the figures of its table by which models are compared first.
@@ -138,6 +140,7 @@ class Benchmark(ABC):
     aspects: ClassVar[tuple[str, ...]]
     scale: ClassVar[tuple[float, float]]
     defaults: ClassVar[dict[str, Any]] = {}
+    form: ClassVar[AnswerForm] = AnswerForm.FREE
     scored_by: ClassVar[tuple[str, ...]] = ("official", "judge")
     max_side: ClassVar[int | None] = None
     headlines: ClassVar[tuple[Headline, ...]] = ()

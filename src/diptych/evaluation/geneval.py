@@ -1,7 +1,8 @@
 """GenEval: 553 captions, four pictures each, checked by an object detector. Tells whether text-to-image has stayed.
 
 Source: arXiv:2310.11513; the scorer is github.com/djghosh13/geneval at commit af4902f. Its overall score is the mean of the six tags'
-accuracies over pictures, not the mean over pictures. Prompts are asked as they stand: rewriting them raises the score a lot.
+accuracies over pictures, not the mean over pictures. Prompts are asked as they stand: rewriting them raises the score a lot. A picture is
+begun at once (form `image`), as the releases' own code does it, in the family's own prompt for drawing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from diptych.document import Document, Text
 from diptych.evaluation.benchmark import Benchmark, Cells, Headline, Item, Score, Scoring
 from diptych.evaluation.official import REPEATED, STRANGER, UNUSABLE, nothing_usable
 from diptych.evaluation.sheets import figure, macro_average, units
+from diptych.tokens import AnswerForm
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 FILE = "evaluation_metadata.jsonl"
@@ -36,6 +38,7 @@ class GenEval(Benchmark):
     name = "geneval"
     aspects = ("correct",)
     scale = (0.0, 1.0)
+    form = AnswerForm.IMAGE
     scored_by = ("official",)
     headlines = (Headline("overall", ("overall",), _by_tag, stratum=lambda score: score.category, decimals=3),)
 

@@ -36,6 +36,7 @@ from diptych.models.fingerprint import differing_model, digest, of_model
 from diptych.rewards.judges.options import JudgeOptions
 from diptych.runs import atomic_folder, atomic_text
 from diptych.runtime import versions
+from diptych.tokens import AnswerForm
 
 OpenModel = Callable[[], tuple[UnifiedModel, SamplingParams]]
 PATIENCE = set(JudgeOptions.model_fields) - {"model", "revision", "max_tokens", "extra_body"}  # may change between two runs of one job
@@ -50,6 +51,7 @@ class Settings(Config):
     seed: int = Field(0, ge=0)
     temperature: float | None = Field(None, ge=0)
     guidance: float | None = Field(None, ge=0)
+    form: AnswerForm = AnswerForm.FREE
     max_images: int | None = Field(None, ge=0)
     max_text_tokens: int | None = Field(None, ge=1)
     prefix: str = ""
@@ -152,7 +154,8 @@ class Job:
         stored = self._stored()
         plain = known.keys() - {"model", "fingerprint", "data"}
         changed = [found for found in (differing_model(stored, known), differing_data(stored, known)) if found]
-        changed += sorted(key for key in plain if stored.get(key) != known[key])
+        said = {"form": AnswerForm.FREE.value, **stored}  # folders from before there were forms
+        changed += sorted(key for key in plain if said.get(key) != known[key])
         if self.shard is not None and stored.get("shards") != self.shard[1]:
             changed.append("shard")
         if changed:

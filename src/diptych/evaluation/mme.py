@@ -18,6 +18,7 @@ from diptych.data.readers import read_rows
 from diptych.document import Document, Text
 from diptych.evaluation.benchmark import Benchmark, Cells, Headline, Item, Score, Scoring, StoredImage
 from diptych.evaluation.sheets import figure, total
+from diptych.tokens import AnswerForm
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -49,6 +50,7 @@ class MME(Benchmark):
     name = "mme"
     aspects = ("correct",)
     scale = (0.0, 1.0)
+    form = AnswerForm.TEXT
     defaults = {"temperature": 0.0, "max_text_tokens": 16}  # noqa: RUF012
     scored_by = ()
     headlines = (_sum("MME-P", PERCEPTION), _sum("MME-C", COGNITION))

@@ -415,9 +415,10 @@ def check_form(document: Document, form: AnswerForm | None, num_given: int) -> N
     wanted = {AnswerForm.IMAGE: [Image], AnswerForm.TEXT_IMAGE: [Text, Image]}
     fits = kinds == wanted[form] if form in wanted else form is not AnswerForm.TEXT or Image not in kinds
     if not fits:
+        assert form is not None
         asked = {AnswerForm.IMAGE: "one picture", AnswerForm.TEXT_IMAGE: "a text and a picture", AnswerForm.TEXT: "text alone"}
         held = ", ".join("picture" if kind is Image else "text" for kind in kinds) or "nothing"
-        raise ValueError(f"its answer holds {held}, and an answer of form {form} is {asked[form] if form else ''}; mend the answer or the form")
+        raise ValueError(f"its answer holds {held}, and an answer of form {form} is {asked[form]}; mend the answer or the form")
 
 
 def check_image_size(asked: int | None, own: int, family: str) -> None:

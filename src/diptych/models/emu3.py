@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import Emu3ForConditionalGeneration
 
 from diptych.config import ImageSampling, SamplingParams
-from diptych.document import Image
+from diptych.document import Document, Image
 from diptych.models.base import CODE, ImageSpec
 from diptych.models.hf import OneVocabularyModel, load_image_processor
 from diptych.models.pixels import square, to_pixels
 from diptych.pictures import to_rgb
-from diptych.tokens import TokenRow
+from diptych.tokens import AnswerForm, TokenRow
 
 BEGIN, SIZE_END, ROW_END, CODES_END, END = "<|image start|>", "<|image token|>", "<|extra_200|>", "<|extra_201|>", "<|image end|>"
 PLACEHOLDER = "<image>"
@@ -122,6 +122,12 @@ class Emu3Model(OneVocabularyModel):
     def unconditional_prompt(self, prompt_length: int) -> list[int]:
         """The release's negative prompt, alone after the begin token; "" unless `diptych.json` in the folder says otherwise."""
         return [self.bos_id, *self._negative_ids]
+
+    def encode_prompt_row(self, document: Document, form: AnswerForm) -> TokenRow:
+        """Where a picture alone is asked for in words, the release writes them as they are behind the begin token."""
+        if form is not AnswerForm.IMAGE or document.images:
+            return super().encode_prompt_row(document, form)
+        return TokenRow.text([self.bos_id, *self.encode_text(document.text)], self.image_spec.depth)
 
     def forbidden_text_ids(self) -> list[int]:
         return sorted({*super().forbidden_text_ids(), self._row_end})

@@ -37,7 +37,7 @@ from diptych.runtime import run_async
 
 logger = logging.getLogger(__name__)
 
-GIVEN = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "truncated"}
+GIVEN = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "truncated", "answer_form"}
 BUILT_IN = {
     "format": "diptych.rewards.format:format",
     "image_text": "diptych.rewards.image_text:image_text",

@@ -1,9 +1,9 @@
 """The rollout engine: whole documents as one decoding trajectory with carried keys and values.
 
-Phase-aligned lockstep. Rows share slots. In a text phase every row writes text until it begins an image or ends (one whose form is a
-picture alone has begun it with its prompt); a row that waits leaves a slot empty, and positions count real tokens. In an image phase the rows that draw walk through the family's layout; each has
-an unconditional twin in the same forward pass, with slots of its own that restart at each image. Prompts are prefilled once per group;
-finished rows are dropped at the end of a phase.
+Phase-aligned lockstep. Rows share slots. In a text phase every row writes text until it begins an image or ends (a row of form `image`
+has begun it in its prompt); a row that waits leaves a slot empty, and positions count real tokens. In an image phase the rows that draw
+walk through the family's layout; each has an unconditional twin in the same forward pass, with slots of its own that restart at each
+image. Prompts are prefilled once per group; finished rows are dropped at the end of a phase.
 """
 
 from __future__ import annotations
@@ -39,18 +39,28 @@ def context_needed(model: UnifiedModel, params: SamplingParams, row: TokenRow | 
     return (left + 1) * text + left * picture
 
 
+def most_choices(model: UnifiedModel, params: SamplingParams) -> int:
+    """The most choices of an answer of the form in the settings; a code is one."""
+    forms = {AnswerForm.IMAGE: (0, 1), AnswerForm.TEXT: (1, 0), AnswerForm.TEXT_IMAGE: (1, 1)}
+    texts, images = forms.get(params.form, (params.max_images + 1, params.max_images))
+    return texts * params.max_text_tokens + images * model.image_spec.num_positions * model.image_spec.depth
+
+
 def check_room(model: UnifiedModel, row: TokenRow, params: SamplingParams) -> None:
     """Raises ValueError where the longest possible answer does not fit behind a prompt."""
     needed = context_needed(model, params, row)
     if len(row) + needed > model.max_positions:
         raise ValueError(
-            f"a prompt of {len(row)} positions and an answer of up to {needed} exceed the model's context of {model.max_positions}; shorten "
-            "the prompt or lower max_images or max_text_tokens"
+            f"a prompt of {len(row)} positions and an answer of up to {needed} exceed the model's context of {model.max_positions}; "
+            "shorten the prompt or lower max_images or max_text_tokens"
         )
 
 
 def fit_to_context(model: UnifiedModel, prompt: TokenRow, params: SamplingParams) -> SamplingParams:
-    """The same settings with `max_images` lowered to what fits behind the prompt (0 at least: `sample` says what is too long)."""
+    """The same settings with `max_images`, of free answers, lowered to what fits behind the prompt (0 at least: `sample` says what is too
+    long)."""
+    if (prompt.form or params.form) is not AnswerForm.FREE:
+        return params
     for max_images in range(params.max_images, 0, -1):
         lowered = params.model_copy(update={"max_images": max_images})
         if len(prompt) + context_needed(model, lowered, prompt) <= model.max_positions:
@@ -79,7 +89,7 @@ def sample(
         raise ValueError(f"{len(generator)} generators were given for {len(prompts)} prompts; give one, or one for each")
     params = resolve(params, model)
     if params.form is not AnswerForm.FREE and any(prompt.form is None for prompt in prompts):
-        raise ValueError(f"the settings ask for answers of form {params.form}, and a prompt was encoded for none: encode_prompt(prompt, form)")
+        raise ValueError(f"the settings ask for form {params.form}, and a prompt was encoded for none: use encode_prompt(prompt, form)")
     for prompt in prompts:
         check_room(model, prompt, params)
     was_training = model.training

@@ -19,6 +19,7 @@ class Message:
     role: str
     blocks: tuple[Block, ...]
     loss: bool = True
+    prefix: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -232,7 +232,8 @@ def record_line(draft: Draft, names: Sequence[str], source: str, license: str) -
             for block in message.blocks
         ]
         untrained = message.role == "assistant" and not message.loss
-        messages.append({"role": message.role, **({"loss": False} if untrained else {}), "content": content})
+        said = {**({"loss": False} if untrained else {}), **({"prefix": True} if message.prefix else {})}
+        messages.append({"role": message.role, **said, "content": content})
     return {"messages": messages, "source": source, **draft.columns, "id": draft.id, "license": license}
 
 

@@ -60,8 +60,11 @@ def messages_of(row: Row) -> tuple[Message, ...]:
         raise NotARecord(f"`images` is {kind_of(columns)}; a list of pictures is needed")
     waiting = list(columns)
     messages = tuple(
-        Message(message["role"], tuple(_blocks(message["content"], row, waiting)), message.get("loss") is not False) for message in given
-    )
+        Message(
+            message["role"], tuple(_blocks(message["content"], row, waiting)), message.get("loss") is not False, bool(message.get("prefix"))
+        )
+        for message in given
+    )  # fmt: skip
     if waiting and len(waiting) != len(columns):
         raise NotARecord(f"{len(columns)} pictures are given and {len(columns) - len(waiting)} places for them")
     if waiting:
