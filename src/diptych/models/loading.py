@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from diptych.config import RunConfig
 from diptych.models.base import UnifiedModel
 from diptych.models.codes import CodeCache
+from diptych.models.emu3_5.config import is_first_generation
 from diptych.models.lora import DESCRIPTION, attach_lora, load_lora, read_description
 
 PACKAGED = ("storyboard",)
@@ -26,6 +27,7 @@ FAMILIES: dict[str, str] = {  # model_type in config.json -> module:class; impor
     "multi_modality": "diptych.models.janus:JanusModel",  # DeepSeek's own layout
     "vila_u_llama": "diptych.models.vila_u.model:VilaUModel",
     "emu3": "diptych.models.emu3:Emu3Model",
+    "Emu3": "diptych.models.emu3_5.model:Emu35Model",  # BAAI's name in its own layout; the first generation has it too
     "chameleon": "diptych.models.chameleon:ChameleonModel",
 }
 # Folders in another layout than transformers', by what their config.json says
@@ -85,10 +87,11 @@ def family_of(folder: Path) -> type[UnifiedModel]:
     if not config.is_file():
         raise ValueError(f"no model at {str(folder)!r}: {config} does not exist. Give a checkpoint folder or one of: {', '.join(PACKAGED)}")
     try:
-        kind = json.loads(config.read_text()).get("model_type")
+        raw = json.loads(config.read_text())
+        kind = raw.get("model_type")
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{config} cannot be read as JSON, or is not valid JSON: {error}") from error
-    if kind not in FAMILIES:
+    if kind not in FAMILIES or (kind in OTHER_LAYOUTS and is_first_generation(folder, raw)):
         hint = f" ({OTHER_LAYOUTS[kind]})" if kind in OTHER_LAYOUTS else ""
         raise ValueError(f"{config} has model_type {kind!r}{hint}; known families are {', '.join(FAMILIES)}")
     module, name = FAMILIES[kind].split(":")
