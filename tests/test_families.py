@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_data import SIZE, answer, drawn_first, params, picture, prompts
+from family_data import SIZE, answer, drawn_first, eager, params, picture, prompts
 from safetensors.torch import load_file
 from transformers import AutoProcessor, ChameleonForConditionalGeneration, Emu3ForConditionalGeneration, JanusForConditionalGeneration
 
@@ -26,19 +26,10 @@ DATA = Path(__file__).parent / "data" / "vila_u"
 STOCK = {"janus": JanusForConditionalGeneration, "emu3": Emu3ForConditionalGeneration, "chameleon": ChameleonForConditionalGeneration}
 
 
-LIKING = {"emu3": (9.0, 0.0)}  # nats for beginning a picture and for ending, see `model`; this toy's logits are the widest
-
-
 @pytest.fixture
 def model(models, family) -> Iterator[UnifiedModel]:
-    """With a head that likes to begin pictures and to end, so that a few short documents cover both."""
-    model = models[family]
-    head = (model.llm if family == "vila_u" else model.hf).lm_head
-    liked = torch.zeros(model.vocab_size)
-    liked[[model.image_spec.begin_id, model.eos_id]] = torch.tensor(LIKING.get(family, (4.0, 4.0)))
-    hook = head.register_forward_hook(lambda module, inputs, logits: logits + liked.to(logits))
-    yield model
-    hook.remove()
+    with eager(models[family]) as model:
+        yield model
 
 
 def roll(model: UnifiedModel, settings: SamplingParams, group: int = 6):

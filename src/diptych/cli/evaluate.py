@@ -105,7 +105,8 @@ def benchmark(
         Settings,
         {
             "benchmark": chosen.name, "model": model, "batch_size": batch_size, "seed": seed, **asked, "form": form,
-            "prefix": prefix, "suffix": suffix, "image_size": image_size, "limit": limit, "ids": None if ids is None else _lines(ids), "dtype": dtype,
+            "prefix": prefix, "suffix": suffix, "image_size": image_size, "limit": limit,
+            "ids": None if ids is None else _lines(ids), "dtype": dtype,
             "load_in_4bit": load_in_4bit,
         },
     )  # fmt: skip

@@ -166,8 +166,11 @@ def _storyboard(name: str, kind: str, num_records: int | None, seed: int, split:
         def single(index: int) -> Record:
             rng = make_rng(seed, 8, stream, index)
             turn = _KINDS[kind][int(rng.integers(len(_KINDS[kind])))]
+            if turn == "draw":
+                (prompt, answer), caption = conversations.drawing(rng, split)
+                return Record(prompt, answer, name, {"num_images": 1, "caption": caption})
             prompt, answer = conversations.make_turn(rng, turn, split)
-            return Record(prompt, answer, name, {"num_images": len(answer.images)})
+            return Record(prompt, answer, name, {"num_images": 0, "solution": answer.text})
 
-        return Source(name, num_records, single, ("num_images",))
+        return Source(name, num_records, single, ("num_images", "caption" if kind == "text_to_image" else "solution"))
     raise ValueError(f"unknown data set {name!r}; known are {', '.join(_storyboard_names())}")

@@ -16,6 +16,7 @@ from diptych.models import UnifiedModel
 from diptych.runtime import generator
 from diptych.runtime import rng as make_rng
 from diptych.sampling.engine import sample
+from diptych.tokens import AnswerForm
 from diptych.worlds.storyboard.conversations import Turn, make_turn
 from diptych.worlds.storyboard.language import normalise
 from diptych.worlds.storyboard.oracle import Verdict, judge, read_pictures
@@ -60,7 +61,7 @@ def answer(
 ) -> list[Document]:
     answers: list[Document] = []
     for begin in range(0, len(prompts), config.batch_size):
-        rows = [model.encode_prompt(prompt) for prompt in prompts[begin : begin + config.batch_size]]
+        rows = [model.encode_prompt(prompt, params.form) for prompt in prompts[begin : begin + config.batch_size]]
         rollouts = sample(model, rows, params, generator=generator(config.seed, 30, begin))
         answers += [rollout.document for rollout in rollouts]
         if progress:
@@ -110,15 +111,17 @@ def evaluate_retention(
 
 
 def old_skills(
-    model: UnifiedModel, params: SamplingParams, config: EvaluateConfig, progress: Progress | None = None
+    model: UnifiedModel, params: SamplingParams, config: EvaluateConfig, progress: Progress | None = None, *, forms: bool = False
 ) -> dict[str, list[tuple[str, bool]]]:
-    """For each skill the kind of every turn and whether the answer is exactly right."""
+    """For each skill the kind of every turn and whether the answer is exactly right. `forms`: asked for a picture and for words; otherwise
+    the model chooses what to answer with."""
     rng = make_rng(config.seed, 32)
     drawing = [make_turn(rng, "draw", config.split) for _ in range(config.num_retention)]
     kinds = [("describe", "question")[i % 2] for i in range(config.num_retention)]
     asking = [make_turn(rng, kind, config.split) for kind in kinds]
-    drawn = answer(model, [prompt for prompt, _ in drawing], params.greedy(), config, progress)
-    said = answer(model, [prompt for prompt, _ in asking], params.greedy(), config, progress)
+    image, text = (params.greedy().model_copy(update={"form": form} if forms else {}) for form in (AnswerForm.IMAGE, AnswerForm.TEXT))
+    drawn = answer(model, [prompt for prompt, _ in drawing], image, config, progress)
+    said = answer(model, [prompt for prompt, _ in asking], text, config, progress)
     return {
         "text_to_image": [("draw", _same_picture(a, turn)) for a, turn in zip(drawn, drawing, strict=True)],
         "understanding": [(kind, same_words(a, turn)) for kind, a, turn in zip(kinds, said, asking, strict=True)],

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 GIVEN = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "truncated", "answer_form"}
 BUILT_IN = {
     "format": "diptych.rewards.format:format",
+    "exact_match": "diptych.rewards.exact_match:exact_match",
     "image_text": "diptych.rewards.image_text:image_text",
     "text_critic": "diptych.rewards.text_critic:text_critic",
     "text_likelihood": "diptych.rewards.text_likelihood:TextLikelihood",
@@ -74,6 +75,7 @@ ABOUT = {
         "0..1 a document",
         "column num_images",
     ),
+    "exact_match": About("the answer in words against the right one", "0 or 1 a document", "column solution"),
     "image_text": About("each picture against the text just before it (Storyboard)", "0..1 a picture", "nothing: packaged"),
     "text_critic": About("each text, given the prompt and the texts before (Storyboard)", "0..1 a text", "nothing: packaged"),
     "text_likelihood": About(

@@ -1,4 +1,4 @@
-"""`image_text`: does each picture show what the text just before it says? A dual encoder trained for Storyboard.
+"""`image_text`: does each picture show what its words say? A dual encoder trained for Storyboard.
 
 One value per image in 0..1, about 1 where every fact agrees and halved with each fact that does not. Like CLIP score
 and ImageReward in the paper it is learned, so it can be wrong and can be hacked.
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diptych.document import Document, Image, Text
 from diptych.models import packaged_folder
+from diptych.rewards.captions import Against, compared, no_values
 from diptych.rewards.encoder import DocumentEncoder
 
 EMBEDDING = 64
@@ -62,14 +63,14 @@ def _packaged() -> DocumentEncoder:
     return DocumentEncoder.load(packaged_folder("image_text"))
 
 
-def image_text(completions: list[list[dict[str, Any]]], **_: Any) -> list[list[float | None]]:
-    """Per step; None for text, and for an image without a caption (the format reward sees to that)."""
+def image_text(
+    completions: list[list[dict[str, Any]]], prompts: list[list[dict[str, Any]]] | None = None, against: Against = "text", **columns: Any
+) -> list[list[float | None]]:
+    """Per step; None for text, and for an image without words to compare it with (`rewards/captions.py`)."""
     captions, images, at = [], [], []
-    values: list[list[float | None]] = []
-    for row, messages in enumerate(completions):
-        document = Document.from_blocks(messages[-1]["content"])
-        values.append([None] * len(document))
-        for step, caption, image in document.captions():
+    values = no_values(completions)
+    for row, pairs in enumerate(compared(prompts, completions, against, **columns)):
+        for step, caption, image in pairs:
             captions.append(caption)
             images.append(image)
             at.append((row, step))

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from diptych.config import build
 from diptych.document import Document, Image, Text
+from diptych.rewards.captions import Compared, compared
 from diptych.rewards.judges.client import Answer, JudgeClient, Question
 from diptych.rewards.judges.options import JudgeOptions, UnifiedRewardOptions
 from diptych.rewards.judges.prompts import AXES, document_messages, picture_axes_messages, picture_messages, text_critic_messages
@@ -55,18 +56,19 @@ class Judge(ABC):
         return f"{self.name}: {given.model} {revision} behind {given.base_url}; raw {self.lowest:g}..{self.highest:g}; value {value}"
 
     @abstractmethod
-    def questions(self, prompt: Document, answer: Document) -> list[Asked]:
-        """What is asked about one document."""
+    def questions(self, prompt: Document, answer: Document, pictures: list[Compared]) -> list[Asked]:
+        """What is asked about one document. `pictures`: those of it that have words, with these."""
 
     async def __call__(
-        self, prompts: list[list[dict[str, Any]]], completions: list[list[dict[str, Any]]], **_: Any
+        self, prompts: list[list[dict[str, Any]]], completions: list[list[dict[str, Any]]], **columns: Any
     ) -> list[list[float | None]]:
         values: list[list[float | None]] = []
         asked: list[tuple[int, list[int], Question]] = []
+        pictures = compared(prompts, completions, getattr(self.options, "against", "text"), **columns)
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             answer = Document.from_blocks(completion[-1]["content"])
             values.append([None] * len(answer))
-            for steps, question in self.questions(Document.from_blocks(prompt[-1]["content"]), answer):
+            for steps, question in self.questions(Document.from_blocks(prompt[-1]["content"]), answer, pictures[row]):
                 asked.append((row, steps, question))
         answers = await self.client.ask([question for _, _, question in asked])
         before = self._faults.total()
@@ -104,7 +106,7 @@ class LLMTextCritic(Judge):
 
     name, lowest, highest = "llm_text_critic", 0.0, 100.0
 
-    def questions(self, prompt: Document, answer: Document) -> list[Asked]:
+    def questions(self, prompt: Document, answer: Document, pictures: list[Compared]) -> list[Asked]:
         found: list[Asked] = []
         for step, segment in enumerate(answer):
             if isinstance(segment, Text) and segment.text.strip():
@@ -125,8 +127,8 @@ class UnifiedReward(Judge):
     options: UnifiedRewardOptions
     options_class = UnifiedRewardOptions
 
-    def questions(self, prompt: Document, answer: Document) -> list[Asked]:
-        return [([step], self._question(caption, picture)) for step, caption, picture in answer.captions()]
+    def questions(self, prompt: Document, answer: Document, pictures: list[Compared]) -> list[Asked]:
+        return [([step], self._question(caption, picture)) for step, caption, picture in pictures]
 
     def _question(self, caption: str, picture: Image) -> Question:
         if self.options.version == "v2":
@@ -141,7 +143,7 @@ class DocumentJudge(Judge):
 
     name, lowest, highest = "document_judge", 0.0, 10.0
 
-    def questions(self, prompt: Document, answer: Document) -> list[Asked]:
+    def questions(self, prompt: Document, answer: Document, pictures: list[Compared]) -> list[Asked]:
         if not len(answer):
             return []
         messages, tag = document_messages(prompt, answer)

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from diptych.config import Config
+from diptych.rewards.captions import AGAINST, Against
 
 
 class JudgeOptions(Config):
@@ -71,6 +72,7 @@ class JudgeOptions(Config):
 
 
 class UnifiedRewardOptions(JudgeOptions):
+    against: Against = Field("text", description=AGAINST)
     version: Literal["v1", "v2"] = Field(
         "v1", description="of the model: v1 gives one score (UnifiedReward, 1.5), v2 three, whose mean is taken (UnifiedReward 2.0)"
     )

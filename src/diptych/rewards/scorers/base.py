@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from diptych.config import Config, build
-from diptych.document import Document, Image
+from diptych.document import Image
+from diptych.rewards.captions import AGAINST, Against, compared, no_values
 from diptych.runtime import pick_device
 
 logger = logging.getLogger(__name__)
@@ -185,12 +186,18 @@ class ImageScorer(ABC):
             raise ValueError(f"the checkpoint {self.options.model!r} gives NaN or infinity for a grey picture; its weights are damaged")
 
 
+class CaptionOptions(ScorerOptions):
+    against: Against = Field("text", description=AGAINST)
+
+
 class CaptionScorer(ImageScorer):
-    """A scorer of a picture against its caption (`Document.captions`). None for texts, and for pictures without one.
+    """A scorer of a picture against its caption (`rewards/captions.py`). None for texts, and for pictures without one.
 
     `load` sets `tokenizer` and `max_tokens`, those of a caption that are read.
     """
 
+    options: CaptionOptions
+    options_class: ClassVar[type[CaptionOptions]]
     tokenizer: Any
     max_tokens: int
 
@@ -206,14 +213,14 @@ class CaptionScorer(ImageScorer):
         keys = [(caption, picture_key(picture)) for caption, picture in pairs]
         return [float(score) for score in self.remembered(keys, pairs, self.scores)]
 
-    def __call__(self, prompts: list[list[dict[str, Any]]], completions: list[list[dict[str, Any]]], **_: Any) -> list[list[float | None]]:
+    def __call__(
+        self, prompts: list[list[dict[str, Any]]], completions: list[list[dict[str, Any]]], **columns: Any
+    ) -> list[list[float | None]]:
         pairs: list[Pair] = []
         at: list[tuple[int, int]] = []
-        values: list[list[float | None]] = []
-        for row, completion in enumerate(completions):
-            document = Document.from_blocks(completion[-1]["content"])
-            values.append([None] * len(document))
-            for step, caption, image in document.captions():
+        values = no_values(completions)
+        for row, found in enumerate(compared(prompts, completions, self.options.against, **columns)):
+            for step, caption, image in found:
                 pairs.append((caption.strip(), pixels_of(image)))
                 at.append((row, step))
         for (row, step), (caption, _picture), raw in zip(at, pairs, self.raw(pairs), strict=True):

@@ -17,28 +17,28 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 from diptych.rewards.scorers.base import (
     CLIP_MEAN,
     CLIP_STD,
+    CaptionOptions,
     CaptionScorer,
     Pair,
-    ScorerOptions,
     load_exactly,
 )
 
 
-class ClipOptions(ScorerOptions):
+class ClipOptions(CaptionOptions):
     """0.4 is 1, so that a value is 2.5 times the cosine, as in CLIPScore (arXiv:2104.08718), which also sets negative ones to 0."""
 
     model: str = "openai/clip-vit-large-patch14"
     high: float = 0.4
 
 
-class PickOptions(ScorerOptions):
+class PickOptions(CaptionOptions):
     """Divided by 26, as Flow-GRPO does."""
 
     model: str = "yuvalkirstain/PickScore_v1"
     high: float = 26.0
 
 
-class HpsOptions(ScorerOptions):
+class HpsOptions(CaptionOptions):
     version: Literal["v2.0", "v2.1"] = Field(
         description="which of the two checkpoints `model` was converted from; their scores do not compare"
     )
@@ -49,7 +49,7 @@ class ClipScore(CaptionScorer):
 
     name = "clip_score"
     raw_range = "cosine, -1..1, good pairs about 0.15..0.35"
-    options_class: ClassVar[type[ScorerOptions]] = ClipOptions
+    options_class: ClassVar[type[CaptionOptions]] = ClipOptions
 
     def load(self) -> None:
         folder = self.checkpoint()

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from diptych.rewards.scorers.base import CLIP_MEAN, CLIP_STD, CaptionScorer, Pair, ScorerOptions, checkpoint_folder
+from diptych.rewards.scorers.base import CLIP_MEAN, CLIP_STD, CaptionOptions, CaptionScorer, Pair, checkpoint_folder
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the network's outputs; the package has the same constants
 HEAD_WIDTH = 64  # of one attention head of BLIP's ViT-B and ViT-L
@@ -38,7 +38,7 @@ RENAMED = (
 )
 
 
-class ImageRewardOptions(ScorerOptions):
+class ImageRewardOptions(CaptionOptions):
     """-2 becomes 0 and 2 becomes 1."""
 
     model: str = "THUDM/ImageReward"
@@ -74,7 +74,7 @@ class ImageReward(CaptionScorer):
     max_tokens = 35
     raw_range = "about standard normal, most in -2..2"
     options: ImageRewardOptions
-    options_class: ClassVar[type[ScorerOptions]] = ImageRewardOptions
+    options_class: ClassVar[type[CaptionOptions]] = ImageRewardOptions
 
     def load(self) -> None:
         folder = self.checkpoint((WEIGHTS, SETTINGS))

@@ -33,14 +33,19 @@ def doc(*parts: str | Scene) -> Document:
 
 
 def turn_draw(rng: np.random.Generator, split: Split) -> Turn:
+    return drawing(rng, split)[0]
+
+
+def drawing(rng: np.random.Generator, split: Split) -> tuple[Turn, str]:
+    """A turn, and the words that its picture shall show."""
     scene = scene_of(rng, split)
-    words = f"{language.describe(scene)} ."
+    words = caption = f"{language.describe(scene)} ."
     if rng.random() < 0.5:
         event = random_event(rng, scene_of(rng, split, 1), VERBS)
         if event is not None:
             words = f"{language.tell(event)} . {words}"
     lead = str(rng.choice(("draw this .", "draw :", "draw a picture .", "now draw")))
-    return doc(f"{lead} {words}"), doc(scene)
+    return (doc(f"{lead} {words}"), doc(scene)), caption
 
 
 def turn_describe(rng: np.random.Generator, split: Split) -> Turn:

@@ -1,0 +1,89 @@
+"""Text-to-image and understanding GRPO on Storyboard: each from a base that was made worse at just that, and what it does to the other.
+
+    python benchmarks/tasks.py text_to_image [--seed 0] [--noise 0.6]
+    python benchmarks/tasks.py plan_and_draw | understanding
+
+The base is the packaged model with Gaussian noise on the weights of one head, as large as `--noise` times their standard deviation:
+`depth_heads`, the vectors that the codes of pictures are told apart by, or `lm_head`, which chooses words. So the other skill is exactly
+what it was. Then the packaged recipe of that name trains it with its rewards, which never see the oracle. Held-out captions (drawn at
+once, form `image`) and questions (answered in words, form `text`) are judged by the oracle, greedily. Prints a table and one JSON line.
+A run that was killed goes on. Random numbers come from the seeds, so figures repeat on one machine with one number of threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diptych.config import EvaluateConfig, GRPOConfig, SamplingParams, load_config
+from diptych.evaluation.storyboard import old_skills, retention_rates
+from diptych.grpo import checkpoint_of, grpo
+from diptych.models import load_model
+from diptych.runs import atomic_folder
+from diptych.runtime import generator, set_threads, versions
+
+DAMAGED = {"text_to_image": "depth_heads", "plan_and_draw": "depth_heads", "understanding": "lm_head.weight"}
+SKILLS = ("text_to_image", "understanding")
+NOISE = {"text_to_image": 1.4, "plan_and_draw": 1.4, "understanding": 1.2}
+
+
+def damaged(folder: Path, parameter: str, noise: float, seed: int) -> Path:
+    """The packaged model with noise on one parameter."""
+    if not folder.is_dir():
+        model = load_model("storyboard")
+        weights = dict(model.named_parameters())[parameter]
+        with torch.no_grad():
+            weights += noise * weights.std() * torch.randn(weights.shape, generator=generator(seed, 77))
+        with atomic_folder(folder) as target:
+            model.save_pretrained(target)
+    return folder
+
+
+def measured(source: str, count: int) -> dict[str, dict[str, Any]]:
+    """Both skills on held-out turns, greedily."""
+    config = EvaluateConfig(num_retention=count)
+    params = SamplingParams(max_text_tokens=64)
+    return retention_rates(old_skills(load_model(source), params, config, forms=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=sorted(DAMAGED))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--noise", type=float)
+    parser.add_argument("--steps", type=int, help="of GRPO; left out: the recipe's")
+    parser.add_argument("--count", type=int, default=480, help="held-out turns of each skill")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/tasks"))
+    parser.add_argument("--set", nargs="*", default=[], help="more of the recipe's settings: --set optim.lr=1e-4")
+    arguments = parser.parse_args()
+    noise = NOISE[arguments.task] if arguments.noise is None else arguments.noise
+    set_threads(arguments.threads)
+    folder = arguments.out / f"{arguments.task}_{noise:g}_{arguments.seed}"
+    base = damaged(folder / "base", DAMAGED[arguments.task], noise, arguments.seed)
+    changes = [f"--model={base}", f"--output_dir={folder / 'grpo'}", f"--seed={arguments.seed}", f"--num_threads={arguments.threads}"]
+    changes += [f"--max_steps={arguments.steps}"] if arguments.steps else []
+    config = load_config(GRPOConfig, arguments.task, [*changes, *(f"--{one}" for one in arguments.set)])
+    began = time.perf_counter()
+    grpo(config, lambda step, total, metrics: print(f"{step}/{total} reward {metrics.get('reward', float('nan')):.3f}", flush=True))
+    seconds = time.perf_counter() - began
+    found = {
+        "packaged": measured("storyboard", arguments.count),
+        "made worse": measured(str(base), arguments.count),
+        "after GRPO": measured(checkpoint_of(config), arguments.count),
+    }
+    print(f"{'per cent right':14}" + "".join(f"{skill:>24}" for skill in SKILLS))
+    for name, rates in found.items():
+        cells = [f"{100 * r['accuracy']:.1f} [{100 * r['accuracy_ci'][0]:.0f}, {100 * r['accuracy_ci'][1]:.0f}]" for r in map(rates.get, SKILLS)]
+        print(f"{name:14}" + "".join(f"{cell:>24}" for cell in cells))
+    told = {"task": arguments.task, "seed": arguments.seed, "noise": noise, "steps": config.max_steps, "threads": arguments.threads}
+    print(json.dumps({**told, "seconds_grpo": round(seconds, 1), "found": found, "versions": versions()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""Forms of an answer: what is prescribed is in the sequence and never a choice, for the sampler, the scorer and supervised learning."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+
+import pytest
+import torch
+from family_data import answer, eager, params, picture, prompts
+
+from diptych.config import GRPOConfig, SamplingParams, TextSampling, load_config
+from diptych.data.conversation import NotARecord, answer_places
+from diptych.data.records import open_source
+from diptych.document import Document, Image, Text
+from diptych.experience import of_choices
+from diptych.logprobs import score
+from diptych.models import UnifiedModel, load_model
+from diptych.rewards import RewardBatch
+from diptych.sampling.engine import sample
+from diptych.sampling.rollout import Rollout
+from diptych.supervised import example_row, negative_log_likelihood
+from diptych.tokens import AnswerForm, Modality, TokenBatch, TokenRow, collate
+
+FREE, IMAGE, TEXT, TEXT_IMAGE = AnswerForm
+PLAN = Text("a red cat.")
+# Every form without a beginning and with one, and what the answer must be
+ASKED: list[tuple[AnswerForm | None, Document, tuple[type, ...] | None]] = [
+    (None, Document(()), None),
+    (IMAGE, Document(()), (Image,)),
+    (TEXT, Document(()), (Text,)),
+    (TEXT_IMAGE, Document(()), (Text, Image)),
+    (FREE, Document((PLAN,)), None),
+    (FREE, Document((PLAN, Image(picture(7)))), None),
+    (IMAGE, Document((PLAN,)), (Text, Image)),
+    (IMAGE, Document((Image(picture(8)),)), (Image, Image)),
+    (TEXT, Document((PLAN, Image(picture(9)))), (Text, Image, Text)),
+    (TEXT_IMAGE, Document((PLAN,)), (Text, Image)),
+]
+
+
+@pytest.fixture
+def model(models, family) -> Iterator[UnifiedModel]:
+    with eager(models[family]) as model:
+        yield model
+
+
+def rows_of(model: UnifiedModel) -> list[TokenRow]:
+    return [model.encode_prompt(prompts()[i % 3], form, given) for i, (form, given, _) in enumerate(ASKED)]
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(100 + i) for i in range(count)]
+
+
+def roll(model: UnifiedModel, rows: list[TokenRow], settings: SamplingParams, **more) -> list[Rollout]:
+    return sample(model, rows, settings, generator=generators(len(rows)), **more)
+
+
+def gaps(model: UnifiedModel, rollouts: list[Rollout], settings: SamplingParams) -> torch.Tensor:
+    batch = collate([r.row for r in rollouts])
+    sampled = torch.nn.utils.rnn.pad_sequence([r.rollout_logprobs for r in rollouts], batch_first=True)
+    return (score(model, batch, settings).logprobs - sampled).abs()
+
+
+# --- every family ------------------------------------------------------------------------------------------------------
+
+
+SCALES = {"plain": params(1.0), "guided": params(2.0), "three-way": params(2.0, image_guidance_scale=1.5)}
+
+
+@pytest.mark.parametrize("settings", SCALES.values(), ids=SCALES)
+def test_all_forms_in_one_batch_are_scored_as_they_were_sampled(model, settings):
+    rows = rows_of(model)
+    rollouts = roll(model, rows, settings, num_generations=2)
+    assert gaps(model, rollouts, settings).max() <= 1e-4
+    spec, end = model.image_spec, model.answer_end_ids
+    for number, rollout in enumerate(rollouts):
+        form, given, wanted = ASKED[number // 2]
+        kinds, row = tuple(type(segment) for segment in rollout.document), rollout.row
+        assert row.form == form
+        if wanted is not None:  # a text may be empty; then its step is not there, and an empty answer is one empty text
+            without = tuple(kind for at, kind in enumerate(wanted) if at < len(given) or kind is Image) or (Text,)
+            assert kinds in (wanted, without)
+        assert len(rollout.document.images) <= 3
+        assert rollout.prompt_length == len(model.encode_prompt(prompts()[(number // 2) % 3], form)[: rollout.prompt_length])
+        assert not row.completion_mask[: len(rows[number // 2])].any()  # neither the beginning nor what begins a picture
+        if form in (IMAGE, TEXT_IMAGE):
+            assert row.text_ids[-len(end) :].tolist() == end
+            assert not row.completion_mask[-len(end) :].any()
+            assert int((row.completion_mask & (row.modality == Modality.IMAGE)).sum()) == spec.num_positions
+        assert set(row.step_ids[row.completion_mask].tolist()) <= set(range(rollout.num_steps))
+
+
+def test_a_document_does_not_depend_on_what_else_is_in_the_batch(model):
+    settings, rows = params(2.0), rows_of(model)
+    together = roll(model, rows, settings)
+    for number, rollout in enumerate(together):
+        (alone,) = sample(model, [rows[number]], settings, generator=[generators(len(rows))[number]])
+        for name in ("text_ids", "codes", "step_ids", "completion_mask"):
+            assert torch.equal(getattr(alone.row, name), getattr(rollout.row, name)), (number, name)
+
+
+def test_a_sampled_picture_is_the_example_that_teaches_it(model):
+    settings = params(2.0)
+    for given in (Document(()), Document((PLAN,)), Document((Image(picture(8)),))):
+        (rollout,) = roll(model, [model.encode_prompt(prompts()[1], IMAGE, given)], settings)
+        drawn = Document((Image(codes=rollout.document.images[-1].codes),))
+        taught = model.encode_example(prompts()[1], drawn, form=IMAGE, given=given)
+        for name in ("text_ids", "codes", "modality", "step_ids", "completion_mask"):
+            assert torch.equal(getattr(taught, name), getattr(rollout.row, name)), name
+
+
+def test_a_given_beginning_leaves_the_rest_of_the_answer_what_it_was(model):
+    """The same tokens and, at what is still chosen, the same log-probabilities, guided or not."""
+    whole, settings = answer(), params(2.0, image_guidance_scale=1.5)
+    rows = [model.encode_example(prompts()[1], whole)]
+    for count in (1, 2, 3):
+        given, rest = Document(whole.segments[:count]), Document(whole.segments[count:])
+        rows.append(model.encode_example(prompts()[1], rest, given=given))
+    everything, *parts = score(model, collate(rows), settings).logprobs
+    for count, row, part in zip((1, 2, 3), rows[1:], parts, strict=True):
+        assert torch.equal(row.text_ids, rows[0].text_ids)
+        assert torch.equal(row.step_ids, rows[0].step_ids)
+        chosen = rows[0].completion_mask & (row.step_ids >= count)
+        # the choice to draw that ends a given text was made by whoever gave the picture, not the text
+        begins = (row.text_ids == model.image_spec.begin_id) & (row.modality == Modality.TEXT) & (row.step_ids == count - 1)
+        assert torch.equal(row.completion_mask | begins, chosen | begins)
+        torch.testing.assert_close(part[: len(row)][chosen], everything[: len(row)][chosen], atol=1e-5, rtol=0)
+
+
+def test_what_is_forced_gets_no_gradient(model):
+    """Moving the logits of what is forced moves no loss. With the fault put in, a begin token that counts as chosen, it does."""
+
+    def slope(batch: TokenBatch) -> float:
+        step, head = 1e-2, next(m for name, m in model.named_modules() if name.endswith("lm_head"))
+        losses = []
+        for push in (0.0, step):
+            hook = head.register_forward_hook(lambda _, inputs, logits, push=push: logits.index_fill(-1, begin, 0.0) + push * at_begin)
+            with torch.no_grad():
+                losses.append(float(sum(negative_log_likelihood(model, batch))))
+            hook.remove()
+        return abs(losses[1] - losses[0])
+
+    begin = torch.tensor([model.image_spec.begin_id])
+    at_begin = torch.zeros(model.vocab_size).index_fill(0, begin, 100.0)
+    row = model.encode_example(prompts()[0], Document((Image(picture(3)),)), form=IMAGE)
+    assert slope(collate([row])) == 0
+    fault = dataclasses.replace(row, completion_mask=row.completion_mask | (row.text_ids == begin) & (row.step_ids >= 0))
+    assert slope(collate([fault])) > 1e-3
+
+
+def test_texts_begin_pictures_at_their_greatest_length(models, family):
+    model = models[family]
+    settings = params(2.0).model_copy(update={"max_text_tokens": 2, "text": TextSampling(temperature=50.0)})
+    rows = [model.encode_prompt(prompt, TEXT_IMAGE) for prompt in prompts() for _ in range(4)]
+    rollouts = roll(model, rows, settings)
+    assert gaps(model, rollouts, settings).max() <= 1e-4
+    begin = model.image_spec.begin_id
+    cut = [r for r in rollouts if r.truncated]
+    assert cut
+    for rollout in cut:
+        place = int(((rollout.row.text_ids == begin) & (rollout.row.step_ids >= 0)).nonzero()[0])
+        assert place == rollout.prompt_length + 2
+        assert not rollout.row.completion_mask[place]
+        assert len(rollout.document.images) == 1
+
+
+# --- the small model, by hand ------------------------------------------------------------------------------------------
+
+
+def test_to_end_a_plan_is_to_begin_its_picture(tiny_model):
+    """p(begin) under `text_image` is p(begin) + p(end) of the plain model among legal tokens, worked out one token at a time."""
+    settings = SamplingParams(text=TextSampling(temperature=0.8), max_text_tokens=6)
+    prompt = tiny_model.encode_prompt(Document((Text("draw this . a big tree"),)), TEXT_IMAGE)
+    rollouts = sample(tiny_model, [prompt], settings, num_generations=12, generator=torch.Generator().manual_seed(3))
+    assert gaps(tiny_model, rollouts, settings).max() <= 1e-4
+    begin, end, chosen_begins = tiny_model.image_spec.begin_id, tiny_model.eos_id, 0
+    for rollout in rollouts:
+        for t in range(rollout.prompt_length, len(rollout.row)):
+            if not rollout.row.completion_mask[t] or rollout.row.modality[t] != Modality.TEXT:
+                continue
+            before = collate([rollout.row[:t]])
+            hidden = tiny_model.backbone(tiny_model.embed(before), before.position_ids, before.attention_mask)[:, -1]
+            logits = tiny_model.text_logits(hidden)[0].double()
+            logits[tiny_model.forbidden_text_ids()] = -torch.inf
+            weight = logits.exp()
+            weight[begin], weight[end] = weight[begin] + weight[end], 0
+            tempered = weight ** (1 / 0.8)
+            token = int(rollout.row.text_ids[t])
+            expected = (tempered[token] / tempered.sum()).log()
+            torch.testing.assert_close(rollout.rollout_logprobs[t, 0].double(), expected, atol=1e-4, rtol=0)
+            chosen_begins += token == begin
+    assert chosen_begins >= 4
+    assert not any(int(i) == end for r in rollouts for i in r.row.text_ids[r.prompt_length : -1])
+
+
+def test_a_text_goes_on_where_a_given_one_ends(tiny_model):
+    given, settings = Document((Text("the ball grows"),)), SamplingParams(text=TextSampling(temperature=3.0), max_text_tokens=20)
+    row = tiny_model.encode_prompt(Document((Text("tell the story ."),)), FREE, given)
+    rollouts = sample(tiny_model, [row], settings, num_generations=24, generator=torch.Generator().manual_seed(0))
+    assert any(len(rollout.document) > 1 for rollout in rollouts)
+    for rollout in rollouts:
+        first = rollout.document.segments[0]
+        assert first.text.startswith("the ball grows")
+        assert rollout.row.step_ids[rollout.prompt_length] == 0
+    longer = [r for r in rollouts if r.document.segments[0].text != "the ball grows"]
+    assert longer
+    taught = tiny_model.encode_example(
+        Document((Text("tell the story ."),)), Document((Text("at night ."), Image(codes=torch.zeros(9, 3).long()))), given=given
+    )
+    ids, steps = taught.text_ids.tolist(), taught.step_ids.tolist()
+    place = taught.prompt_length
+    assert tiny_model.decode_text(ids[place : place + 6]) == "the ball grows at night ."
+    assert steps[place : place + 7] == [0] * 7  # the begin token too
+    assert taught.completion_mask[place : place + 7].tolist() == [False] * 3 + [True] * 4
+
+
+def test_answers_that_are_not_of_the_form_are_refused(tiny_model):
+    prompt, image = Document((Text("draw"),)), Image(codes=torch.zeros(9, 3).long())
+    for form, told, held in (
+        (IMAGE, (Text("a"), image), "text, picture"),
+        (IMAGE, (image, image), "picture, picture"),
+        (TEXT, (Text("a"), image), "text, picture"),
+        (TEXT_IMAGE, (image,), "picture"),
+        (TEXT_IMAGE, (Text("a"),), "text"),
+        (IMAGE, (), "nothing"),
+    ):
+        with pytest.raises(ValueError, match=f"^its answer holds {held}, and an answer of form {form} is "):
+            tiny_model.encode_example(prompt, Document(told), form=form)
+    tiny_model.encode_example(prompt, Document((Text("a"), image)), form=FREE)
+
+
+def test_settings_that_ask_for_another_form_than_the_prompt_are_refused(tiny_model):
+    row = tiny_model.encode_prompt(Document((Text("draw"),)))
+    with pytest.raises(ValueError, match=r"^the settings ask for form image, and a prompt was encoded for none"):
+        sample(tiny_model, [row], SamplingParams(form=IMAGE), generator=torch.Generator())
+    long = tiny_model.encode_prompt(Document((Text("ball " * 500),)), IMAGE)
+    with pytest.raises(ValueError, match="exceed the model's context"):
+        sample(tiny_model, [long], SamplingParams(max_images=0, max_text_tokens=1), generator=torch.Generator())
+
+
+def test_graphs_and_plain_steps_sample_the_same(tiny_model):
+    rows = [tiny_model.encode_prompt(Document((Text("draw"),)), form) for form in (None, IMAGE, TEXT, TEXT_IMAGE) for _ in range(3)]
+    settings = SamplingParams(max_text_tokens=5, max_images=2)
+    for a, b in zip(roll(tiny_model, rows, settings, graphs=False), roll(tiny_model, rows, settings, graphs=True), strict=True):
+        assert torch.equal(a.row.text_ids, b.row.text_ids)
+        assert torch.equal(a.row.codes, b.row.codes)
+
+
+# --- rewards and records -----------------------------------------------------------------------------------------------
+
+
+def test_rewards_say_nothing_of_a_given_beginning(tiny_model):
+    given = Document((Text("the ball grows ."), Image(codes=torch.zeros(9, 3).long())))
+    asked = ((None, Document(())), (IMAGE, given), (FREE, given))
+    rows = [tiny_model.encode_prompt(Document((Text("tell"),)), form, beginning) for form, beginning in asked]
+    rollouts = roll(tiny_model, rows, SamplingParams(max_text_tokens=4, max_images=3))
+    longest = max(r.num_steps for r in rollouts)
+    applies = torch.stack([torch.arange(longest) < r.num_steps for r in rollouts])[None]
+    rewards = RewardBatch(torch.ones(applies.shape), applies, torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.bool), {}, {})
+    left = of_choices(rewards, rollouts).applies[0]
+    assert left[0].sum() == rollouts[0].num_steps
+    assert left[1].tolist()[:3] == [False, False, True]
+    assert not left[2, 0]
+    assert left[2, 1:].any()  # what comes behind a given picture is chosen, and if it is the end, of that picture's step
+
+
+def test_records_say_their_form_and_how_their_answer_begins(tmp_path):
+    picture(1).save(tmp_path / "a.png")
+    asked, image = {"role": "user", "content": "tell"}, {"type": "image", "image": "a.png"}
+    begin = {"role": "assistant", "content": [{"type": "text", "text": "one."}, image], "prefix": True}
+    told = {"role": "assistant", "content": "two."}
+    lines = [{"messages": [asked, begin]}, {"messages": [asked, begin, told], "answer_form": "text"}, {"prompt": "p"}]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = open_source(str(tmp_path / "r.jsonl"))
+    source.form = TEXT_IMAGE
+    first, second = source[0], source[1]
+    assert (first.form, first.answer, len(first.given), first.prompt.text) == (TEXT_IMAGE, None, 2, "tell")
+    assert (second.form, second.answer.text, second.columns["num_images"]) == (TEXT, "two.", 1)
+    assert "answer_form" not in source.columns
+    stood_in = [record for _, record in source.conversations()]
+    assert [(r.form, len(r.given)) for r in stood_in] == [(TEXT_IMAGE, 2), (TEXT, 2)]
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([{"role": "user", "content": "a", "prefix": True}], "at a user message"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "prefix": "yes"}], "is 'yes'"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "prefix": True, "loss": False}], "beside no `loss`"),
+        ([{"role": "assistant", "content": "b", "prefix": True}, {"role": "user", "content": "a"}], "behind nothing"),
+        ([{"role": "user", "content": "a"}, *[{"role": "assistant", "content": "b", "prefix": True}] * 2], "behind user"),
+    ],
+)
+def test_beginnings_that_are_none_are_refused(messages, said):
+    with pytest.raises(NotARecord, match=said):
+        answer_places(messages)
+
+
+def test_unknown_forms_are_refused(tmp_path):
+    (tmp_path / "r.jsonl").write_text(json.dumps({"prompt": "p", "answer_form": "movie"}) + "\n")
+    with pytest.raises(ValueError, match=r"r.jsonl:1: .*`answer_form` is a string .*; it is one of free, image, text, text_image"):
+        open_source(str(tmp_path / "r.jsonl"))
+    with pytest.raises(ValueError, match="form"):
+        load_config(GRPOConfig, "grpo", ["--sampling.form=movie"])
+
+
+def test_a_prompt_of_a_record_is_encoded_once_for_both_trainings(tmp_path, tiny_model):
+    line = {"prompt": "tell", "completion": "the ball grows .", "answer_form": "text"}
+    (tmp_path / "r.jsonl").write_text(json.dumps(line) + "\n")
+    record = open_source(str(tmp_path / "r.jsonl"))[0]
+    assert example_row(tiny_model, record).form is TEXT
+
+
+def test_packaged_model_draws_when_it_is_asked_to():
+    model = load_model("storyboard")
+    rows = [model.encode_prompt(Document((Text("draw this . on the left a small red ball , at night ."),)), form) for form in AnswerForm]
+    documents = [rollout.document for rollout in roll(model, rows, model.default_sampling)]
+    assert [len(document.images) for document in documents] == [1, 1, 0, 1]
