@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -171,7 +170,7 @@ class Emu35Model(TokenizerModel):
         return list(self._unconditional)
 
     def unconditional_row(self, prompt_length: int, context: Callable[[], TokenRow]) -> TokenRow:
-        """Guidance takes away words, never pictures: those of the prompt, in their place in the unconditional prompt, then the drawn ones."""
+        """Guidance takes away words, never pictures: the prompt's stand in their place in the unconditional prompt, then the drawn ones."""
         row = context()
         asked, drawn = self._pictures(row[:prompt_length]), self._pictures(row[prompt_length:])
         if not asked:
@@ -188,8 +187,11 @@ class Emu35Model(TokenizerModel):
     # --- pictures ---
     def target_pixels(self, image: PIL.Image.Image) -> Tensor:
         """The largest part in the middle that has the shape of drawn pictures, in their size."""
-        height, width = (side * self.vision.config.factor for side in self.grid)
-        return _pixels(PIL.ImageOps.fit(to_rgb(image), (width, height), PIL.Image.Resampling.BICUBIC))
+        rgb, (rows, columns), factor = to_rgb(image), self.grid, self.vision.config.factor
+        width, height = min(rgb.width, max(1, rgb.height * columns // rows)), min(rgb.height, max(1, rgb.width * rows // columns))
+        left, top = (rgb.width - width) // 2, (rgb.height - height) // 2
+        middle = rgb.crop((left, top, left + width, top + height))
+        return _pixels(middle.resize((columns * factor, rows * factor), PIL.Image.Resampling.BICUBIC))
 
     def prompt_pixels(self, image: PIL.Image.Image) -> Tensor:
         """In its own shape, scaled to the area that the release reads."""
