@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import PIL.Image
@@ -23,6 +24,7 @@ from diptych.evaluation.benchmark import Score, Scoring
 from diptych.evaluation.geneval import NO_PICTURE, TAGS, GenEval
 from diptych.evaluation.jobs import Job, Settings
 from diptych.evaluation.mme import COGNITION, MME, PERCEPTION, SUFFIX, parse, spoken
+from diptych.models import load_model
 
 SAMPLED = SamplingParams(
     text=TextSampling(temperature=0.8), image=ImageSampling(temperature=0.7, guidance_scale=1.0), max_images=3, max_text_tokens=6
@@ -186,6 +188,27 @@ def test_geneval_asks_four_times_for_one_picture(tmp_path, tiny_model):
     assert any(document.images for document in found)
 
 
+def test_geneval_of_a_base_that_never_draws_has_four_pictures_for_every_caption(tmp_path, folders):
+    """By the command: such a model answers in words when it may choose, and with `--form free` it does."""
+    for name in ("janus", "emu3", "vila_u", "chameleon"):
+        model = shutil.copytree(folders[name], tmp_path / "models" / name)
+        if name == "emu3":
+            (model / "diptych.json").write_text('{"image_size": 32}')
+        command = ["evaluate", "geneval", str(geneval_folder(tmp_path / name)), "--model", str(model), "--temperature", "1"]
+        for form, wanted in (([], [1] * 12), (["--form", "text"], [0] * 12)):
+            out = tmp_path / f"{name}{len(form)}"
+            result = CliRunner().invoke(app, [*command, "--out", str(out), "--max-text-tokens", "4", *form])
+            assert result.exception is None, result.exception
+            lines = [json.loads(line) for line in (out / "answers" / "batch_000000.jsonl").read_text().splitlines()]
+            assert [sum(block["type"] == "image" for block in line["blocks"]) for line in lines] == wanted
+            assert len(list((out / "submission").glob("*/samples/*.png"))) == sum(wanted)
+        stored = yaml.safe_load((tmp_path / f"{name}0" / "config.yaml").read_text())
+        assert stored["form"] == stored["sampling"]["form"] == "image"
+        assert stored["sampling"]["image"]["guidance_scale"] == load_model(model).default_sampling.image.guidance_scale
+        again = CliRunner().invoke(app, [*command, "--out", str(tmp_path / f"{name}0"), "--form", "free"])
+        assert "different: form" in str(again.exception)
+
+
 def test_geneval_refuses_to_draw_one_picture_four_times(tmp_path, tiny_model):
     """Sampling greedily all four answers are the same, so the figures would say nothing of sampling; MME asks once and may."""
     data, settings = geneval_folder(tmp_path / "in"), Settings(benchmark="geneval", model="tiny")
@@ -195,6 +218,9 @@ def test_geneval_refuses_to_draw_one_picture_four_times(tmp_path, tiny_model):
         with pytest.raises(ValueError, match=r"4 answers are asked for each item, but sampling is greedy.*for instance --temperature 1"):
             job.run(lambda params=params: (tiny_model, params))
     assert not (tmp_path / "out" / "answers").exists()
+    words = SAMPLED.model_copy(update={"image": SAMPLED.greedy().image})  # nothing but codes is chosen
+    with pytest.raises(ValueError, match="4 answers are asked for each item"):
+        job.run(lambda: (tiny_model, words))
     partly = SAMPLED.model_copy(update={"text": SAMPLED.greedy().text})
     assert job.run(lambda: (tiny_model, partly)) is None  # pictures are sampled
     tiny_model.save_pretrained(tmp_path / "model")
@@ -365,9 +391,9 @@ def test_the_whole_job_and_what_the_model_sees(name, tiny_model, tmp_path, monke
     if name == "geneval":
         assert result is None
         assert len(seen) == 12
-        assert set(pictures) == {0}
+        assert set(pictures) == {1}  # begun in the prompt
         assert not any("boat" in text or "three" in text for text in words)
-        assert max(drawn) == 1
+        assert drawn == [1] * 12
     else:
         assert result is not None  # scored from the answers alone
         assert pictures == [1, 1]

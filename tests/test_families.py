@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_data import SIZE, answer, drawn_first, eager, params, picture, prompts
+from family_data import SIZE, answer, drawn, eager, params, picture, prompts
 from safetensors.torch import load_file
 from transformers import AutoProcessor, ChameleonForConditionalGeneration, Emu3ForConditionalGeneration, JanusForConditionalGeneration
 
@@ -20,7 +20,7 @@ from diptych.document import Document, Image, Text
 from diptych.logprobs import score
 from diptych.models import UnifiedModel, load_model
 from diptych.sampling.engine import sample
-from diptych.tokens import Modality, TokenRow, collate
+from diptych.tokens import AnswerForm, Modality, TokenRow, collate
 
 DATA = Path(__file__).parent / "data" / "vila_u"
 STOCK = {"janus": JanusForConditionalGeneration, "emu3": Emu3ForConditionalGeneration, "chameleon": ChameleonForConditionalGeneration}
@@ -106,29 +106,28 @@ def test_prompts_equal_the_stock_processor_and_forward(models, folders, name):
 
 
 @pytest.mark.parametrize("scale", [2.0, 5.0])
-def test_janus_draws_what_transformers_generate_draws(models, folders, monkeypatch, scale):
+def test_janus_draws_what_transformers_generate_draws(models, folders, scale):
     model, stock = models["janus"], JanusForConditionalGeneration.from_pretrained(folders["janus"]).eval()
     for document in (prompts()[0], Document((Text("a much longer prompt about a red cat on a mat"),))):
-        row = model.encode_prompt(document)
-        ids = torch.cat([row.text_ids, torch.tensor([model.image_spec.begin_id])])[None]
+        row = model.encode_prompt(document, AnswerForm.IMAGE)
+        ids = row.text_ids[None]
         expected = stock.generate(
             ids, attention_mask=torch.ones_like(ids), generation_mode="image", guidance_scale=scale, do_sample=False,
             bos_token_id=model.tokenizer.bos_token_id, pad_token_id=model.tokenizer.pad_token_id,
         )[0]  # fmt: skip
-        with monkeypatch.context() as patch:
-            rollout = drawn_first(model, row, params(scale).greedy(), patch)
+        rollout = drawn(model, row, params(scale).greedy())
         assert rollout.document.images[0].codes[:, 0].tolist() == expected.tolist()
         pixels = stock.decode_image_tokens(expected[None]).permute(0, 3, 1, 2)
         torch.testing.assert_close(model.decode_codes(rollout.document.images[0].codes[None]), pixels, atol=1e-5, rtol=0)
 
 
-def test_emu3_draws_what_transformers_generate_draws(models, folders, monkeypatch):
-    """Stock generation with the constraint that the model card gives: codes, a separator after each row, then the end tokens."""
+def test_emu3_draws_what_transformers_generate_draws(models, folders):
+    """Stock generation from the caption alone, with the constraint that the model card gives: codes, a separator after each row, then the
+    end tokens."""
     model, stock = models["emu3"], Emu3ForConditionalGeneration.from_pretrained(folders["emu3"]).eval()
     processor = AutoProcessor.from_pretrained(folders["emu3"])
-    row = model.encode_prompt(prompts()[0])
-    prompt_text = model.tokenizer.decode(row.text_ids[1:])  # the processor puts the begin token itself
-    inputs = processor(text=[prompt_text], return_for_image_generation=True, ratio="1:1", image_area=32 * 32, return_tensors="pt")
+    row = model.encode_prompt(prompts()[0], AnswerForm.IMAGE)
+    inputs = processor(text=[prompts()[0].text], return_for_image_generation=True, ratio="1:1", image_area=32 * 32, return_tensors="pt")
     side, begin = 4, inputs["input_ids"].shape[1]
     codes, mapping = stock.vocabulary_mapping.image_tokens, stock.vocabulary_mapping
 
@@ -140,8 +139,7 @@ def test_emu3_draws_what_transformers_generate_draws(models, folders, monkeypatc
         inputs["input_ids"], attention_mask=inputs["attention_mask"], prefix_allowed_tokens_fn=legal,
         max_new_tokens=side * (side + 1), do_sample=False,
     )[0, begin:]  # fmt: skip
-    with monkeypatch.context() as patch:
-        rollout = drawn_first(model, row, params(1.0).greedy(), patch)
+    rollout = drawn(model, row, params(1.0).greedy())
     answered = rollout.row[len(row) :]
     assert torch.equal(inputs["input_ids"][0], torch.cat([row.text_ids, answered.text_ids[: begin - len(row)]]))
     grid = mapping.convert_bpe2img(generated.view(side, side + 1))

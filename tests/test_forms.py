@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -9,12 +10,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 from family_data import answer, eager, params, picture, prompts
+from typer.testing import CliRunner
 
-from diptych.config import GRPOConfig, SamplingParams, TextSampling, load_config
+from diptych.cli import app
+from diptych.config import GRPOConfig, SamplingParams, TextSampling, WarmupConfig, build, load_config
 from diptych.data.conversation import NotARecord, answer_places
 from diptych.data.records import open_source
 from diptych.document import Document, Image, Text
 from diptych.experience import of_choices
+from diptych.grpo import grpo
 from diptych.logprobs import score
 from diptych.models import UnifiedModel, load_model
 from diptych.rewards import RewardBatch
@@ -22,6 +26,7 @@ from diptych.sampling.engine import sample
 from diptych.sampling.rollout import Rollout
 from diptych.supervised import example_row, negative_log_likelihood
 from diptych.tokens import AnswerForm, Modality, TokenBatch, TokenRow, collate
+from diptych.warmup import warmup
 
 FREE, IMAGE, TEXT, TEXT_IMAGE = AnswerForm
 PLAN = Text("a red cat.")
@@ -319,3 +324,87 @@ def test_packaged_model_draws_when_it_is_asked_to():
     rows = [model.encode_prompt(Document((Text("draw this . on the left a small red ball , at night ."),)), form) for form in AnswerForm]
     documents = [rollout.document for rollout in roll(model, rows, model.default_sampling)]
     assert [len(document.images) for document in documents] == [1, 1, 0, 1]
+
+
+# --- commands and trainings --------------------------------------------------------------------------------------------
+
+
+def generated(tmp_path, *arguments: str) -> tuple[Document, str]:
+    out = tmp_path / "answer.json"
+    result = CliRunner().invoke(app, ["generate", "draw this . a big tree", *arguments, "--out", str(out), "--max-text-tokens", "4"])
+    assert result.exception is None, result.exception
+    return Document.from_blocks(json.loads(out.read_text())), result.output
+
+
+def test_generate_takes_a_form_and_a_beginning(folders, tmp_path):
+    for name in ("janus", "vila_u", "chameleon"):
+        asked = ("--model", str(folders[name]), "--temperature", "1")
+        assert [type(s) for s in generated(tmp_path, *asked, "--form", "image")[0]] == [Image]
+        assert not generated(tmp_path, *asked, "--form", "text")[0].images
+        begun, _ = generated(tmp_path, *asked, "--form", "image", "--begin", "a red cat.")
+        assert (type(begun.segments[0]), len(begun.images)) == (Text, 1)
+        (tmp_path / "begin.json").write_text((tmp_path / "answer.json").read_text())
+        more, _ = generated(tmp_path, *asked, "--form", "text_image", "--begin", str(tmp_path / "begin.json"))
+        assert len(more.images) == 2
+        (tmp_path / "begin.json").write_text("[1]")
+        result = CliRunner().invoke(app, ["generate", "a", *asked, "--begin", str(tmp_path / "begin.json")])
+        assert "block 0 is 1; allowed are" in str(result.exception)
+
+
+def test_generate_says_what_a_model_that_does_not_draw_can_do(tiny_model, tmp_path):
+    with torch.no_grad():
+        silent = copy.deepcopy(tiny_model)
+        silent.lm_head.weight[silent.image_spec.begin_id] = 0
+        silent.lm_head.weight[silent.eos_id] = 0
+    silent.save_pretrained(tmp_path / "model")
+    asked = ("--model", str(tmp_path / "model"), "--temperature", "0")
+    document, told = generated(tmp_path, *asked)
+    assert not document.images
+    assert "chose to draw nothing" in told
+    assert "--form image" in told
+    assert "chose to draw nothing" not in generated(tmp_path, *asked, "--form", "text")[1]
+
+
+def test_forms_stand_together_in_one_training(tmp_path):
+    """Documents, pictures, words, plans and given beginnings in one batch of GRPO, and the same forms in a warm-up."""
+    picture(1).save(tmp_path / "a.png")
+    asked = {"role": "user", "content": "tell the story . on the left a small red ball , at night ."}
+    begin = {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "a red ball ."}, {"type": "image", "image": "a.png"}],
+        "prefix": True,
+    }
+    told = {"role": "assistant", "content": "the ball grows ."}
+    lines = [{"messages": [asked], "answer_form": form} for form in AnswerForm] + [{"messages": [asked, begin]}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({**line, "num_images": None}) + "\n" for line in lines * 5))
+    (tmp_path / "examples.jsonl").write_text(
+        "".join(
+            json.dumps(line) + "\n"
+            for line in [
+                {"messages": [asked, {**told, "content": [{"type": "image", "image": "a.png"}]}], "answer_form": "image"},
+                {"messages": [asked, told], "answer_form": "text"},
+                {"messages": [asked, {**begin, "prefix": False}], "answer_form": "text_image"},
+                {"messages": [asked, begin, told]},
+            ]
+        )
+    )
+    common = {"max_steps": 1, "optim": {"lr": 1e-5}, "device": "cpu", "sampling": {"max_text_tokens": 6, "max_images": 2}}
+    found: list[dict[str, float]] = []
+    warm = build(WarmupConfig, {**common, "output_dir": str(tmp_path / "warm"), "sources": [{"name": str(tmp_path / "examples.jsonl")}]})
+    warmup(warm, lambda step, total, metrics: found.append(metrics))
+    settings = {
+        **common, "output_dir": str(tmp_path / "run"), "num_generations": 2, "prompts_per_step": 8, "eval_steps": 1, "num_eval_prompts": 2,
+        "prompts": [{"name": str(tmp_path / "prompts.jsonl")}], "rewards": [{"name": "format"}, {"name": "toy_rewards:per_step"}],
+        "advantages": {"credit": "process"},
+    }  # fmt: skip
+    grpo(build(GRPOConfig, settings), lambda step, total, metrics: found.append(metrics))
+    assert max(found[1]["parity/text_max"], found[1]["parity/image_max"]) <= 1e-4
+
+
+@pytest.mark.parametrize("recipe", ["text_to_image", "plan_and_draw", "understanding", "all_tasks"])
+def test_the_recipes_of_tasks_run(recipe, tmp_path):
+    changes = ["--model=storyboard", f"--output_dir={tmp_path / 'run'}", "--max_steps=1", "--prompts_per_step=4", "--num_generations=2"]
+    found: list[dict[str, float]] = []
+    grpo(load_config(GRPOConfig, recipe, [*changes, "--device=cpu"]), lambda step, total, metrics: found.append(metrics))
+    assert max(found[0]["parity/text_max"], found[0]["parity/image_max"]) <= 1e-4
+    assert found[0]["reward"] > 0

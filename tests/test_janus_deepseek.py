@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from family_data import drawn_first
+from family_data import drawn
 from janus_data import FACTS, RECORDED, close, logits_of, recorded_picture, with_placeholders
 from toy_checkpoints import edit_json
 from transformers import JanusForConditionalGeneration
@@ -23,7 +24,7 @@ from diptych.logprobs import score
 from diptych.models import UnifiedModel, janus_config, janus_weights, load_model
 from diptych.models.codes import tokenizer_hash
 from diptych.sampling.guidance import branch_prefixes
-from diptych.tokens import Modality, TokenRow, collate
+from diptych.tokens import AnswerForm, Modality, TokenRow, collate
 
 PICTURES = ("land", "port", "sq", "big", "thin")
 
@@ -281,13 +282,15 @@ def test_codes_are_embedded_and_scored_as_by_deepseek(janus):
 
 
 @pytest.mark.parametrize("name", ["cfg5", "cfg1", "cfg5_prompt1"])
-def test_greedy_pictures_are_deepseeks(janus, monkeypatch, name):
+def test_greedy_pictures_are_deepseeks(janus, name):
     ids = RECORDED[f"image_generation_{name}.input_ids"][0].tolist()
     scale = float(FACTS["image_generation"][name]["cfg_weight"])
     params = SamplingParams(image=ImageSampling(guidance_scale=scale)).greedy()
-    (drawn,) = drawn_first(janus, TokenRow.text(ids[:-1], 1), params, monkeypatch).document.images
-    assert torch.equal(drawn.codes[:, 0], RECORDED[f"image_generation_{name}.codes"][0])
-    pixels = torch.from_numpy(np.array(drawn.pixels)).int()
+    begin = TokenRow.text(ids[-1:], 1, step=0)
+    prompt = dataclasses.replace(TokenRow.concat([TokenRow.text(ids[:-1], 1), begin]), form=AnswerForm.IMAGE)
+    (image,) = drawn(janus, prompt, params).document.images
+    assert torch.equal(image.codes[:, 0], RECORDED[f"image_generation_{name}.codes"][0])
+    pixels = torch.from_numpy(np.array(image.pixels)).int()
     assert (pixels - RECORDED[f"image_generation_{name}.pixels_uint8"][0].int()).abs().max() <= 1  # rounded here, cut off there
 
 

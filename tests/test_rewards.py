@@ -261,7 +261,10 @@ def test_rewards_are_loaded_by_name_and_by_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("fromat", "unknown reward 'fromat'; give package.module:function or one of: format, image_text, text_critic, text_likelihood"),
+        (
+            "fromat",
+            "unknown reward 'fromat'; give package.module:function or one of: format, exact_match, image_text, text_critic",
+        ),
         ("no.such.module:reward", "cannot load reward 'no.such.module:reward': No module named 'no'"),
         ("diptych.rewards.format:reward", "cannot load reward .* has no attribute 'reward'"),
     ],

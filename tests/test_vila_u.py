@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_data import drawn_first, params, picture, prompts
+from family_data import drawn, params, picture, prompts
 from safetensors.torch import load_file
 
 from diptych.config import TextSampling
@@ -15,7 +15,7 @@ from diptych.document import Document, Image, Text
 from diptych.models import UnifiedModel, load_model
 from diptych.models.vila_u.model import SYSTEM
 from diptych.supervised import supervised_gradient
-from diptych.tokens import Modality, TokenRow, collate
+from diptych.tokens import AnswerForm, Modality, TokenRow, collate
 
 DATA = Path(__file__).parent / "data" / "vila_u"
 
@@ -69,10 +69,12 @@ def test_vila_u_answers_are_laid_out_as_in_its_training_data(released):
     assert not first.completion_mask[first.text_ids == 401].any()  # <im_end> is forced
 
 
-def test_vila_u_draws_what_the_official_code_drew(released, recorded, monkeypatch):
+def test_vila_u_draws_what_the_official_code_drew(released, recorded):
     tensors, facts = recorded
-    row = released.encode_prompt(Document((Text(facts["image_generation_cfg3_prompt"]),)))
-    rollout = drawn_first(released, row, params(3.0).greedy(), monkeypatch, lead_in=(released.token_id("▁"),))
+    row = released.encode_prompt(Document((Text(facts["image_generation_cfg3_prompt"]),)), AnswerForm.IMAGE)
+    conditional = tensors["image_generation_cfg3.input_ids"][0][tensors["image_generation_cfg3.attention_mask"][0].bool()]
+    assert row.text_ids.tolist() == conditional.tolist()  # the space and the begin token too
+    rollout = drawn(released, row, params(3.0).greedy())
     assert torch.equal(rollout.document.images[0].codes, tensors["image_generation_cfg3.codes"][0])
     unconditional = tensors["image_generation_cfg3.input_ids"][1][tensors["image_generation_cfg3.attention_mask"][1].bool()]
     assert [*released.unconditional_prompt(len(row)), 400] == unconditional.tolist()

@@ -100,6 +100,9 @@ class RunConfig(Config):
     lora: LoraConfig | None = Field(None, description="train adapters; None: train all but the image tokenizer")
     gradient_checkpointing: bool = False
     image_size: int | None = Field(None, ge=1, description="pixels a side of drawn pictures (Emu3); None: the family's own")
+    image_decoder: str | None = Field(
+        None, description="package.module:name that turns codes into pixels, in the place of the family's decoder (docs/extending.md)"
+    )
     code_cache: str | None = Field(None, description="folder for the codes of data sets' pictures; None: encoded at every use")
 
     max_skipped_records: float = Field(

@@ -49,6 +49,8 @@ def check_inputs(
             if (key := f"data {source.name}") not in found:
                 found[key] = of_source(source)
         found |= {f"reward {reward.key}": of_reward(reward) for reward in rewards}
+        if config.image_decoder is not None:
+            found[f"image_decoder {config.image_decoder}"] = {"files": of_code(config.image_decoder)}
     seen = [one for one in gather(found) if one is not None]
     for number, other in enumerate(seen):
         if others := [f"{key} ({told})" for key, value in seen[0].items() if (told := differing(value, other[key]))]:
@@ -109,9 +111,7 @@ def of_reward(config: RewardConfig) -> dict[str, Any] | None:
     files: dict[str, str] = {}
     reward = load_reward(config.name)
     if config.name not in BUILT_IN | JUDGES | SCORERS:
-        files |= {str(path): of_file(path) for path in own_code(config.name.partition(":")[0])}
-        above = os.path.commonpath([Path(path).parent for path in files]) if files else ""
-        files = {os.path.relpath(path, above): value for path, value in files.items()}
+        files |= of_code(config.name)
     elif (packaged := packaged_folder(config.name)).is_dir():
         files |= {path.name: of_file(path) for path in sorted(packaged.iterdir()) if path.is_file()}
     free: frozenset[str] = getattr(getattr(reward, "options_class", None), "may_change", frozenset())
@@ -123,6 +123,13 @@ def of_reward(config: RewardConfig) -> dict[str, Any] | None:
         model = of_model(config.options.get("model", "storyboard"), fetch=True)
         files["model"] = model["hash"] if model else ""
     return {"files": files} if files else None
+
+
+def of_code(name: str) -> dict[str, str]:
+    """The source files of `package.module:name` and of what it imports of the user's own, relative to the folder that holds them."""
+    paths = own_code(name.partition(":")[0])
+    above = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    return {os.path.relpath(path, above): of_file(path) for path in paths}
 
 
 def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

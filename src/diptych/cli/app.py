@@ -30,6 +30,7 @@ Form = Annotated[
     AnswerForm | None,
     typer.Option(help="free: texts and pictures, as the model chooses; image: a picture; text; text_image: a text, then its picture"),
 ]
+Decoder = Annotated[str | None, typer.Option(help="package.module:name that turns codes into pixels; left out: the family's own")]
 Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16")]
 FourBit = Annotated[bool, typer.Option("--load-in-4bit", help="the language model in NF4")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from diptych.cli.app import PASS_ON, Device, Dtype, Form, FourBit, Guidance, Model, app, console, sampling, say
+from diptych.cli.app import PASS_ON, Decoder, Device, Dtype, Form, FourBit, Guidance, Model, app, console, sampling, say
 from diptych.config import EvaluateConfig, ImageSampling, SamplingParams, build, load_config
 from diptych.evaluation.registry import BENCHMARKS
 from diptych.overrides import kind_of, parse_pairs
@@ -78,6 +78,7 @@ def benchmark(
     prefix: Annotated[str, typer.Option(help="text directly before each prompt")] = "",
     suffix: Annotated[str, typer.Option(help="text directly behind each prompt")] = "",
     image_size: Annotated[int | None, typer.Option(min=8, help="side of saved pictures; left out: as drawn, at most 512 for MMIE")] = None,
+    image_decoder: Decoder = None,
     limit: Annotated[int | None, typer.Option(min=1, help="only the first so many items")] = None,
     ids: Annotated[Path | None, typer.Option(help="only the items whose ids stand in this file, one a line")] = None,
     judge: Annotated[list[str] | None, typer.Option(help="key=value of the judge's server, as of a reward's; may be repeated")] = None,
@@ -91,6 +92,7 @@ def benchmark(
     from diptych.cli.figures import show_benchmark
     from diptych.evaluation.jobs import Job, Settings, nothing_scored
     from diptych.models import UnifiedModel, load_model
+    from diptych.models.image_decoder import set_image_decoder
     from diptych.rewards.judges.options import JudgeOptions
     from diptych.runtime import pick_device
     from diptych.tokens import valid_text
@@ -100,23 +102,20 @@ def benchmark(
     chosen = BENCHMARKS[str(context.info_name)]()
     asked = {"temperature": temperature, "guidance": guidance, "max_images": max_images, "max_text_tokens": max_text_tokens}
     asked = {name: chosen.defaults.get(name) if value is None else value for name, value in asked.items()}
-    form = chosen.form if form is None else form
     settings = build(
         Settings,
         {
             "benchmark": chosen.name, "model": model, "batch_size": batch_size, "seed": seed, **asked, "form": form,
             "prefix": prefix, "suffix": suffix, "image_size": image_size, "limit": limit,
-            "ids": None if ids is None else _lines(ids), "dtype": dtype,
-            "load_in_4bit": load_in_4bit,
+            "ids": None if ids is None else _lines(ids), "dtype": dtype, "load_in_4bit": load_in_4bit, "image_decoder": image_decoder,
         },
     )  # fmt: skip
 
     def open_model() -> tuple[UnifiedModel, SamplingParams]:
         loaded = load_model(model, dtype=dtype, load_in_4bit=load_in_4bit or None).to(pick_device(device))
+        set_image_decoder(loaded, image_decoder)
         lengths = {name: asked[name] for name in ("max_images", "max_text_tokens") if asked[name] is not None}
-        return loaded, sampling(loaded.default_sampling, asked["temperature"], asked["guidance"]).model_copy(
-            update={**lengths, "form": form}
-        )
+        return loaded, sampling(loaded.default_sampling, asked["temperature"], asked["guidance"]).model_copy(update=lengths)
 
     words = TextColumn("{task.description}", markup=False)
     with Progress(words, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bars:

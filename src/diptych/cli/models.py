@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diptych.cli.app import Device, Dtype, Form, FourBit, Guidance, Model, app, console, sampling, say
+from diptych.cli.app import Decoder, Device, Dtype, Form, FourBit, Guidance, Model, app, console, sampling, say
 
 if TYPE_CHECKING:
     from diptych.document import Document
@@ -34,11 +34,13 @@ def generate(
     dtype: Dtype = "auto",
     load_in_4bit: FourBit = False,
     image_size: Annotated[int | None, typer.Option(min=1, help="pixels a side of drawn pictures (Emu3)")] = None,
+    image_decoder: Decoder = None,
     device: Device = "auto",
 ) -> None:
     """Writes one illustrated document, or what else `--form` asks for."""
     from diptych.document import Document, Image, Text, to_json_blocks
     from diptych.models import load_model
+    from diptych.models.image_decoder import set_image_decoder
     from diptych.pictures import open_image
     from diptych.report.pages import answer_html, blocks_html, page
     from diptych.runs import atomic_text
@@ -50,6 +52,7 @@ def generate(
         raise ValueError(f"--out is {str(out)!r}; allowed endings are .html and .json")
     asked = Document((*(Image(open_image(path)) for path in image or []), Text(prompt)))
     loaded = load_model(model, dtype=dtype, load_in_4bit=load_in_4bit or None, image_size=image_size).to(pick_device(device))
+    set_image_decoder(loaded, image_decoder)
     given = _beginning(begin)
     row = loaded.encode_prompt(asked, form, given)
     params = sampling(loaded.default_sampling, temperature, guidance).model_copy(update={"max_text_tokens": max_text_tokens})

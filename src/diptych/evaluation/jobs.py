@@ -43,7 +43,7 @@ PATIENCE = set(JudgeOptions.model_fields) - {"model", "revision", "max_tokens", 
 
 
 class Settings(Config):
-    """What two runs of one job have in common. None: the model family's own."""
+    """What two runs of one job have in common. None: the model family's own; of `form`, the benchmark's."""
 
     benchmark: str
     model: str
@@ -51,7 +51,7 @@ class Settings(Config):
     seed: int = Field(0, ge=0)
     temperature: float | None = Field(None, ge=0)
     guidance: float | None = Field(None, ge=0)
-    form: AnswerForm = AnswerForm.FREE
+    form: AnswerForm | None = None
     max_images: int | None = Field(None, ge=0)
     max_text_tokens: int | None = Field(None, ge=1)
     prefix: str = ""
@@ -59,6 +59,7 @@ class Settings(Config):
     image_size: int | None = Field(None, ge=1)
     limit: int | None = Field(None, ge=1)
     ids: tuple[str, ...] | None = None
+    image_decoder: str | None = None
     dtype: str = "auto"
     load_in_4bit: bool = False
 
@@ -122,9 +123,13 @@ class Job:
         if cap is not None and size is not None and size > cap:
             raise ValueError(f"image_size is {size}; {self.benchmark.name}'s judge loses text to larger pictures, so {cap} is the most")
 
+    @property
+    def form(self) -> AnswerForm:
+        return self.settings.form or self.benchmark.form
+
     def _known(self, everything: Sequence[Item]) -> dict[str, Any]:
         """What must be the same in the folder, apart from the sampling that a model's release stands behind."""
-        settings = self.settings.model_dump(mode="json")
+        settings = {**self.settings.model_dump(mode="json"), "form": self.form.value}
         if settings["ids"] is not None:
             settings["ids"] = digest(json.dumps(sorted(set(settings["ids"]))))
         data = {"folder": self.data.resolve().name, **of_items(everything)}
@@ -185,6 +190,7 @@ class Job:
             known = {**known, "fingerprint": self._fingerprint(fetch=True)}
             self._refuse_changes(known)
         model, params = open_model()
+        params = params.model_copy(update={"form": self.form})
         _refuse_copies([task.item for _, batch in todo for task in batch], params)
         drawn = model.image_spec.pixel_size
         side = self.settings.image_size or min(drawn, self.benchmark.max_side or drawn)
@@ -327,7 +333,8 @@ def nothing_scored(result: dict[str, Any], out: Path) -> str:
 def _refuse_copies(items: Sequence[Item], params: SamplingParams) -> None:
     """Raises ValueError where several answers to one item would all be the same."""
     most = max((item.num_answers for item in items), default=1)
-    if most > 1 and all(part.temperature == 0 or part.top_k == 1 for part in (params.text, params.image)):
+    chosen = {AnswerForm.IMAGE: (params.image,), AnswerForm.TEXT: (params.text,)}.get(params.form, (params.text, params.image))
+    if most > 1 and all(part.temperature == 0 or part.top_k == 1 for part in chosen):
         raise ValueError(
             f"{most} answers are asked for each item, but sampling is greedy: all {most} would be the same. Sample as the figures "
             "that you compare with were sampled, for instance --temperature 1"

@@ -19,7 +19,7 @@ from diptych.config import SamplingParams
 from diptych.document import NOTHING, STAND_IN, Document, Image, Text
 from diptych.models.attention import Layout
 from diptych.models.codes import CodeCache
-from diptych.models.pixels import to_pixels
+from diptych.models.pixels import to_images, to_pixels
 from diptych.tokens import AnswerForm, Modality, TokenBatch, TokenRow, valid_text
 
 CODE = -1
@@ -104,6 +104,7 @@ class UnifiedModel(nn.Module, abc.ABC):
     vocab_size: int
     max_positions: int
     adapter: Any = None  # models.lora.LoraAdapter, where one is attached
+    image_decoder: Callable[[Tensor], Tensor] | None = None  # `decode_codes` of a user's own (models/image_decoder.py)
     code_cache: CodeCache | None = None
     _legal: Tensor | None = None
 
@@ -147,6 +148,13 @@ class UnifiedModel(nn.Module, abc.ABC):
     @abc.abstractmethod
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Codes (N, num_positions, D) -> pixels (N, 3, S, S) float in -1..1."""
+
+    def to_pictures(self, codes: Tensor) -> list[PIL.Image.Image]:
+        """Pictures of codes (N, num_positions, D), by `image_decoder` where one is set."""
+        return to_images((self.image_decoder or self.decode_codes)(codes.to(self.device)).float().cpu())
+
+    def check_can_draw(self) -> None:
+        """Raises ValueError where codes cannot become pictures."""
 
     # --- words and pictures --------------------------------------------------------------------------------------
     @abc.abstractmethod

@@ -84,14 +84,18 @@ class ChameleonModel(OneVocabularyModel):
     @torch.no_grad()
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Raises ValueError where the checkpoint folder holds no picture decoder."""
-        if self.picture_decoder is None:
-            raise ValueError(
-                f"{self.folder} cannot turn codes into pictures: transformers' Chameleon has no decoder. Put the original release's "
-                f"{' or '.join(_ORIGINALS)} into the folder"
-            )
+        self.check_can_draw()
+        assert self.picture_decoder is not None
         grid = int(codes.shape[1] ** 0.5)
         vectors = self.hf.model.vqmodel.quantize.embedding(codes[..., 0])  # (N, positions, C)
         return self.picture_decoder(vectors.transpose(1, 2).unflatten(2, (grid, grid)))
+
+    def check_can_draw(self) -> None:
+        if self.picture_decoder is None and self.image_decoder is None:
+            raise ValueError(
+                f"{self.folder} cannot turn codes into pictures: transformers' Chameleon has no decoder. Put the original release's "
+                f"{' or '.join(_ORIGINALS)} into the folder, or name a decoder of your own (image_decoder)"
+            )
 
     # --- words and pictures ---
     def unconditional_prompt(self, prompt_length: int) -> list[int]:

@@ -24,7 +24,7 @@ from diptych.document import Image
 from diptych.models import janus_config, janus_weights
 from diptych.models.base import ImageSpec, check_image_size
 from diptych.models.hf import HFModel, load_weights
-from diptych.models.pixels import square, to_images, to_pixels
+from diptych.models.pixels import square, to_pixels
 from diptych.pictures import to_rgb
 from diptych.tokens import TokenRow
 
@@ -147,7 +147,7 @@ class JanusModel(HFModel):
         pixels = image.pixels
         if pixels is None:
             assert image.codes is not None
-            pixels = to_images(self.decode_codes(image.codes[None].to(self.device)))[0]
+            pixels = self.to_pictures(image.codes[None])[0]
         return self._features_row(self.processed(pixels))
 
     def _features_row(self, pixels: Tensor) -> TokenRow:

@@ -18,6 +18,7 @@ from diptych.config import RunConfig
 from diptych.models.base import UnifiedModel
 from diptych.models.codes import CodeCache
 from diptych.models.emu3_5.config import is_first_generation
+from diptych.models.image_decoder import set_image_decoder
 from diptych.models.lora import DESCRIPTION, attach_lora, load_lora, read_description
 
 PACKAGED = ("storyboard",)
@@ -151,7 +152,7 @@ def open_policy(config: RunConfig, device: torch.device, checkpoint: Path | None
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     warn_of_rounding(model, config)
-    model = model.to(device)
+    model = set_image_decoder(model.to(device), config.image_decoder)
     if config.code_cache is not None:
         model.code_cache = CodeCache(Path(config.code_cache), model)
     return model

@@ -14,16 +14,13 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import importlib
 import inspect
 import json
 import logging
 import math
-import sys
 import typing
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +31,7 @@ from diptych.document import Document
 from diptych.overrides import kind_of, read_value
 from diptych.rewards.protocol import Context, Notes, conversation, keywords
 from diptych.runtime import run_async
+from diptych.usercode import load_named
 
 logger = logging.getLogger(__name__)
 
@@ -165,15 +163,12 @@ def load_reward(name: str) -> Callable[..., Any]:
     """
     known = BUILT_IN | JUDGES | SCORERS
     path = known.get(name, name)
-    module_name, colon, function_name = path.partition(":")
-    if not colon:
+    if ":" not in path:
         raise ValueError(f"unknown reward {name!r}; give package.module:function or one of: {', '.join(known)}")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        return getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot load reward {name!r}: {error}") from error
+        return load_named(path)
+    except ValueError as error:
+        raise ValueError(f"reward {name!r}: {error}") from error
 
 
 _made: dict[tuple[Any, str], Callable[..., Any]] = {}

@@ -90,6 +90,8 @@ def sample(
     params = resolve(params, model)
     if params.form is not AnswerForm.FREE and any(prompt.form is None for prompt in prompts):
         raise ValueError(f"the settings ask for form {params.form}, and a prompt was encoded for none: use encode_prompt(prompt, form)")
+    if params.form.ends_with_image or any(prompt.form is not None and prompt.form.ends_with_image for prompt in prompts):
+        model.check_can_draw()
     for prompt in prompts:
         check_room(model, prompt, params)
     was_training = model.training

@@ -12,7 +12,6 @@ from torch import Tensor
 from diptych.config import SamplingParams
 from diptych.document import Document, Image, Text
 from diptych.models.base import UnifiedModel
-from diptych.models.pixels import to_images
 from diptych.tokens import AnswerForm, Modality, TokenRow
 
 PICTURES_AT_ONCE = 16  # in the image decoder: more gain nothing and take memory
@@ -79,7 +78,7 @@ def finish(model: UnifiedModel, drafts: list[Draft], params: SamplingParams) -> 
     images = [piece.ids for draft in drafts for piece in draft.pieces if piece.modality == Modality.IMAGE]
     pictures: list[PIL.Image.Image] = []
     for codes in torch.stack(images).split(PICTURES_AT_ONCE) if images else ():
-        pictures += to_images(model.decode_codes(codes.to(model.device)).float().cpu())
+        pictures += model.to_pictures(codes)
     supply = iter(pictures)
     return [_finish_one(model, draft, params, supply) for draft in drafts]
 

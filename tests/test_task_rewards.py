@@ -1,0 +1,82 @@
+"""What a picture is compared with, and whether an answer is the right one."""
+
+from __future__ import annotations
+
+import PIL.Image
+import pytest
+
+from diptych.config import RewardConfig
+from diptych.data.records import open_source
+from diptych.document import Document, Image, Text, to_message
+from diptych.rewards import call_rewards, load_reward
+from diptych.rewards.base import check_columns
+from diptych.rewards.captions import compared
+from diptych.rewards.exact_match import exact_match, normalised
+from diptych.rewards.image_text import image_text
+
+RED = Image(PIL.Image.new("RGB", (8, 8), "red"))
+
+
+def messages(role: str, *parts: str | Image) -> list[dict]:
+    return [to_message(role, Document(tuple(Text(p) if isinstance(p, str) else p for p in parts)))]
+
+
+def words(found):
+    return [[(place, said) for place, said, _ in row] for row in found]
+
+
+def test_what_a_picture_is_compared_with():
+    prompts = [messages("user", "draw", RED, "a cat"), messages("user", "a dog"), messages("user", "a bird"), messages("user", " ")]
+    answers = [
+        messages("assistant", RED),
+        messages("assistant", "plan", RED),
+        messages("assistant", "given", RED),
+        messages("assistant", RED),
+    ]
+    forms = ["image", "text_image", "image", "image"]
+    assert words(compared(prompts, answers, answer_form=forms)) == [[(0, "draw a cat")], [(1, "plan")], [(1, "given")], []]
+    asked = [[(0, "draw a cat")], [(1, "a dog")], [(1, "a bird")], []]
+    assert words(compared(prompts, answers, "prompt", answer_form=forms)) == asked
+    captions = ["the cat", None, "", "x"]
+    told = [[(0, "the cat")], [(1, "a dog")], [], [(0, "x")]]
+    assert words(compared(prompts, answers, "prompt", answer_form=forms, caption=captions)) == told
+    assert words(compared(prompts, answers, caption=captions)) == [[], [(1, "plan")], [(1, "given")], []]  # free answers: as ever
+    with pytest.raises(ValueError, match="against is 'plan'; allowed are text and prompt"):
+        compared(prompts, answers, "plan")
+
+
+def test_image_text_sees_the_caption_of_a_bare_picture():
+    source = open_source("storyboard:text_to_image", split="validation")
+    records = [source[i] for i in range(24)]
+    right = call_rewards(
+        [(RewardConfig(name="image_text"), image_text)], [r.prompt for r in records], [r.answer for r in records],
+        {"caption": [r.columns["caption"] for r in records], "answer_form": ["image"] * 24},
+    )  # fmt: skip
+    wrong = call_rewards(
+        [(RewardConfig(name="image_text", options={"against": "prompt"}), image_text)], [r.prompt for r in records],
+        [r.answer for r in records], {"caption": [r.columns["caption"] for r in records[1:] + records[:1]], "answer_form": ["image"] * 24},
+    )  # fmt: skip
+    assert right.applies.all()
+    assert right.steps.mean() > 0.8
+    assert wrong.steps.mean() < 0.4
+
+
+def test_exact_match_by_hand():
+    said = [messages("assistant", *parts) for parts in (("The red ball.",), ("red",), ("a", "b"), ("red", RED), ("1,5",), ("x",), ("no",))]
+    solution = ["red ball", "blue", "A-b!", "red", "15", None, ["yes", "No."]]
+    assert exact_match(said, solution) == [1.0, 0.0, 1.0, 0.0, 0.0, None, 1.0]
+    assert normalised("  The   quick,\n(brown) fox an ") == "quick brown fox"
+
+
+def test_exact_match_finds_the_answer_in_a_longer_text():
+    said = [messages("assistant", text) for text in ("<think>no\nred</think><answer>\nBlue</answer>", "blue", "<answer></answer>")]
+    assert exact_match(said, ["blue"] * 3, pattern="<answer>(.*?)</answer>") == [1.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="has no group"):
+        exact_match(said, ["blue"] * 3, pattern="answer")
+
+
+def test_a_source_without_solutions_is_named_before_anything_is_sampled():
+    pair = [(RewardConfig(name="exact_match"), load_reward("exact_match"))]
+    with pytest.raises(ValueError, match="reward 'exact_match' needs 'solution'"):
+        check_columns(pair, open_source("storyboard:text_to_image").columns)
+    check_columns(pair, open_source("storyboard:understanding").columns)
