@@ -6,6 +6,7 @@ Run as a program: `python tests/toy_checkpoints.py FAMILY FOLDER`.
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -29,10 +30,16 @@ from transformers import (
     JanusProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3ForCausalLM,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
+from diptych.models.emu3_5 import config as emu3_5_config
+from diptych.models.emu3_5 import tokenizer as emu3_5_words
+from diptych.models.emu3_5.checkpoint import VISION_FOLDER, save_language_model, save_vision
+from diptych.models.emu3_5.vision import VisionTokenizer
 from diptych.models.vila_u.config import DecoderConfig
 from diptych.models.vila_u.decoder import PixelDecoder
 
@@ -260,6 +267,56 @@ def chameleon_decoder(codec: Any, seed: int) -> dict[str, torch.Tensor]:
         )  # fmt: skip
     randomise(parts, seed + 1)
     return dict(parts.state_dict())
+
+
+def make_emu3_5(folder: Path, *, seed: int = 0, shards: bool = False, dtype: torch.dtype = torch.float32, raise_by: float = 5.0) -> Path:
+    """The vision tokenizer lies inside. A code covers 8 pixels; pictures of prompts are scaled to the area of drawn ones.
+
+    `raise_by`: nats by which the head prefers to begin a picture and to end. The first number of every embedding is large, so that it is
+    a constant in the last state, and the head reads it for these two ids alone.
+    """
+    bytes_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    ranks = [bytes(bytes_of[letter] for letter in token) for token in byte_level()[0]]
+    around = [*emu3_5_words.SPECIAL, *emu3_5_words.AROUND]
+    ids = {token: len(ranks) + i for i, token in enumerate(around)}
+    named = {
+        "pad": emu3_5_words.PAD, "bos": emu3_5_words.BOS, "eos": emu3_5_words.EOS, "img": emu3_5_words.SIZE_END,
+        "boi": emu3_5_words.BEGIN, "eoi": emu3_5_words.END, "eol": emu3_5_words.ROW_END,
+    }  # fmt: skip
+    config = {
+        "architectures": ["Emu3ForCausalLM"], "model_type": "Emu3", "attention_dropout": 0.1, "head_dim": 24, "hidden_act": "silu",
+        "image_area": PIXELS**2, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 1e6, **TEXT,
+        "max_position_embeddings": 1024, "torch_dtype": str(dtype).removeprefix("torch."), "vocab_size": len(ranks) + len(around) + CODES,
+        **{f"{name}_token_id": ids[token] for name, token in named.items()},
+    }  # fmt: skip
+    language = emu3_5_config.LanguageConfig.model_validate(config)
+    model: Any = build(Qwen3ForCausalLM, emu3_5_config.stock_config(language), seed, [], 1.0)
+    vision_config = {
+        "model_type": "Emu3p5VisionVQ", "codebook_size": CODES, "embed_dim": 8, "z_channels": 16, "in_channels": 3, "out_ch": 3,
+        "ch": CODEC["base_channels"], "ch_mult": CODEC["channel_multiplier"], "num_res_blocks": CODEC["num_res_blocks"],
+        "attn_resolutions": [GRID], "resolution": PIXELS, "dropout": 0.0, "double_z": False,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        vision = VisionTokenizer(emu3_5_config.VisionConfig.model_validate(vision_config))
+    randomise(vision, seed + 1)
+    with torch.no_grad():
+        embedding, norm, head = model.model.embed_tokens.weight, model.model.norm.weight, model.lm_head.weight
+        embedding[:, 0], norm[0], head[:, 0] = 16.0, 1.0, 0.0
+        head[[ids[emu3_5_words.BEGIN], ids[emu3_5_words.EOS]], 0] = raise_by / 4
+    tables = {
+        emu3_5_words.RANKS: "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)),
+        emu3_5_words.VISUAL: "".join(
+            f"{line}\n" for line in (*emu3_5_words.AROUND, *(f"<|visual token {code:06d}|>" for code in range(CODES)))
+        ),
+        "generation_config.json": json.dumps({f"{name}_token_id": ids[named[name]] for name in ("bos", "eos", "pad")}, indent=2) + "\n",
+        "tokenizer_config.json": json.dumps({"tokenizer_class": "Emu3Tokenizer"}) + "\n",
+        "diptych.json": json.dumps({"image_size": PIXELS}),
+    }  # fmt: skip
+    files = {name: content.encode() for name, content in tables.items()}
+    size = "500KB" if shards else "5GB"
+    save_language_model(model.to(dtype), (json.dumps(config, indent=2) + "\n").encode(), files, folder, size)
+    save_vision(vision, {"config.json": json.dumps(vision_config).encode()}, folder / VISION_FOLDER)
+    return folder
 
 
 def make_vila_u(folder: Path) -> Path:

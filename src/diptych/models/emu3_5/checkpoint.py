@@ -51,13 +51,13 @@ def stored_dtype(folder: Path) -> Any:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(named, "auto")
 
 
-def save_language_model(hf: Any, config: bytes, files: Mapping[str, bytes], folder: Path) -> None:
+def save_language_model(hf: Any, config: bytes, files: Mapping[str, bytes], folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
     """The release's names of files and weights, in its shards; `config.json` as it was, but for the weights' type where that is another
     now. Raises ValueError for quantised weights."""
     if getattr(hf, "is_quantized", False):
         raise ValueError("4-bit weights cannot be written in Emu3.5's layout; load the model without load_in_4bit to save it")
     folder.mkdir(parents=True, exist_ok=True)
-    hf.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    hf.save_pretrained(folder, max_shard_size=max_shard_size)
     fields, dtype = json.loads(config), str(hf.dtype).removeprefix("torch.")
     if fields.get("torch_dtype", dtype) != dtype:
         config = (json.dumps({**fields, "torch_dtype": dtype}, indent=2, ensure_ascii=False) + "\n").encode()

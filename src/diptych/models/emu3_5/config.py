@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 
 from diptych.models.vila_u.config import DecoderConfig, read_json
@@ -76,6 +76,12 @@ class VisionConfig(DecoderConfig):
     out_ch: Literal[3] = 3
     double_z: Literal[False] = False
     cosine_similarity: Literal[False] = False
+
+    @model_validator(mode="after")
+    def _check(self) -> VisionConfig:
+        if any(self.ch * factor % 32 for factor in self.ch_mult):
+            raise ValueError("ch times ch_mult must be multiples of 32, the groups of the norms")
+        return self
 
     @property
     def factor(self) -> int:
