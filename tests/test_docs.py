@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from diptych import config, losses
 from diptych.cli.app import app
 from diptych.models import loading
+from diptych.models.image_decoder import set_image_decoder
 from diptych.rewards import base
 from diptych.runs import read_jsonl
 
@@ -48,6 +49,14 @@ def test_the_reward(monkeypatch):
     as_module("my_rewards", block('"""`colourful`'), monkeypatch)
     as_module("its_test", block("import PIL.Image\nimport pytest"), monkeypatch).test_colourful_by_hand()
     assert "colourful" not in base.BUILT_IN  # the example ships nothing
+
+
+def test_the_picture_decoder(monkeypatch):
+    as_module("my_decoder", block("def blocks"), monkeypatch)
+    model = set_image_decoder(loading.load_model("storyboard"), "my_decoder:blocks")
+    (image,) = model.to_pictures(torch.tensor([[[0, 0]] * 8 + [[511, 0]]]))
+    assert image.size == (3, 3)
+    assert [image.getpixel((2, y)) for y in range(3)] == [(0, 0, 0)] * 2 + [(255, 255, 255)]
 
 
 def test_the_loss(monkeypatch):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from family_data import answer, eager, params, picture, prompts
 from typer.testing import CliRunner
 
 from diptych.cli import app
-from diptych.config import GRPOConfig, SamplingParams, TextSampling, WarmupConfig, build, load_config
+from diptych.config import GRPOConfig, SamplingParams, TextSampling, WarmupConfig, build, load_config, recipe_path
 from diptych.data.conversation import NotARecord, answer_places
 from diptych.data.records import open_source
 from diptych.document import Document, Image, Text
@@ -408,3 +411,28 @@ def test_the_recipes_of_tasks_run(recipe, tmp_path):
     grpo(load_config(GRPOConfig, recipe, [*changes, "--device=cpu"]), lambda step, total, metrics: found.append(metrics))
     assert max(found[0]["parity/text_max"], found[0]["parity/image_max"]) <= 1e-4
     assert found[0]["reward"] > 0
+
+
+@pytest.mark.parametrize("recipe", ["janus_text_to_image", "janus_plan_and_draw", "janus_understanding", "janus_all_tasks"])
+def test_the_recipes_for_janus_run_at_toy_size(recipe, folders, tmp_path, monkeypatch):
+    """With the records that docs/tasks.md shows; the scorers of pictures are a toy."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    picture(1).save(tmp_path / "data" / "a.png")
+    shown = re.search(r"```json\n(.*?)```", (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(), re.S)
+    caption, plan, question = shown[1].splitlines()
+    document = json.dumps({"prompt": "tell of a cat", "num_images": 2})
+    for name, line in (("captions", caption), ("plans", plan), ("questions", question), ("documents", document)):
+        (tmp_path / "data" / f"{name}.jsonl").write_text(f"{line}\n" * 20)
+    settings = yaml.safe_load(recipe_path(recipe).read_text())
+    settings |= {"model": str(folders["janus"]), "max_steps": 1, "prompts_per_step": 4, "num_generations": 2, "rollout_batch_size": None}
+    settings |= {"device": "cpu", "dtype": "float32", "parity_bound": 1e-3}
+    settings["lora"] = {"r": 4}
+    settings["sampling"]["max_text_tokens"] = 6
+    scorers = [reward for reward in settings["rewards"] if reward["name"] in ("hps", "image_reward")]
+    for number, reward in enumerate(scorers):
+        reward |= {"name": "toy_rewards:per_step", "options": {}, "label": f"scorer {number}"}
+    found: list[dict[str, float]] = []
+    grpo(build(GRPOConfig, settings), lambda step, total, metrics: found.append(metrics))
+    assert max(found[0]["parity/text_max"], found[0]["parity/image_max"]) <= 1e-4
+    assert ("rewards/exact_match/mean" in found[0]) == (recipe != "janus_text_to_image" and "plan" not in recipe)

@@ -362,7 +362,8 @@ class Silence:
                 if str(self.silent[reward.key]).strip("0") == "1":
                     logger.warning(
                         "reward %s says nothing (None) of any document for %d step(s): it trains nothing. Does it read a column that the "
-                        "data set does not have?", reward.key, self.silent[reward.key],
+                        "data set does not have, or judge pictures where the form of the answers has none?",
+                        reward.key, self.silent[reward.key],
                     )  # fmt: skip
         if min(self.silent.values()) >= self.LONG:
             raise RewardError(
