@@ -204,11 +204,11 @@ def test_pictures_to_codes_and_back(emu, name):
     assert torch.equal(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0), RECORDED[f"image.{name}.resized"])
     assert torch.equal(pixels, RECORDED[f"vq.{name}.pixel_values"])
     with torch.no_grad():
-        close(emu.vision.latents(pixels), RECORDED[f"vq.{name}.latent"])
-    assert torch.equal(emu.vision.encode(pixels), codes)
-    close(emu.vision.quantize.embedding(codes).permute(2, 0, 1).detach(), RECORDED[f"vq.{name}.quant"])
-    close(emu.vision.decode(codes), RECORDED[f"vq.{name}.decoded"])
-    drawn = ((emu.vision.decode(codes).clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0)  # cut off, as the official code does
+        close(emu.vision_tokenizer.latents(pixels), RECORDED[f"vq.{name}.latent"])
+    assert torch.equal(emu.vision_tokenizer.encode(pixels), codes)
+    close(emu.vision_tokenizer.quantize.embedding(codes).permute(2, 0, 1).detach(), RECORDED[f"vq.{name}.quant"])
+    close(emu.vision_tokenizer.decode(codes), RECORDED[f"vq.{name}.decoded"])
+    drawn = ((emu.vision_tokenizer.decode(codes).clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0)  # cut off, as the official code does
     assert (drawn.int() - RECORDED[f"vq.{name}.uint8"].int()).abs().max() <= 1
     assert ids_of(emu.picture_row(Image(recorded_picture(name)))) == facts["block_ids"]
     drawn_row = emu.image_spec.row(torch.zeros(16, 1), chosen=True, step=0, begin_step=0)
@@ -220,13 +220,13 @@ def test_pictures_to_codes_and_back(emu, name):
 def test_codes_are_found_in_float32_and_not_in_tf32(emu, tmp_path):
     half = load_model(TOY, dtype="bfloat16", image_size=64)
     assert half.dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 for p in half.vision.parameters())
+    assert all(p.dtype == torch.float32 for p in half.vision_tokenizer.parameters())
     pixels, conv, seen = RECORDED["vq.port.pixel_values"], torch.backends.cudnn.conv, []
     before = conv.fp32_precision
-    hook = half.vision.encoder.register_forward_hook(lambda *_: seen.append(conv.fp32_precision))
+    hook = half.vision_tokenizer.encoder.register_forward_hook(lambda *_: seen.append(conv.fp32_precision))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(half.vision.encode(pixels), RECORDED["vq.port.codes"].long())
-        close(half.vision.decode(RECORDED["vq.port.codes"].long()), RECORDED["vq.port.decoded"])
+        assert torch.equal(half.vision_tokenizer.encode(pixels), RECORDED["vq.port.codes"].long())
+        close(half.vision_tokenizer.decode(RECORDED["vq.port.codes"].long()), RECORDED["vq.port.decoded"])
     hook.remove()
     assert seen == ["ieee"]
     assert conv.fp32_precision == before

@@ -32,7 +32,7 @@ NAME = VISION.name
 def works(model: UnifiedModel) -> bool:
     """Its vision tokenizer is the toy's."""
     assert isinstance(model, Emu35Model)
-    return torch.equal(model.vision.encode(RECORDED["vq.land.pixel_values"]), RECORDED["vq.land.codes"].long())
+    return torch.equal(model.vision_tokenizer.encode(RECORDED["vq.land.pixel_values"]), RECORDED["vq.land.codes"].long())
 
 
 # --- where things lie ----------------------------------------------------------------------------------------------------
@@ -285,10 +285,10 @@ BROKEN = {
     "another vocabulary": (config(vocab_size=1290), r"in another shape|cannot be loaded"),
     "a lost shard": (drop("model-00002-of-00002.safetensors"), r"model-00002-of-00002\.safetensors|cannot be loaded"),
     "half a shard": (cut("model-00002-of-00002.safetensors"), r"cannot be loaded as Qwen3ForCausalLM"),
-    "no vision tokenizer": (no_vision, r"is neither in .* nor in .*the hub did not give.*hf download BAAI/Emu3\.5-VisionTokenizer"),
+    "no vision tokenizer": (no_vision, r"lacks its vision tokenizer: hf download BAAI/Emu3\.5-VisionTokenizer .*the hub did not give"),
     "a path to nothing": (
         lambda folder: (no_vision(folder), option('{"vision_tokenizer": "./vq"}')(folder)),
-        r"vq, which .*diptych\.json names \(vision_tokenizer\), is no folder; mend the path",
+        r"vq, which .*diptych\.json names \(vision_tokenizer\), is no folder, .*mend the path",
     ),
     "no vision weights": (lambda folder: drop("model.safetensors")(folder.parent / NAME), r"has no weights: neither model\.safetensors"),
     "half of them": (lambda folder: cut("model.safetensors")(folder.parent / NAME), r"model\.safetensors cannot be read .*copy it again"),

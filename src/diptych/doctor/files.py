@@ -134,12 +134,17 @@ def read_weights(folder: Path, problems: list[str], torch_files: bool = False) -
 
 def _read_bin(path: Path, problems: list[str]) -> dict[str, tuple[str, tuple[int, ...]]] | None:
     """The same of a file that torch saved: of its archive only the names and shapes are read."""
-    kinds = {dtype: name for name, dtype in TORCH_DTYPES.items()}
     try:
-        return {key: (kinds.get(value.dtype, str(value.dtype)), tuple(value.shape)) for key, value in bin_tensors(path, "meta").items()}
+        return stored_as(bin_tensors(path, "meta")).tensors
     except ValueError as error:
         problems.append(str(error))
         return None
+
+
+def stored_as(tensors: Mapping[str, Tensor]) -> Stored:
+    """What such tensors are in a file."""
+    kinds = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+    return Stored({key: (kinds.get(value.dtype, str(value.dtype)), tuple(value.shape)) for key, value in tensors.items()})
 
 
 def _weight_map(path: Path, problems: list[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ GIB = 2**30
 MODES = ("sampling", "lora", "qlora", "full")
 USABLE = 0.9  # of a GPU's memory: the rest is the CUDA context, the allocator's gaps, and what the estimates leave out
 _RANK = LoraConfig().r
-_KEPT_IN_FLOAT32 = "rqvaesiglip.quantizer.codebooks."  # VILA-U's codebooks
+_KEPT_IN_FLOAT32 = ("rqvaesiglip.quantizer.codebooks.", "vision_tokenizer.")  # VILA-U's codebooks, Emu3.5's image tokenizer
 _SAMPLING_BYTES = 20  # a logit while sampling: logits, log-probabilities and probabilities in float32, their sum so far in float64
 _SCORING_BYTES = 20  # a logit while training: bf16, float32, log-probability, its gradient and the gathered one, bf16 gradient
 
@@ -46,6 +46,7 @@ class Sizes:
 
     weight_bytes: all parameters and saved buffers, loaded in bf16. trained: parameters that full training trains.
     length: sequence positions of an image; positions: those of them with codes. branches: of guidance beside the conditional one.
+    keeps_images: whether these hold the earlier images of the document too (Emu3.5).
     """
 
     weight_bytes: int
@@ -63,6 +64,7 @@ class Sizes:
     length: int
     context: int
     branches: int
+    keeps_images: bool = False
 
     @classmethod
     def of(cls, model: UnifiedModel) -> Sizes:
@@ -77,6 +79,7 @@ class Sizes:
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
             vocab=model.vocab_size, codebook=spec.codebook_size, positions=spec.num_positions, depth=spec.depth, length=spec.length,
             context=model.max_positions, branches=int(model.default_sampling.image.guidance_scale != 1),
+            keeps_images=type(model).unconditional_row is not UnifiedModel.unconditional_row,
         )  # fmt: skip
 
     @property
@@ -109,6 +112,13 @@ class Sizes:
     def answer(self, document: DocumentSize) -> int:
         """Sequence positions of the document."""
         return document.text_tokens + document.num_images * self.length
+
+    def branch_positions(self, num_images: int) -> tuple[int, int]:
+        """Positions of the other branches of guidance for a document of so many images: of the longest, which is sampled in, and of all,
+        which are scored together."""
+        if not self.keeps_images:
+            return self.branches * self.length * bool(num_images), self.branches * self.length * num_images
+        return self.branches * self.length * num_images, self.branches * self.length * (num_images * (num_images + 1) // 2)
 
     def kept_bytes(self, lora: bool) -> int:
         """What autograd keeps of one decoder layer per position in bf16 with scaled-dot-product attention: 20 H + 4 H_kv + 8 I;
@@ -148,11 +158,11 @@ def estimate(sizes: Sizes, document: DocumentSize, mode: str, *, kl: bool = Fals
     """Memory of one GPU for one of MODES. T: positions of the document, L: of its images, R: rows sampled together, V, K, D as everywhere.
 
     sampling  weights in bf16
-              + KV cache of R * T positions, and of R * (one image) for each other branch of guidance
+              + KV cache of R * T positions, and of R * (one image, or all that it keeps) for each other branch of guidance
               + logits: R * max(V, K * branches) * 20 bytes
     lora      bf16 weights, float32 adapters of rank 16 on all decoder matrices (4 bytes), their gradients (4), Adam's moments (8)
               + activations of a micro-batch of one row with gradient checkpointing, exact guidance included:
-                (T + L * other branches) * (layers * 2 H bytes, and one layer anew: `Sizes.layer_bytes`)
+                (T + `Sizes.branch_positions`) * (layers * 2 H bytes, and one layer anew: `Sizes.layer_bytes`)
               + logits: (text * V + images * positions * D * K * branches) * 20 bytes
     qlora     the same with the decoder matrices in NF4 (`Sizes.nf4_bytes`)
     full      bf16 weights and gradients; moments in bf16 too, since torch's AdamW works on the weights themselves, without a float32
@@ -168,9 +178,10 @@ def estimate(sizes: Sizes, document: DocumentSize, mode: str, *, kl: bool = Fals
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; allowed are {', '.join(MODES)}")
-    adapted, images, branches = mode in ("lora", "qlora"), document.num_images * sizes.length, 1 + sizes.branches
-    kv_cache = sizes.kv_bytes(document.rows * (sizes.answer(document) + sizes.branches * sizes.length * bool(images)))
-    drawing = document.rows * max(sizes.vocab, sizes.codebook * branches * bool(images)) * _SAMPLING_BYTES
+    adapted, branches = mode in ("lora", "qlora"), 1 + sizes.branches
+    sampled, scored = sizes.branch_positions(document.num_images)
+    kv_cache = sizes.kv_bytes(document.rows * (sizes.answer(document) + sampled))
+    drawing = document.rows * max(sizes.vocab, sizes.codebook * branches * bool(document.num_images)) * _SAMPLING_BYTES
     weights = sizes.weight_bytes
     if mode == "sampling":
         return _in_gib(weights=weights, kv_cache=kv_cache, logits=drawing, total=weights + kv_cache + drawing)
@@ -180,8 +191,8 @@ def estimate(sizes: Sizes, document: DocumentSize, mode: str, *, kl: bool = Fals
         weights += 4 * sizes.lora()
     gradients, optimizer = (4 * sizes.lora(), 8 * sizes.lora()) if adapted else (2 * sizes.trained, 4 * sizes.trained)
     reference = sizes.weight_bytes if kl and not adapted else 0
-    inputs = (sizes.answer(document) + images * sizes.branches) * sizes.layers * 2 * sizes.hidden
-    layer = (sizes.answer(document) + images * sizes.branches) * sizes.layer_bytes(adapted)
+    inputs = (sizes.answer(document) + scored) * sizes.layers * 2 * sizes.hidden
+    layer = (sizes.answer(document) + scored) * sizes.layer_bytes(adapted)
     codes = document.num_images * sizes.positions * sizes.depth
     logits = (document.text_tokens * sizes.vocab + codes * sizes.codebook * branches) * _SCORING_BYTES
     phases = [kv_cache + drawing, gradients + inputs + max(layer, logits), gradients * (1 if adapted else 2)]
@@ -210,4 +221,4 @@ def _loaded_itemsize(name: str, tensor: Tensor) -> int:
     """Bytes a number when loaded with dtype bfloat16."""
     if not tensor.is_floating_point():
         return tensor.element_size()
-    return 4 if _KEPT_IN_FLOAT32 in name else torch.bfloat16.itemsize
+    return 4 if any(part in name for part in _KEPT_IN_FLOAT32) else torch.bfloat16.itemsize

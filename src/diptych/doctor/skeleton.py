@@ -14,14 +14,19 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from diptych.doctor.files import Stored, read_json_object, read_weights, say_misshapen, say_missing
-from diptych.doctor.words import TOKENS, StandIn, StandInMap, check_maps, check_words, read_tokenizer
+from diptych.doctor.files import Stored, read_json_object, read_weights, say_misshapen, say_missing, stored_as
+from diptych.doctor.words import TOKENS, SizedStandIn, StandIn, StandInMap, check_maps, check_words, read_tokenizer
 from diptych.models import janus_config, janus_weights
 from diptych.models.base import UnifiedModel
 from diptych.models.chameleon import ChameleonModel, load_decoder
+from diptych.models.emu3_5 import checkpoint as emu3_5_files
+from diptych.models.emu3_5 import config as emu3_5_config
+from diptych.models.emu3_5 import tokenizer as emu3_5_words
+from diptych.models.emu3_5.model import Emu35Model, Files
+from diptych.models.emu3_5.vision import VisionTokenizer
 from diptych.models.hf import HARMLESS_KEYS, HFModel, OneVocabularyModel
 from diptych.models.janus import JanusModel
 from diptych.models.storyboard.model import StoryboardConfig, StoryboardModel
@@ -49,6 +54,8 @@ def build_skeleton(family: type[UnifiedModel], folder: Path, problems: list[str]
             return _stock(family, folder, problems)
         if issubclass(family, VilaUModel):
             return _vila_u(folder, problems)
+        if issubclass(family, Emu35Model):
+            return _emu3_5(folder, problems)
         assert issubclass(family, StoryboardModel), f"the doctor does not know {family.__name__}"
         return _storyboard(folder, problems)
 
@@ -122,6 +129,58 @@ def _vila_u(folder: Path, problems: list[str]) -> Skeleton:
     if llm is not None and vision is not None and projector is not None:
         skeleton.model = _assemble(lambda words: VilaUModel(llm, vision, projector, words, folder), tokenizer, problems, before)
     return skeleton
+
+
+def _emu3_5(folder: Path, problems: list[str]) -> Skeleton:
+    """Of two repositories; a vision tokenizer that is not there is taken to be the release's, so that sizes can be told all the same."""
+    skeleton = Skeleton(stored=[read_weights(folder, problems)])
+    language = _attempt(lambda: emu3_5_config.read_language_config(folder), folder / "config.json", problems, "")
+    options = _attempt(lambda: emu3_5_config.read_options(folder), folder / emu3_5_config.OPTIONS_FILE, problems, "")
+    hf, stored = None, skeleton.stored[0]
+    _attempt(lambda: emu3_5_config.check_names({*stored.tensors, *stored.lost}, folder), folder, problems, "")
+    if language is not None:
+        stock = _attempt(lambda: emu3_5_config.stock_config(language), folder / "config.json", problems)
+        hf = None if stock is None else _stock_model(Qwen3ForCausalLM, stock, folder, stored, problems)
+    vision_folder = None
+    if options is not None:
+        find = emu3_5_files.find_vision_folder
+        vision_folder = _attempt(lambda: find(folder, options.vision_tokenizer, fetch=False), folder, problems, "")
+    vision = None if vision_folder is None else _read_vision(vision_folder, skeleton, problems)
+    before = len(problems)
+    ranks = _attempt(lambda: emu3_5_words.read_ranks(folder / emu3_5_words.RANKS), folder, problems, "")
+    num_codes = _attempt(lambda: emu3_5_words.count_codes(folder / emu3_5_words.VISUAL), folder, problems, "")
+    if ranks is not None and num_codes is not None:
+        skeleton.tokenizer = emu3_5_words.build_tokenizer(ranks)
+    if hf is None or language is None:
+        return skeleton
+    num_codes = num_codes or (vision.config.codebook_size if vision is not None else emu3_5_config.RELEASED_VISION["codebook_size"])
+    if vision is None:
+        sizes = emu3_5_config.VisionConfig.model_validate({**emu3_5_config.RELEASED_VISION, "codebook_size": num_codes})
+        vision = _on_meta(lambda: VisionTokenizer(sizes))
+    rows, chosen = int(hf.get_input_embeddings().weight.shape[0]), options or emu3_5_config.Options()
+
+    def make(words: Any) -> UnifiedModel:
+        words = SizedStandIn(rows - num_codes) if isinstance(words, StandIn) else words
+        return Emu35Model(hf, language, words, num_codes, vision, chosen, Files.of(folder, None), folder)
+
+    skeleton.model = _assemble(make, skeleton.tokenizer, problems, before)
+    return skeleton
+
+
+def _read_vision(folder: Path, skeleton: Skeleton, problems: list[str]) -> VisionTokenizer | None:
+    """Emu3.5's vision tokenizer on the meta device, its keys compared with those of the file."""
+    config = _attempt(lambda: emu3_5_config.read_vision_config(folder), folder, problems, "")
+    if (folder / emu3_5_files.WEIGHTS).is_file() or not (folder / emu3_5_files.TORCH_WEIGHTS).is_file():
+        stored = read_weights(folder, problems)
+    else:
+        found = _attempt(lambda: emu3_5_files.vision_weights(folder)[1], folder, problems, "")
+        stored = Stored(complete=False) if found is None else stored_as(found)
+    skeleton.stored.append(stored)
+    vision = None if config is None else _on_meta(lambda: VisionTokenizer(config))
+    if vision is not None:
+        wanted = {key: tuple(tensor.shape) for key, tensor in vision.state_dict().items()}
+        _compare_shapes(folder, wanted, stored, "the IBQ tokenizer", problems, exact=True)
+    return vision
 
 
 def _storyboard(folder: Path, problems: list[str]) -> Skeleton:

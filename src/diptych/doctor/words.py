@@ -45,6 +45,16 @@ class StandIn:
         return [0] * len(text)
 
 
+class SizedStandIn(StandIn):
+    """Of a family that asks how many tokens there are."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
 class StandInMap:
     """In the place of a vocabulary_map that will not do: code i has id i."""
 

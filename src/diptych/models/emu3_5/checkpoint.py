@@ -84,14 +84,16 @@ def find_vision_folder(folder: Path, stated: str | None, fetch: bool = True) -> 
     told = (folder / Path(source).expanduser()).resolve()
     if stated is not None and told.is_dir():
         return told
-    looked = f"the vision tokenizer of {folder} is neither in {near[0]} nor in {near[1]}"
+    looked = f"neither in {near[0].name}/ inside {folder} nor beside it"
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise ValueError(f"{looked}, and {told}, which {folder / OPTIONS_FILE} names (vision_tokenizer), is no folder; mend the path")
+        raise ValueError(f"{told}, which {folder / OPTIONS_FILE} names (vision_tokenizer), is no folder, and it is {looked}; mend the path")
     try:
         return _from_hub(source, fetch)
     except Exception as error:  # the hub may fail in any way
         said = "was not downloaded yet" if not fetch else f"the hub did not give: {str(error)[:200]}"
-        raise ValueError(f"{looked}, and {source} {said}. hf download {source} --local-dir {near[1]}") from error
+        raise ValueError(
+            f"{folder} lacks its vision tokenizer: hf download {source} --local-dir {near[1]}. It is {looked}, and {source} {said}"
+        ) from error
 
 
 def _from_hub(name: str, fetch: bool) -> Path:

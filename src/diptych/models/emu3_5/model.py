@@ -62,7 +62,7 @@ class Emu35Model(TokenizerModel):
     ) -> None:  # fmt: skip
         """`words`: the tokenizer without visual tokens; `num_codes`: how many of these there are."""
         super().__init__()
-        self.hf, self.vision, self.options, self.files, self.folder = hf, vision, options, files, folder
+        self.hf, self.vision_tokenizer, self.options, self.files, self.folder = hf, vision, options, files, folder
         self.set_tokenizer(words, folder)
         rows, codebook = hf.get_input_embeddings().weight.shape[0], vision.config.codebook_size
         self.vocab_size, self.max_positions = rows - num_codes, language.max_position_embeddings
@@ -124,10 +124,10 @@ class Emu35Model(TokenizerModel):
         return F.linear(hidden, self.hf.lm_head.weight[self.vocab_size :])
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        return torch.stack([self.vision.encode(picture).reshape(-1, 1) for picture in pixels])
+        return torch.stack([self.vision_tokenizer.encode(picture).reshape(-1, 1) for picture in pixels])
 
     def decode_codes(self, codes: Tensor) -> Tensor:
-        return torch.stack([self.vision.decode(one.view(self.grid)) for one in codes])
+        return torch.stack([self.vision_tokenizer.decode(one.view(self.grid)) for one in codes])
 
     # --- words ---
     def encode_text(self, text: str) -> list[int]:
@@ -187,7 +187,7 @@ class Emu35Model(TokenizerModel):
     # --- pictures ---
     def target_pixels(self, image: PIL.Image.Image) -> Tensor:
         """The largest part in the middle that has the shape of drawn pictures, in their size."""
-        rgb, (rows, columns), factor = to_rgb(image), self.grid, self.vision.config.factor
+        rgb, (rows, columns), factor = to_rgb(image), self.grid, self.vision_tokenizer.config.factor
         width, height = min(rgb.width, max(1, rgb.height * columns // rows)), min(rgb.height, max(1, rgb.width * rows // columns))
         left, top = (rgb.width - width) // 2, (rgb.height - height) // 2
         middle = rgb.crop((left, top, left + width, top + height))
@@ -196,7 +196,8 @@ class Emu35Model(TokenizerModel):
     def prompt_pixels(self, image: PIL.Image.Image) -> Tensor:
         """In its own shape, scaled to the area that the release reads."""
         rgb = not_too_long(to_rgb(image), self.family)
-        return _pixels(rgb.resize(smart_size(*rgb.size, self.prompt_area, self.vision.config.factor), PIL.Image.Resampling.BICUBIC))
+        size = smart_size(*rgb.size, self.prompt_area, self.vision_tokenizer.config.factor)
+        return _pixels(rgb.resize(size, PIL.Image.Resampling.BICUBIC))
 
     def stand_in_row(self) -> TokenRow:
         return self._picture_of(torch.zeros(1, 1, dtype=torch.long))
@@ -206,7 +207,7 @@ class Emu35Model(TokenizerModel):
         if image.codes is not None:
             return super().prompt_image_row(image)
         assert image.pixels is not None
-        return self._picture_of(self.vision.encode(self.prompt_pixels(image.pixels).to(self.device)).cpu())
+        return self._picture_of(self.vision_tokenizer.encode(self.prompt_pixels(image.pixels).to(self.device)).cpu())
 
     def _picture_of(self, codes: Tensor) -> TokenRow:
         """(H, W), of any size."""
@@ -223,13 +224,13 @@ class Emu35Model(TokenizerModel):
         return self.hf
 
     def frozen_modules(self) -> list[nn.Module]:
-        return [self.vision]
+        return [self.vision_tokenizer]
 
     def save_pretrained(self, folder: Path) -> None:
         """Both repositories of the release, the vision tokenizer inside, so that the folder is complete."""
         options = self.options.model_copy(update={"vision_tokenizer": None}).model_dump_json(exclude_none=True).encode()
         checkpoint.save_language_model(self.hf, self.files.config, {**self.files.language, OPTIONS_FILE: options}, folder)
-        checkpoint.save_vision(self.vision, self.files.vision, folder / checkpoint.VISION_FOLDER)
+        checkpoint.save_vision(self.vision_tokenizer, self.files.vision, folder / checkpoint.VISION_FOLDER)
 
     @classmethod
     def load(
