@@ -38,6 +38,13 @@ from test_family_training import (  # noqa: F401
     test_the_command_line_trains_and_generates,
     test_the_reference_is_the_model_from_which_the_run_started,
 )
+from test_forms import (  # noqa: F401
+    test_a_document_does_not_depend_on_what_else_is_in_the_batch,
+    test_a_given_beginning_leaves_the_rest_of_the_answer_what_it_was,
+    test_a_sampled_picture_is_the_example_that_teaches_it,
+    test_all_forms_in_one_batch_are_scored_as_they_were_sampled,
+    test_texts_begin_pictures_at_their_greatest_length,
+)
 from test_layouts import (  # noqa: F401
     test_packed_states_and_gradients_equal_those_of_each_sequence_alone,
     test_slots_with_holes_selected_rows_and_several_blocks_equal_each_sequence_alone,
