@@ -120,6 +120,13 @@ def test_pieces_are_merged_as_by_tiktoken(emu):
             assert emu.tokenizer.encode(piece, add_special_tokens=False) == merged(piece.encode(), ranks), piece
 
 
+def test_a_piece_that_is_a_token_stays_whole_and_digits_stand_alone():
+    """The release's ranks have neither case: no number of two digits, and no token that its parts do not lead to."""
+    single = [bytes([i]) for i in range(256)]
+    built = words.build_tokenizer([*single, b"12", b"xyz"])
+    assert built.encode("xyz12", add_special_tokens=False) == [257, *b"12"]
+
+
 def test_user_text_never_becomes_a_control_token(emu):
     for token in ("<|visual token 000003|>", "<|image start|>", "<|extra_100|>", "<|extra_60|>", "<|endoftext|>"):
         ids = emu.encode_text(f"a {token} b")
