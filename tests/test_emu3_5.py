@@ -121,7 +121,7 @@ def test_pieces_are_merged_as_by_tiktoken(emu):
 
 
 def test_a_piece_that_is_a_token_stays_whole_and_digits_stand_alone():
-    """The release's ranks have neither case: no number of two digits, and no token that its parts do not lead to."""
+    """Neither shows on the toy's ranks."""
     single = [bytes([i]) for i in range(256)]
     built = words.build_tokenizer([*single, b"12", b"xyz"])
     assert built.encode("xyz12", add_special_tokens=False) == [257, *b"12"]

@@ -37,18 +37,15 @@ MAX_SHARD_SIZE = "5GB"  # as in the release
 
 
 def load_language_model(folder: Path, config: LanguageConfig, dtype: torch.dtype | None, load_in_4bit: bool) -> Any:
-    """transformers' Qwen3 on the CPU, or quantised. Raises ValueError where files are missing, truncated or do not fit."""
+    """transformers' Qwen3 on the CPU, or quantised; without `dtype` in the weights' own type, whatever `config.json` says.
+
+    Raises ValueError where files are missing, truncated or do not fit.
+    """
     check_names(weight_names(folder), folder)
-    options: dict[str, Any] = {"dtype": dtype or stored_dtype(folder)}
+    options: dict[str, Any] = {"dtype": dtype or "auto"}
     if load_in_4bit:
         options["quantization_config"] = nf4(dtype, ["lm_head"])
     return load_weights(Qwen3ForCausalLM, folder, config=stock_config(config), **options)
-
-
-def stored_dtype(folder: Path) -> Any:
-    """What `config.json` says of the weights' type, or "auto", which reads it off them."""
-    named = json.loads((folder / "config.json").read_text()).get("torch_dtype")
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(named, "auto")
 
 
 def save_language_model(hf: Any, config: bytes, files: Mapping[str, bytes], folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
