@@ -16,7 +16,7 @@ from diptych.document import Document, Image, Text
 from diptych.models import UnifiedModel
 from diptych.sampling.engine import sample
 from diptych.sampling.rollout import Rollout
-from diptych.tokens import TokenRow
+from diptych.tokens import AnswerForm, TokenRow
 
 SIZE = {"emu3": 32}  # pixels a side; the other toys draw 32 anyway
 
@@ -87,14 +87,7 @@ def params(scale: float | None = None, **changes) -> SamplingParams:
     )  # fmt: skip
 
 
-def drawn_first(model: UnifiedModel, prompt: TokenRow, settings: SamplingParams, monkeypatch, lead_in: tuple[int, ...] = ()) -> Rollout:
-    """A rollout that begins its picture at once, as the families' own image generation does."""
-    spoken = [*lead_in, model.image_spec.begin_id, model.eos_id]
-
-    def forced(hidden):
-        logits = torch.full((*hidden.shape[:-1], model.vocab_size), -50.0)
-        logits[..., spoken.pop(0)] = 50.0
-        return logits
-
-    monkeypatch.setattr(model, "text_logits", forced)
+def drawn(model: UnifiedModel, prompt: TokenRow, settings: SamplingParams) -> Rollout:
+    """A picture behind a prompt of form `image`."""
+    assert prompt.form is AnswerForm.IMAGE
     return sample(model, [prompt], settings, generator=torch.Generator())[0]

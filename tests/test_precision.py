@@ -81,13 +81,18 @@ def test_the_reference_has_the_dtype_of_the_policy(janus, tmp_path, lora):
     assert load_model(janus).dtype == torch.float16  # what is only read keeps its own
 
 
-@pytest.mark.parametrize(("dtype", "lora", "warns"), [("bfloat16", None, True), ("bfloat16", {"r": 2}, False), ("float32", None, False)])
-def test_full_training_in_bfloat16_is_warned_of(janus, tmp_path, caplog, dtype, lora, warns):
-    config = build(WarmupConfig, {**common(janus, tmp_path / "run", "janus", dtype=dtype, lora=lora), "sources": [{"name": "x"}]})
+@pytest.mark.parametrize(
+    ("dtype", "lora", "mode", "warns"),
+    [("bfloat16", None, "replicate", True), ("bfloat16", None, "auto", False), ("bfloat16", {"r": 2}, "replicate", False),
+     ("float32", None, "replicate", False)],
+)  # fmt: skip
+def test_full_training_of_bfloat16_weights_is_warned_of(janus, tmp_path, caplog, dtype, lora, mode, warns):
+    settings = {**common(janus, tmp_path / "run", "janus", dtype=dtype, lora=lora), "sources": [{"name": "x"}], "parallel": {"mode": mode}}
+    config = build(WarmupConfig, settings)
     with caplog.at_level(logging.WARNING):
         open_policy(config, torch.device("cpu"))
     assert ("most updates round to nothing" in caplog.text) == warns
-    assert ("Set dtype: float32, or train adapters" in caplog.text) == warns
+    assert ("Leave parallel.mode at auto" in caplog.text) == warns
 
 
 @pytest.mark.parametrize("stored", ["config alone", "language model alone", "no dtype in config"])

@@ -247,7 +247,7 @@ def test_a_falling_schedule_is_that_of_today(tiny_folder):  # noqa: F811
         model = load_model(tiny_folder)
         optimizer, schedule = make_optimizer(model, config.optim, max_steps)
         if state:
-            restore(optimizer, schedule, state)
+            restore(model, optimizer, schedule, state, Path("unused"))
         for _ in range(steps):
             schedule.step()
         return optimizer, schedule

@@ -71,6 +71,20 @@ class LoraConfig(Config):
     train_in_full: tuple[str, ...] = Field((), description="parameters trained beside the adapters, by regular expression on their name")
 
 
+class ParallelConfig(Config):
+    """How a model is spread over the processes that torchrun starts (docs/scale.md).
+
+    `replicate`: each holds all of it. `shard`: each holds a part of weights, gradients and moments, in float32, and computes in `dtype`.
+    `auto`: shard where weights of 16 bits are trained themselves, with one process too; otherwise replicate.
+    """
+
+    mode: Literal["auto", "replicate", "shard"] = "auto"
+    shard_size: int | None = Field(None, ge=1, description="processes that hold one copy between them; None: those of one machine")
+
+    def sharded(self, trains_half: bool) -> bool:
+        return self.mode == "shard" or (self.mode == "auto" and trains_half)
+
+
 class RunConfig(Config):
     """What every training has.
 
@@ -81,7 +95,7 @@ class RunConfig(Config):
     may_change: ClassVar[frozenset[str]] = frozenset(
         {
             "output_dir", "device", "num_threads", "max_steps", "save_steps", "logging_steps", "sample_steps", "report_to",
-            "gradient_checkpointing", "code_cache", "max_skipped_records",
+            "gradient_checkpointing", "code_cache", "max_skipped_records", "parallel",
         }
     )  # fmt: skip
 
@@ -95,10 +109,11 @@ class RunConfig(Config):
     logging_steps: int = Field(1, ge=1)
     sample_steps: int = Field(10, ge=1, description="save sampled documents every so many steps")
     report_to: Literal["none", "tensorboard"] = "none"
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the weights; auto: the checkpoint's own")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="that the model computes in; auto: the checkpoint's own")
     load_in_4bit: bool = Field(False, description="QLoRA: the language model in NF4; needs `lora`")
     lora: LoraConfig | None = Field(None, description="train adapters; None: train all but the image tokenizer")
     gradient_checkpointing: bool = False
+    parallel: ParallelConfig = ParallelConfig()
     image_size: int | None = Field(None, ge=1, description="pixels a side of drawn pictures (Emu3); None: the family's own")
     image_decoder: str | None = Field(
         None, description="package.module:name that turns codes into pixels, in the place of the family's decoder (docs/extending.md)"

@@ -43,7 +43,8 @@ from diptych.logprobs import Scores, score
 from diptych.losses import Counts, ModalityTerms, PolicyBatch, policy_loss
 from diptych.models import UnifiedModel, open_policy
 from diptych.models.loading import Reference
-from diptych.optim import make_optimizer, move_state, optimizer_step, restore
+from diptych.optim import make_optimizer, move_state, optimizer_step, restore, save_checkpoint
+from diptych.parallel import parallelize
 from diptych.rewards import load_reward
 from diptych.rewards.base import about, changeable_options, check_columns
 from diptych.runs import SHARED_FOLDER, RunFolder
@@ -111,10 +112,13 @@ def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progre
     seed_everything(config.seed)  # again: the adapters are the same whatever the rewards drew
     model = open_policy(config, device, folder).eval()  # no dropout: the policy that is scored is the policy that samples
     agree(weights_checksum(model), "weights (by their checksum)", SHARED_FOLDER)
+    model = parallelize(model, config, device)
     reference = Reference(model, config, device, offload="reference" in config.offload) if needs_reference else None
+    if reference is not None and reference.copy is not None:
+        parallelize(reference.copy, config, device)
     optimizer, schedule = make_optimizer(model, config.optim, config.max_steps * updates_per_step(config))
-    if state:
-        restore(optimizer, schedule, state)
+    if folder is not None:
+        restore(model, optimizer, schedule, state, folder.parent)
     answers = [config.sampling.form, *(source.form for source in config.prompts)]
     known = {"inputs": summary(inputs), "lengths": [model.max_positions, context_needed(model, config.sampling)], "forms": answers}
     for name, mixture in (("prompts", prompts), ("held_out", held_out_prompts)):
@@ -169,7 +173,7 @@ def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progre
             run.save_samples(step, sample_records(experience, config.num_generations))
         if step % config.save_steps == 0 or step == config.max_steps:
             note_skipped(run, *mixtures)
-            run.save(step, model, {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step})
+            save_checkpoint(run, step, model, optimizer, schedule)
         if progress:
             progress(step, config.max_steps, metrics)
     return model.eval()

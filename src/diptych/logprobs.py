@@ -52,6 +52,12 @@ def score(
     """
     if bool(batch.completion_mask[:, 0].any()):
         raise ValueError("a chosen token stands at position 0; nothing predicts it, so put a prompt before it")
+    return Scores(*model.run(_score, batch, params, guided, entropy_gradient))
+
+
+def _score(
+    model: UnifiedModel, batch: TokenBatch, params: SamplingParams | None, guided: bool, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
     params = None if params is None else resolve(params, model)
     # The state at t - 1 predicts the token at t.
     row, column = batch.completion_mask.nonzero(as_tuple=True)  # (N,), row-major
@@ -72,7 +78,9 @@ def score(
         values, bits = _score_images(model, states, [hidden[at] for at in others], batch.codes[image_at], params, entropy_gradient)
         logprobs = logprobs.index_put(image_at, values)
         entropy = entropy.index_put(image_at, bits)
-    return Scores(logprobs, entropy)
+    if model.sharding is not None and torch.is_grad_enabled():
+        logprobs, entropy = model.sharding.watched(logprobs, entropy)
+    return logprobs, entropy
 
 
 def _states(model: UnifiedModel, batch: TokenBatch, guidance: SamplingParams | None) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from diptych.config import OptimConfig
+from diptych.models import UnifiedModel
+from diptych.parallel import load_shards, save_shards, spread_state
+from diptych.runs import RunFolder
 from diptych.runtime import sum_gradients
 
 
@@ -34,15 +39,32 @@ def make_optimizer(model: nn.Module, config: OptimConfig, max_steps: int) -> tup
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def restore(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR, state: dict[str, Any]) -> None:
-    """Takes up a checkpoint's moments and its place in the schedule. The learning rate is that of today's schedule, which is another one
-    where `max_steps` changed."""
-    optimizer.load_state_dict(state["optimizer"])
+def restore(
+    model: UnifiedModel, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR, state: dict[str, Any], folder: Path
+) -> None:
+    """Takes up a checkpoint's moments and its place in the schedule, and of one that was written in shards the weights. The learning rate
+    is that of today's schedule, which is another one where `max_steps` changed."""
+    if state["optimizer"] is None:
+        load_shards(model, optimizer, folder)
+    else:
+        optimizer.load_state_dict(state["optimizer"])
+        spread_state(optimizer)
     schedule.load_state_dict(state["schedule"])
     rates = [base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule._last_lr = rates
+
+
+def save_checkpoint(
+    run: RunFolder[Any], step: int, model: UnifiedModel, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler
+) -> None:
+    """Model, optimizer, schedule and step; of a sharded model every process writes its part."""
+    state = {"optimizer": None, "schedule": schedule.state_dict(), "step": step}
+    if model.sharding is None:
+        run.save(step, model, {**state, "optimizer": optimizer.state_dict()})
+    else:
+        run.save(step, model, state, shards=lambda folder: save_shards(model, optimizer, folder))
 
 
 def move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -54,14 +76,19 @@ def move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
 
 
 def optimizer_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, config: OptimConfig
+    model: UnifiedModel, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, config: OptimConfig
 ) -> dict[str, float]:
     """Adds up gradients over processes, clips, steps and clears them.
 
     Raises FloatingPointError before anything is changed where the gradient is not finite.
     """
-    sum_gradients(model)
+    if model.sharding is None:
+        sum_gradients(model)
+    else:
+        model.sharding.drop_unused()
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_grad_norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     if not torch.isfinite(norm):
         raise FloatingPointError(
             "the gradient is not finite; this optimizer step was not taken. Lower the learning rate, or look at the rewards and "

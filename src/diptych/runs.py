@@ -5,6 +5,7 @@ config.yaml   rewards.json   metrics.jsonl   samples/step_N.jsonl   checkpoints/
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -12,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -179,12 +180,24 @@ class RunFolder(Generic[ConfigT]):
         found = [re.fullmatch(r"step_(\d+)", p.name) for p in self.checkpoints.iterdir() if p.is_dir()]
         return sorted(int(match[1]) for match in found if match)
 
-    def save(self, step: int, model: Any, state: dict[str, Any], *, keep: int = 2) -> None:
-        """Writes model and trainer state for `step`, then drops all but the newest `keep` checkpoints."""
-        if rank() == 0:
-            with atomic_folder(self.checkpoints / f"step_{step}") as folder:
+    def save(self, step: int, model: Any, state: dict[str, Any], *, shards: Callable[[Path], None] | None = None, keep: int = 2) -> None:
+        """Writes model and trainer state for `step`, then drops all but the newest `keep` checkpoints.
+
+        `shards`: writes what each process has of them into the folder. With it every process calls `model.save`, which then writes in one.
+        """
+        target = self.checkpoints / f"step_{step}"
+        with contextlib.ExitStack() as stack:
+            if shards is not None:
+                folder = on_first(lambda: stack.enter_context(atomic_folder(target)))
                 model.save(folder / "model")
+                shards(folder)
+                barrier()  # all of it is there before it gets its name
+            elif rank() == 0:
+                folder = stack.enter_context(atomic_folder(target))
+                model.save(folder / "model")
+            if rank() == 0:
                 torch.save(state, folder / "trainer.pt")
+        if rank() == 0:
             for old in self.steps()[:-keep]:
                 shutil.rmtree(self.checkpoints / f"step_{old}", ignore_errors=True)
         barrier()

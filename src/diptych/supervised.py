@@ -69,9 +69,12 @@ def supervised_gradient(
     counts = torch.tensor([(choices & batch.text_mask[..., None]).sum(), (choices & batch.image_mask[..., None]).sum()])
     mine = torch.arange(len(batch))[rank() :: world_size()]  # none, where there are more processes than rows
     sums = torch.zeros(2)
-    for rows in mine.split(micro_batch_size or max(1, len(mine))) if len(mine) else ():
-        micro = batch[rows].to(model.device)
-        text, image = negative_log_likelihood(model, micro)
+    most = -(-len(batch) // world_size())  # rows of a process that has most
+    parts = list(mine.split(micro_batch_size or most)) if len(mine) else []
+    idle = -(-most // (micro_batch_size or most)) - len(parts) if model.sharding is not None else 0
+    for rows in [*parts, *[None] * idle]:  # where weights are gathered together, all must compute as often
+        micro = batch[[0] if rows is None else rows].to(model.device)
+        text, image = (part if rows is not None else 0 * part for part in negative_log_likelihood(model, micro))
         loss = text_weight * text / max(1, int(counts[0])) + image_weight * image / max(1, int(counts[1]))
         loss.backward()
         sums += torch.stack([text, image]).detach().cpu()

@@ -20,7 +20,8 @@ from diptych.data import Mixture, Record
 from diptych.document import to_json_blocks
 from diptych.inputs import check_inputs, summary
 from diptych.models import UnifiedModel, open_policy
-from diptych.optim import make_optimizer, optimizer_step, restore
+from diptych.optim import make_optimizer, optimizer_step, restore, save_checkpoint
+from diptych.parallel import parallelize
 from diptych.runs import SHARED_FOLDER, RunFolder
 from diptych.runtime import agree, generator, joined_processes, pick_device, seed_everything, set_threads, weights_checksum
 from diptych.sampling.engine import fit_to_context, sample
@@ -55,9 +56,10 @@ def _train(run: RunFolder[WarmupConfig], progress: Progress | None) -> UnifiedMo
         folder, state = run.load(step)
     model = open_policy(config, device, folder).eval()  # no dropout: resumed and split batches must give the same gradient
     agree(weights_checksum(model), "weights (by their checksum)", SHARED_FOLDER)
+    model = parallelize(model, config, device)
     optimizer, schedule = make_optimizer(model, config.optim, config.max_steps)
-    if state:
-        restore(optimizer, schedule, state)
+    if folder is not None:
+        restore(model, optimizer, schedule, state, folder.parent)
     for name, some in (("train", mixture), ("validation", validation)):
         known = {"inputs": summary(inputs), "lengths": model.max_positions}
         admit(some, partial(example_length, model), model.max_positions, run, name, known)
@@ -80,7 +82,7 @@ def _train(run: RunFolder[WarmupConfig], progress: Progress | None) -> UnifiedMo
             save_samples(run, model, held_out, config, step)
         if step % config.save_steps == 0 or step == config.max_steps:
             note_skipped(run, mixture)
-            run.save(step, model, {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step})
+            save_checkpoint(run, step, model, optimizer, schedule)
         if progress:
             progress(step, config.max_steps, metrics)
     return model.eval()

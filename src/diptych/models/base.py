@@ -6,10 +6,11 @@ To add a family: one file (or folder) in `diptych/models/` with a subclass, and 
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import PIL.Image
 import torch
@@ -23,6 +24,7 @@ from diptych.models.pixels import to_images, to_pixels
 from diptych.tokens import AnswerForm, Modality, TokenBatch, TokenRow, valid_text
 
 CODE = -1
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,7 @@ class UnifiedModel(nn.Module, abc.ABC):
     vocab_size: int
     max_positions: int
     adapter: Any = None  # models.lora.LoraAdapter, where one is attached
+    sharding: Any = None  # parallel.Sharding, where a training spreads the weights over processes
     image_decoder: Callable[[Tensor], Tensor] | None = None  # `decode_codes` of a user's own (models/image_decoder.py)
     code_cache: CodeCache | None = None
     _legal: Tensor | None = None
@@ -267,6 +270,14 @@ class UnifiedModel(nn.Module, abc.ABC):
         """Of the embeddings; matrices may be quantised."""
         return self.embed_text(torch.zeros(1, dtype=torch.long, device=self.device)).dtype
 
+    def run(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """`function` of this model. What computes with its weights enters here, so that they are there where they are sharded."""
+        return function(self, *arguments, **options)
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """All weights at hand, for many calls of `run`."""
+        return contextlib.nullcontext() if self.sharding is None else self.sharding.gathered()
+
     def legal_text(self) -> Tensor:
         """(V,) bool: what an answer's text may contain. Kept, because families with large vocabularies take long to say."""
         if self._legal is None or self._legal.device != self.device:
@@ -276,11 +287,13 @@ class UnifiedModel(nn.Module, abc.ABC):
         return self._legal
 
     def save(self, folder: Path) -> None:
-        """A checkpoint that `load_model` reads: the adapter alone where one is attached, the whole model otherwise."""
-        if self.adapter is not None:
-            self.adapter.save(folder)
+        """A checkpoint that `load_model` reads: the adapter alone where one is attached, the whole model otherwise. Where weights are
+        sharded every process must call it, and the first one writes."""
+        write = self.save_pretrained if self.adapter is None else self.adapter.save
+        if self.sharding is None:
+            write(folder)
         else:
-            self.save_pretrained(folder)
+            self.sharding.save(write, folder)
 
     def freeze(self) -> None:
         for module in self.frozen_modules():

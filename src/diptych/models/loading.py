@@ -167,13 +167,15 @@ def load_to_train(source: str | Path, *, dtype: str, load_in_4bit: bool | None, 
 
 
 def warn_of_rounding(model: UnifiedModel, config: RunConfig) -> None:
-    """Weights of 8 bits of precision stand still where an update is less than about 1/512 of them."""
+    """Weights of 8 bits of precision stand still where an update is less than about 1/512 of them. Sharded ones are kept in float32."""
+    if config.parallel.sharded(trains_half=True):
+        return
     trained = [p for p in model.parameters() if p.requires_grad]
     half = sum(p.numel() for p in trained if p.dtype in (torch.bfloat16, torch.float16))
     if half > 0.01 * sum(p.numel() for p in trained):
         logger.warning(
             "%.1f million weights are trained in %s, where most updates round to nothing. "
-            "Set dtype: float32, or train adapters (--lora.r 16), whose weights are float32", half / 1e6, trained[0].dtype,
+            "Leave parallel.mode at auto (weights in float32, computing in bfloat16), or train adapters (--lora.r 16), whose weights are float32", half / 1e6, trained[0].dtype,
         )  # fmt: skip
 
 

@@ -97,7 +97,8 @@ def sample(
     was_training = model.training
     model.eval()
     try:
-        return _Lockstep(model, prompts, params, num_generations, generator, graphs).run()
+        with model.gathered():
+            return model.run(lambda _: _Lockstep(model, prompts, params, num_generations, generator, graphs).run())
     finally:
         model.train(was_training)
 

@@ -1,0 +1,149 @@
+"""Sharded training is the training of one process: weights, metrics, checkpoints, whatever the mesh."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_data import SIZE, picture
+from safetensors.torch import load_file
+from test_processes import ENVIRONMENT, LAUNCH, TESTS
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from diptych import parallel
+from diptych.config import GRPOConfig, OptimConfig, WarmupConfig, build, to_yaml
+from diptych.grpo import grpo
+from diptych.models import load_model
+from diptych.optim import make_optimizer
+from diptych.runs import read_jsonl
+from diptych.warmup import warmup
+
+STEPS = 5
+
+
+@pytest.fixture(autouse=True)
+def _own_rewards(monkeypatch):
+    monkeypatch.syspath_prepend(str(TESTS))
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> dict[str, Path]:
+    """Answers of every form, of which half are words alone, so that processes draw different numbers of pictures; and prompts for them."""
+    folder = tmp_path_factory.mktemp("records")
+    for seed in range(3):
+        picture(seed).save(folder / f"{seed}.png")
+    asked, image = {"role": "user", "content": "tell a story"}, {"type": "image", "image": "0.png"}
+    seen = {"role": "user", "content": [{"type": "image", "image": "1.png"}, {"type": "text", "text": "and then?"}]}
+    told = [
+        ([asked, {"role": "assistant", "content": [{"type": "text", "text": "a red cat."}, image]}], "free"),
+        ([asked, {"role": "assistant", "content": "a bird."}], "text"),
+        ([seen, {"role": "assistant", "content": "it rains."}], "text"),
+        ([asked, {"role": "assistant", "content": [image]}], "image"),
+    ]
+    examples = [{"messages": messages, "answer_form": form} for messages, form in told]
+    prompts = [{"messages": messages[:1], "answer_form": form, "num_images": None} for messages, form in told]
+    prompts.append({"messages": [asked], "answer_form": "text_image", "num_images": None})
+    files = {"examples": folder / "examples.jsonl", "prompts": folder / "prompts.jsonl"}
+    files["examples"].write_text("".join(json.dumps(line) + "\n" for line in examples * 8))
+    files["prompts"].write_text("".join(json.dumps(line) + "\n" for line in prompts * 8))
+    return files
+
+
+def settings(model: str | Path, records: dict[str, Path], family: str, **changes: Any) -> dict[str, dict[str, Any]]:
+    common = {
+        "model": str(model), "image_size": SIZE.get(family), "max_steps": STEPS, "save_steps": 2, "num_threads": 1, "device": "cpu",
+        "optim": {"lr": 1e-5}, "sampling": {"max_images": 1, "max_text_tokens": 6, "image": {"guidance_scale": 2.0}}, **changes,
+    }  # fmt: skip
+    warm = {"sources": [{"name": str(records["examples"])}], "batch_size": 3, "micro_batch_size": 1, "num_eval_records": 2}
+    policy = {
+        "prompts": [{"name": str(records["prompts"])}], "rewards": [{"name": "toy_rewards:per_step"}], "num_generations": 2,
+        "prompts_per_step": 4, "micro_batch_size": 2, "text": {"beta": 0.01}, "image": {"beta": 0.01},
+        "ptx": {"sources": [{"name": str(records["examples"])}], "coef": 0.5, "batch_size": 3},
+    }  # fmt: skip
+    return {"warmup": {**common, **warm}, "grpo": {**common, **policy}}
+
+
+def built(kind: str, values: dict[str, Any], out: Path) -> WarmupConfig | GRPOConfig:
+    return build(WarmupConfig if kind == "warmup" else GRPOConfig, {**values, "output_dir": str(out)})
+
+
+def alone(kind: str, values: dict[str, Any], out: Path) -> None:
+    config = built(kind, values, out)
+    warmup(config) if isinstance(config, WarmupConfig) else grpo(config)
+
+
+def together(count: int, shard_size: int, jobs: list[tuple[str, dict[str, Any], Path]], **environment: str) -> str:
+    recipes = []
+    for number, (kind, values, out) in enumerate(jobs):
+        path = out.parent / f"{number}_{count}_{kind}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_yaml(built(kind, {**values, "parallel": {"mode": "shard", "shard_size": shard_size}}, out)))
+        recipes.append(str(path))
+    done = subprocess.run(
+        [*LAUNCH, str(count), str(TESTS / "several_trainings.py"), *recipes], env={**ENVIRONMENT, **environment}, capture_output=True,
+        text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def trained(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    """All tensors of the model that a run saved."""
+    folder = out / "checkpoints" / f"step_{step}" / "model"
+    return {
+        f"{file.relative_to(folder)}/{name}": value
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
+
+
+def moments(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    """The running mean of the gradients, by weight: of a run in shards, and of one in one process."""
+    folder = out / "checkpoints" / f"step_{step}"
+    if (folder / parallel.SHARDS).is_dir():
+        dcp_to_torch_save(folder / parallel.SHARDS, folder / "whole.pt")
+        found = torch.load(folder / "whole.pt")
+        return {name.removeprefix("exp_avg/"): value for name, value in found.items() if name.startswith("exp_avg/")}
+    state = torch.load(folder / "trainer.pt")["optimizer"]
+    model = load_model(folder / "model")
+    optimizer, _ = make_optimizer(model, OptimConfig(lr=1), 1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    return {order[number]: one["exp_avg"] for number, one in state["state"].items()}
+
+
+def far(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The largest |a - b| / |a| of a tensor; below 1e-5 is rounding (biases of keys have no gradient but that). What only the second has is 0: of weights that were never used."""
+    assert mine.keys() <= theirs.keys()
+    assert not any(theirs[name].any() for name in theirs.keys() - mine.keys())
+    return max(float((theirs[name] - value).norm() / value.norm().clamp(min=1e-5)) for name, value in mine.items())
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert trained(one).keys() == trained(other).keys()
+    assert far(trained(one), trained(other)) <= 1e-5
+    assert far(moments(one), moments(other)) <= 1e-4  # gradients of five steps
+    for a, b in zip(read_jsonl(one / "metrics.jsonl"), read_jsonl(other / "metrics.jsonl"), strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"step_time", "seconds/rollout"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=2e-5, nan_ok=True), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "shard_size"), [(2, 2), (4, 2)], ids=["2 processes", "2 x 2 processes"])
+def test_sharded_trainings_are_those_of_one_process(folders, records, tmp_path, count, shard_size):
+    """Both trainings of every family in full, and of two with adapters."""
+    names = ("storyboard", "janus", "vila_u", "emu3", "chameleon") if count == 2 else ("storyboard", "janus")
+    jobs = []
+    for name in names:
+        for lora in (None, {"r": 4}) if name in ("janus", "emu3") else (None,):
+            for kind, values in settings(folders.get(name, name), records, name, lora=lora).items():
+                jobs.append((kind, values, tmp_path / "one" / f"{name}_{kind}{'_lora' if lora else ''}"))
+    together(count, shard_size, [(kind, values, tmp_path / "many" / out.name) for kind, values, out in jobs])
+    for kind, values, out in jobs:
+        alone(kind, values, out)
+        assert_same_run(out, tmp_path / "many" / out.name)
