@@ -12,14 +12,19 @@ import torch
 from family_data import SIZE, picture
 from safetensors.torch import load_file
 from test_processes import ENVIRONMENT, LAUNCH, TESTS
+from test_training import tiny_folder  # noqa: F401 - a fixture
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.tensor import DTensor
 
 from diptych import parallel
 from diptych.config import GRPOConfig, OptimConfig, WarmupConfig, build, to_yaml
+from diptych.data import Mixture
 from diptych.grpo import grpo
-from diptych.models import load_model
-from diptych.optim import make_optimizer
+from diptych.models import load_model, open_policy
+from diptych.optim import make_optimizer, optimizer_step
+from diptych.parallel import parallelize
 from diptych.runs import read_jsonl
+from diptych.supervised import encode, supervised_gradient
 from diptych.warmup import warmup
 
 STEPS = 5
@@ -95,7 +100,7 @@ def trained(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     """All tensors of the model that a run saved."""
     folder = out / "checkpoints" / f"step_{step}" / "model"
     return {
-        f"{file.relative_to(folder)}/{name}": value
+        f"{file.relative_to(folder)}/{name}": value.float()
         for file in sorted(folder.rglob("*.safetensors"))
         for name, value in load_file(file).items()
     }
@@ -117,7 +122,10 @@ def moments(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 
 
 def far(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """The largest |a - b| / |a| of a tensor; below 1e-5 is rounding (biases of keys have no gradient but that). What only the second has is 0: of weights that were never used."""
+    """The largest |a - b| / |a| of a tensor; below 1e-5 is rounding (biases of keys have no gradient but that).
+
+    What only the second has is 0: of weights that were never used.
+    """
     assert mine.keys() <= theirs.keys()
     assert not any(theirs[name].any() for name in theirs.keys() - mine.keys())
     return max(float((theirs[name] - value).norm() / value.norm().clamp(min=1e-5)) for name, value in mine.items())
@@ -147,3 +155,87 @@ def test_sharded_trainings_are_those_of_one_process(folders, records, tmp_path, 
     for kind, values, out in jobs:
         alone(kind, values, out)
         assert_same_run(out, tmp_path / "many" / out.name)
+
+
+@pytest.mark.parametrize(("count", "shard_size"), [(2, 2), (4, 2)])
+def test_each_process_holds_its_part_and_a_sampling_phase_gathers_once(count, shard_size):
+    command = [*LAUNCH, str(count), str(TESTS / "sharded_facts.py"), str(shard_size)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    everyone = json.loads(done.stdout.splitlines()[-1])
+    assert len(everyone) == count
+    for facts in everyone:
+        for name in ("weights", "gradients", "moments"):
+            assert facts[name] == pytest.approx(1 / shard_size, rel=0.1), name
+        assert facts["float32"] == facts["sampled in bfloat16"] == 1
+        assert facts["gathers"] == 1
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tiny_folder, records, tmp_path):  # noqa: F811
+    """4 processes, then 2, then 1 that holds all; and one that began in one process goes on in two."""
+    values = settings(tiny_folder, records, "storyboard", max_steps=6)["grpo"]
+    alone("grpo", values, tmp_path / "whole")
+    for name, stages in (("fewer", ((4, 2), (2, 4), (1, 6))), ("more", ((1, 2), (2, 6)))):
+        for count, step in stages:
+            part = {**values, "max_steps": step}
+            if count == 1:
+                alone("grpo", {**part, "parallel": {"mode": "replicate"}}, tmp_path / name)
+            else:
+                together(count, 2, [("grpo", part, tmp_path / name)])
+        assert far(trained(tmp_path / "whole", 6), trained(tmp_path / name, 6)) <= 1e-5
+        lines = [read_jsonl(tmp_path / run / "metrics.jsonl") for run in ("whole", name)]
+        for a, b in zip(*lines, strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-3, abs=2e-5)
+
+
+def test_small_updates_count_where_weights_are_float32(tiny_folder, records, tmp_path):  # noqa: F811
+    """100 updates at 1e-6, computing in bfloat16: weights move as AdamW in float32 moves them on the same gradients; those in bfloat16 do
+    not."""
+    batch_of = Mixture(build(WarmupConfig, {**settings(tiny_folder, records, "storyboard")["warmup"], "output_dir": "x"}).sources, 0)
+    moved = {}
+    for mode in ("shard", "replicate"):
+        optim = OptimConfig(lr=1e-6)
+        values = settings(tiny_folder, records, "storyboard", dtype="bfloat16", parallel={"mode": mode}, optim=optim.model_dump())["warmup"]
+        config = build(WarmupConfig, {**values, "output_dir": str(tmp_path / mode)})
+        model = parallelize(open_policy(config, torch.device("cpu")), config, torch.device("cpu"))
+        optimizer, schedule = make_optimizer(model, optim, 100)
+        batch = encode(model, batch_of.batch(0, 2), 0.0, 0, 0)
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        start = {name: whole(p).float().clone() for name, p in model.named_parameters() if name in names}
+        copies = {name: value.clone().requires_grad_() for name, value in start.items()}
+        by_hand = torch.optim.AdamW(copies.values(), lr=1e-6, betas=optim.betas, weight_decay=0.0)
+        for _ in range(100):
+            supervised_gradient(model, batch, text_weight=1.0, image_weight=1.0)
+            gradients = {name: p.grad for name, p in model.named_parameters() if name in names}
+            norm = sum(whole(g).float().square().sum() for g in gradients.values() if g is not None).sqrt()
+            for name, gradient in gradients.items():
+                copies[name].grad = None if gradient is None else whole(gradient).float() * min(1.0, 1.0 / (float(norm) + 1e-6))
+            by_hand.step()
+            optimizer_step(model, optimizer, schedule, optim)
+        now = {name: whole(p).float() for name, p in model.named_parameters() if name in names}
+        difference = sum((now[n] - copies[n].detach()).square().sum() for n in names).sqrt()
+        moved[mode] = float(difference / sum((copies[n].detach() - start[n]).square().sum() for n in names).sqrt())
+    assert moved["shard"] <= 1e-2
+    assert moved["replicate"] >= 0.3
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"parallel": {"mode": "shard", "shard_size": 2}},
+            "shard_size is 2, which does not divide the 1 processes; choose a divisor",
+        ),
+        ({"parallel": {"mode": "sharded"}}, "parallel.mode"),
+        ({"parallel": {"mode": "shard"}, "offload": ["optimizer"]}, "offload"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(tiny_folder, records, tmp_path, changes, said):  # noqa: F811
+    values = {**settings(tiny_folder, records, "storyboard")["grpo"], **changes}
+    with pytest.raises(ValueError, match=said):
+        alone("grpo", values, tmp_path / "run")

@@ -123,13 +123,14 @@ class Sharding:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """All weights in every process, for as long as it takes: gathered once, however many tokens are sampled. Every process must enter."""
+        """All weights in every process: gathered once, however many tokens are sampled meanwhile. Every process must enter."""
         self._depth += 1
         try:
             if self._depth == 1:
-                self.model.run(_nothing)  # FSDP makes up its mind in the first forward of the root
                 for unit in self.units:
                     unit.set_reshard_after_forward(False, recurse=False)
+                self.model.run(_nothing)  # gathers the root; before its first forward FSDP does not know it as one
+                for unit in self.units:
                     unit.unshard()
             yield
         finally:

@@ -419,7 +419,9 @@ class UnifiedModel(nn.Module, abc.ABC):
         begin = self.encode_prompt(prompt, form)
         begin = begin[: begin.prompt_length]
         if unconditional:
-            begin = TokenRow.text(self.unconditional_prompt(len(begin)), self.image_spec.depth)
+            full = begin
+            kept = self.unconditional_row(len(full), lambda: full)
+            begin = TokenRow.text(self.unconditional_prompt(len(full)), self.image_spec.depth) if kept is None else kept
         told = self.encode_segments(Document((*given, *answer)), answer=True, form=form, num_given=len(given))
         row = dataclasses.replace(TokenRow.concat([begin, told]), form=form)
         if len(row) > self.max_positions:

@@ -174,8 +174,8 @@ def warn_of_rounding(model: UnifiedModel, config: RunConfig) -> None:
     half = sum(p.numel() for p in trained if p.dtype in (torch.bfloat16, torch.float16))
     if half > 0.01 * sum(p.numel() for p in trained):
         logger.warning(
-            "%.1f million weights are trained in %s, where most updates round to nothing. "
-            "Leave parallel.mode at auto (weights in float32, computing in bfloat16), or train adapters (--lora.r 16), whose weights are float32", half / 1e6, trained[0].dtype,
+            "%.1f million weights are trained in %s, where most updates round to nothing. Leave parallel.mode at auto (weights in float32, "
+            "computing in bfloat16), or train adapters (--lora.r 16), whose weights are float32", half / 1e6, trained[0].dtype,
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.models.emu3_5.config import VisionConfig
-from diptych.models.vila_u.decoder import PixelDecoder, _Middle, _norm, _PixelAttention, _ResidualBlock
+from diptych.models.vila_u.decoder import Middle, PixelAttention, PixelDecoder, ResidualBlock, group_norm
 
 POSITIONS_AT_ONCE = 256  # that are compared with the whole codebook: 131,072 rows make 128 MiB of scores
 
@@ -31,8 +31,8 @@ class _Downsample(nn.Module):
 class _Level(nn.Module):
     def __init__(self, channels_in: int, channels: int, num_blocks: int, attends: bool, downsamples: bool) -> None:
         super().__init__()
-        self.block = nn.ModuleList(_ResidualBlock(channels if i else channels_in, channels) for i in range(num_blocks))
-        self.attn = nn.ModuleList(_PixelAttention(channels) for _ in range(num_blocks if attends else 0))
+        self.block = nn.ModuleList(ResidualBlock(channels if i else channels_in, channels) for i in range(num_blocks))
+        self.attn = nn.ModuleList(PixelAttention(channels) for _ in range(num_blocks if attends else 0))
         self.downsample = _Downsample(channels) if downsamples else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,8 +55,8 @@ class PixelEncoder(nn.Module):
             attends = config.resolution // 2**level in config.attn_resolutions
             channels_in, channels = channels, config.ch * factor
             levels.append(_Level(channels_in, channels, config.num_res_blocks, attends, downsamples=level < last))
-        self.down, self.mid = nn.ModuleList(levels), _Middle(channels)
-        self.norm_out = _norm(channels)
+        self.down, self.mid = nn.ModuleList(levels), Middle(channels)
+        self.norm_out = group_norm(channels)
         self.conv_out = nn.Conv2d(channels, config.z_channels, 3, padding=1)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -197,4 +197,6 @@ class StoryboardModel(UnifiedModel):
             model.load_state_dict(load_file(weights))
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{weights} is damaged or does not fit its config.json: {str(error)[:400]}") from error
-        return model.to(dtype or torch.float32).eval()
+        model.to(dtype or torch.float32)
+        model.codec.float()  # in less, rounding decides close calls between codes
+        return model.eval()

@@ -8,15 +8,15 @@ from torch.nn import functional as F
 from diptych.models.vila_u.config import DecoderConfig
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
-class _ResidualBlock(nn.Module):
+class ResidualBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = _norm(channels_in), nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2, self.conv2 = _norm(channels_out), nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.norm1, self.conv1 = group_norm(channels_in), nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(channels_out), nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -25,12 +25,12 @@ class _ResidualBlock(nn.Module):
         return change + (x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
-class _PixelAttention(nn.Module):
+class PixelAttention(nn.Module):
     """One head over all pixels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = group_norm(channels)
         self.q, self.k = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
         self.v, self.proj_out = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
 
@@ -41,11 +41,11 @@ class _PixelAttention(nn.Module):
         return x + self.proj_out(mixed.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-class _Middle(nn.Module):
+class Middle(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.block_1, self.attn_1, self.block_2 = (
-            _ResidualBlock(channels, channels), _PixelAttention(channels), _ResidualBlock(channels, channels),
+            ResidualBlock(channels, channels), PixelAttention(channels), ResidualBlock(channels, channels),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,8 +64,8 @@ class _Upsample(nn.Module):
 class _Level(nn.Module):
     def __init__(self, channels_in: int, channels: int, num_blocks: int, attends: bool, upsamples: bool) -> None:
         super().__init__()
-        self.block = nn.ModuleList(_ResidualBlock(channels if i else channels_in, channels) for i in range(num_blocks))
-        self.attn = nn.ModuleList(_PixelAttention(channels) for _ in range(num_blocks if attends else 0))
+        self.block = nn.ModuleList(ResidualBlock(channels if i else channels_in, channels) for i in range(num_blocks))
+        self.attn = nn.ModuleList(PixelAttention(channels) for _ in range(num_blocks if attends else 0))
         self.upsample = _Upsample(channels) if upsamples else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,14 +83,14 @@ class PixelDecoder(nn.Module):
         super().__init__()
         channels, last = config.ch * config.ch_mult[-1], len(config.ch_mult) - 1
         self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
-        self.mid = _Middle(channels)
+        self.mid = Middle(channels)
         levels = []
         for level in range(last, -1, -1):  # from the coarsest
             attends = config.resolution // 2**level in config.attn_resolutions
             channels_in, channels = channels, config.ch * config.ch_mult[level]
             levels.append(_Level(channels_in, channels, config.num_res_blocks + 1, attends, upsamples=level > 0))
         self.up = nn.ModuleList(reversed(levels))  # the release counts from the finest
-        self.norm_out = _norm(channels)
+        self.norm_out = group_norm(channels)
         self.conv_out = nn.Conv2d(channels, config.out_ch, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
