@@ -238,6 +238,7 @@ def test_answers_that_are_not_of_the_form_are_refused(tiny_model):
         with pytest.raises(ValueError, match=f"^its answer holds {held}, and an answer of form {form} is "):
             tiny_model.encode_example(prompt, Document(told), form=form)
     tiny_model.encode_example(prompt, Document((Text("a"), image)), form=FREE)
+    tiny_model.encode_example(prompt, Document((image,)), form=TEXT_IMAGE, given=Document((Text("a"),)))  # the plan was given whole
 
 
 def test_settings_that_ask_for_another_form_than_the_prompt_are_refused(tiny_model):
@@ -261,18 +262,28 @@ def test_graphs_and_plain_steps_sample_the_same(tiny_model):
 
 
 def test_rewards_say_nothing_of_a_given_beginning(tiny_model):
+    """Also where the answer ends at once, which is a choice of the given picture's step; a given text counts where it went on."""
     given = Document((Text("the ball grows ."), Image(codes=torch.zeros(9, 3).long())))
-    asked = ((None, Document(())), (IMAGE, given), (FREE, given))
+    asked = ((None, Document(())), (IMAGE, given), (FREE, given), (FREE, Document((Text("zebra grows"),))))
     rows = [tiny_model.encode_prompt(Document((Text("tell"),)), form, beginning) for form, beginning in asked]
-    rollouts = roll(tiny_model, rows, SamplingParams(max_text_tokens=4, max_images=3))
-    longest = max(r.num_steps for r in rollouts)
+    rollouts = roll(tiny_model, rows, SamplingParams(max_text_tokens=4, max_images=3), num_generations=8)
+    longest, count = max(r.num_steps for r in rollouts), len(rollouts)
     applies = torch.stack([torch.arange(longest) < r.num_steps for r in rollouts])[None]
-    rewards = RewardBatch(torch.ones(applies.shape), applies, torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.bool), {}, {})
-    left = of_choices(rewards, rollouts).applies[0]
-    assert left[0].sum() == rollouts[0].num_steps
-    assert left[1].tolist()[:3] == [False, False, True]
-    assert not left[2, 0]
-    assert left[2, 1:].any()  # what comes behind a given picture is chosen, and if it is the end, of that picture's step
+    values = torch.ones(applies.shape)
+    values[0, :, 0] = torch.nan  # what the first steps owe is missing
+    nothing = torch.zeros(1, count, dtype=torch.bool)
+    found = of_choices(RewardBatch(values, applies, torch.zeros(1, count), nothing, {"r": 0.5}, {}), rollouts)
+    left = found.applies[0]
+    assert [int(row.sum()) for row in left[:8]] == [r.num_steps for r in rollouts[:8]]
+    assert all(row.tolist()[:3] == [False, False, True] for row in left[8:16])
+    assert any(r.num_steps == 2 for r in rollouts[16:24])  # ended at once
+    assert not left[16:24, :2].any()
+    for row, rollout in zip(left[24:], rollouts[24:], strict=True):
+        first = rollout.document.segments[0].text
+        assert first.startswith("zebra grows")  # the words, though this model knows no zebra
+        assert bool(row[0]) == (first != "zebra grows")
+    lost = int((found.applies & found.steps.isnan()).sum())
+    assert found.missing == {"r": pytest.approx(lost / int(left.sum()))}
 
 
 def test_records_say_their_form_and_how_their_answer_begins(tmp_path):
@@ -349,9 +360,11 @@ def test_generate_takes_a_form_and_a_beginning(folders, tmp_path):
         (tmp_path / "begin.json").write_text((tmp_path / "answer.json").read_text())
         more, _ = generated(tmp_path, *asked, "--form", "text_image", "--begin", str(tmp_path / "begin.json"))
         assert len(more.images) == 2
-        (tmp_path / "begin.json").write_text("[1]")
-        result = CliRunner().invoke(app, ["generate", "a", *asked, "--begin", str(tmp_path / "begin.json")])
-        assert "block 0 is 1; allowed are" in str(result.exception)
+        for content, said in (("[1]", "block 0 is 1; allowed are"), ("5", "holds int; it must hold a list"), ("[]", "or nothing at all")):
+            (tmp_path / "begin.json").write_text(content)
+            result = CliRunner().invoke(app, ["generate", "a", *asked, "--begin", str(tmp_path / "begin.json")])
+            assert said in str(result.exception)
+        assert "has an empty text" in str(CliRunner().invoke(app, ["generate", "a", *asked, "--begin", " "]).exception)
 
 
 def test_generate_says_what_a_model_that_does_not_draw_can_do(tiny_model, tmp_path):
@@ -392,8 +405,12 @@ def test_forms_stand_together_in_one_training(tmp_path):
         )
     )
     common = {"max_steps": 1, "optim": {"lr": 1e-5}, "device": "cpu", "sampling": {"max_text_tokens": 6, "max_images": 2}}
+    longest = {"max_text_tokens": 90, "max_images": 4}  # of which not all fits behind every prompt
     found: list[dict[str, float]] = []
-    warm = build(WarmupConfig, {**common, "output_dir": str(tmp_path / "warm"), "sources": [{"name": str(tmp_path / "examples.jsonl")}]})
+    warm = build(
+        WarmupConfig,
+        {**common, "sampling": longest, "output_dir": str(tmp_path / "warm"), "sources": [{"name": str(tmp_path / "examples.jsonl")}]},
+    )
     warmup(warm, lambda step, total, metrics: found.append(metrics))
     settings = {
         **common, "output_dir": str(tmp_path / "run"), "num_generations": 2, "prompts_per_step": 8, "eval_steps": 1, "num_eval_prompts": 2,

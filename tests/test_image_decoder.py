@@ -6,6 +6,7 @@ import json
 import shutil
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from family_data import params, prompts
@@ -51,10 +52,15 @@ def test_what_is_named_draws(model):
         ("toy_decoders:none", "cannot load 'toy_decoders:none'"),
         ("no.such.module:name", "cannot load 'no.such.module:name'"),
         ("toy_decoders", "names no code; give package.module:name"),
+        (":name", "names no code"),
+        (".decoders:name", "names no code"),
+        ("broken_decoder:name", "cannot load 'broken_decoder:name': SyntaxError"),
         ("toy_decoders:NUMBER", "is int; a function, a module, or a class is needed"),
     ],
 )
-def test_what_is_no_decoder_is_refused_at_once(model, name, said):
+def test_what_is_no_decoder_is_refused_at_once(model, name, said, tmp_path, monkeypatch):
+    (tmp_path / "broken_decoder.py").write_text("def name(:")
+    monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ValueError, match=said):
         set_image_decoder(model, name)
 
@@ -64,6 +70,7 @@ def test_what_is_no_decoder_is_refused_at_once(model, name, said):
     [
         ("numpy_pictures", r"gave ndarray for codes \(1, 16, 1\); it must be \(N, num_positions, D\) int64 -> "),
         ("not_finite", "gave NaN or infinity"),
+        ("bytes_of_pixels", r"gave values up to 255; pixels lie in -1\.\.1"),
         ("two_few", r"gave torch.float32 \(0, 3, 4, 4\)"),
     ],
 )
@@ -115,3 +122,14 @@ def test_commands_take_one(folders, tmp_path):
     (block,) = json.loads((tmp_path / "a.json").read_text())
     assert block["type"] == "image"
     assert Document.from_blocks([block]).images[0].pixels.size == (2, 2)
+
+
+def test_an_evaluation_keeps_the_size_that_it_draws(folders, tmp_path):
+    (tmp_path / "prompts").mkdir()
+    line = {"tag": "colors", "include": [], "exclude": [], "prompt": "a red ball"}
+    (tmp_path / "prompts" / "evaluation_metadata.jsonl").write_text(json.dumps(line) + "\n")
+    command = ["evaluate", "geneval", str(tmp_path), "--model", str(folders["janus"]), "--out", str(tmp_path / "out"), "--temperature", "1"]
+    result = CliRunner().invoke(app, [*command, "--image-decoder", "toy_decoders:large"])
+    assert result.exception is None, result.exception
+    sizes = {PIL.Image.open(path).size for path in (tmp_path / "out").rglob("*.png")}
+    assert sizes == {(96, 64)}

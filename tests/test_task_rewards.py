@@ -9,7 +9,7 @@ from diptych.config import RewardConfig
 from diptych.data.records import open_source
 from diptych.document import Document, Image, Text, to_message
 from diptych.rewards import call_rewards, load_reward
-from diptych.rewards.base import check_columns
+from diptych.rewards.base import about, check_columns
 from diptych.rewards.captions import compared
 from diptych.rewards.exact_match import exact_match, normalised
 from diptych.rewards.image_text import image_text
@@ -37,10 +37,12 @@ def test_what_a_picture_is_compared_with():
     assert words(compared(prompts, answers, answer_form=forms)) == [[(0, "draw a cat")], [(1, "plan")], [(1, "given")], []]
     asked = [[(0, "draw a cat")], [(1, "a dog")], [(1, "a bird")], []]
     assert words(compared(prompts, answers, "prompt", answer_form=forms)) == asked
-    captions = ["the cat", None, "", "x"]
-    told = [[(0, "the cat")], [(1, "a dog")], [], [(0, "x")]]
+    captions = ["the cat", None, "", ["", "x", "y"]]  # what says nothing falls back to the prompt
+    told = [[(0, "the cat")], [(1, "a dog")], [(1, "a bird")], [(0, "x")]]
     assert words(compared(prompts, answers, "prompt", answer_form=forms, caption=captions)) == told
     assert words(compared(prompts, answers, caption=captions)) == [[], [(1, "plan")], [(1, "given")], []]  # free answers: as ever
+    assert words(compared(prompts[:2], answers[:2], "prompt", caption=[float("nan"), 3])) == asked[:2]
+    assert compared(prompts[:1], [messages("assistant")], answer_form=["image"]) == [[]]
     with pytest.raises(ValueError, match="against is 'plan'; allowed are text and prompt"):
         compared(prompts, answers, "plan")
 
@@ -66,6 +68,31 @@ def test_exact_match_by_hand():
     solution = ["red ball", "blue", "A-b!", "red", "15", None, ["yes", "No."]]
     assert exact_match(said, solution) == [1.0, 0.0, 1.0, 0.0, 0.0, None, 1.0]
     assert normalised("  The   quick,\n(brown) fox an ") == "quick brown fox"
+
+
+def test_exact_match_of_letters_signs_and_numbers():
+    """A solution that is nothing but an article or a sign must not be what every empty answer is."""
+    for wrong in ("", "the", "...", "<answer></answer>", "b"):
+        assert exact_match([messages("assistant", wrong)], ["A"]) == [0.0], wrong
+    assert exact_match([messages("assistant", "A."), messages("assistant", " a ")], ["A", "A"]) == [1.0, 1.0]
+    pairs = [("-5", "5"), ("5", "-5"), ("+", "-"), ("", "+"), ("1.5", "15"), ("3", "2")]
+    assert [exact_match([messages("assistant", said)], [right])[0] for said, right in pairs] == [0.0] * 6
+    assert exact_match([messages("assistant", "2")] * 4, [2, [2, 3], 2.0, float("nan")]) == [1.0, 1.0, 1.0, None]
+    with pytest.raises(ValueError, match="a solution is {'x': 1}; it is a text, a number, or a list of these"):
+        exact_match([messages("assistant", "2")], [{"x": 1}])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("exact_match", {"pattern": "("}, r"pattern '\(' is no regular expression"),
+        ("exact_match", {"pattern": "abc"}, "pattern 'abc' has no group"),
+        ("image_text", {"against": "plan"}, "against is 'plan'; allowed are text and prompt"),
+    ],
+)
+def test_wrong_options_are_found_before_anything_is_sampled(name, options, said):
+    with pytest.raises(ValueError, match=said):
+        about(RewardConfig(name=name, options=options), load_reward(name))
 
 
 def test_exact_match_finds_the_answer_in_a_longer_text():

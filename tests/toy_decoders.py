@@ -35,6 +35,14 @@ def not_finite(codes):
     return torch.full((len(codes), 3, 4, 4), torch.nan)
 
 
+def bytes_of_pixels(codes):
+    return torch.full((len(codes), 3, 4, 4), 255.0)
+
+
+def large(codes):
+    return torch.zeros(len(codes), 3, 64, 96)
+
+
 def two_few(codes):
     return torch.zeros(max(0, len(codes) - 1), 3, 4, 4)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from diptych.config import GRPOConfig, SamplingParams
 from diptych.credit import document_rewards
 from diptych.data import Mixture, Record
-from diptych.document import to_json_blocks
+from diptych.document import Text, to_json_blocks
 from diptych.models import UnifiedModel
 from diptych.rewards import RewardBatch, RewardError, call_rewards
 from diptych.rewards.base import merge
@@ -76,11 +76,20 @@ class Sampled:
 
 
 def of_choices(rewards: RewardBatch, rollouts: Sequence[Rollout]) -> RewardBatch:
-    """The same rewards, which say nothing of steps in which nothing was chosen: those of an answer's given beginning."""
-    chosen = torch.zeros(rewards.applies.shape[1:], dtype=torch.bool)  # (B, J)
+    """The same rewards, which say nothing of the given beginnings of answers, but for a given text that went on. (To end behind a given
+    picture is a choice of its step, but its value is not that of the picture.)"""
+    if not any(rollout.row.given for rollout in rollouts):
+        return rewards
+    chosen = torch.ones(rewards.applies.shape[1:], dtype=torch.bool)  # (B, J)
     for b, rollout in enumerate(rollouts):
-        chosen[b, rollout.row.step_ids[rollout.row.completion_mask]] = True
-    return dataclasses.replace(rewards, steps=rewards.steps.where(chosen, 0.0), applies=rewards.applies & chosen)
+        for step, (given, segment) in enumerate(zip(rollout.row.given, rollout.document, strict=False)):
+            chosen[b, step] = isinstance(given, Text) and given != segment
+    applies = rewards.applies & chosen
+    owed = applies.sum((1, 2)) + rewards.documents_apply.sum(1)  # (R,)
+    lost = (applies & rewards.steps.isnan()).sum((1, 2)) + (rewards.documents_apply & rewards.documents.isnan()).sum(1)
+    missing = {name: float(n) / max(1, int(of)) for name, n, of in zip(rewards.missing, lost, owed, strict=True)}
+    asked = dict(zip(rewards.missing, owed.tolist(), strict=True))
+    return dataclasses.replace(rewards, steps=rewards.steps.where(chosen, 0.0), applies=applies, missing=missing, asked=asked)
 
 
 def seen_by_all(experience: Experience, config: GRPOConfig) -> Seen:

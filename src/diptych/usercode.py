@@ -10,12 +10,13 @@ from typing import Any
 
 def load_named(path: str) -> Any:
     """What `package.module:name` names. The working directory is importable. Raises ValueError where there is nothing."""
-    module, colon, name = path.partition(":")
-    if not colon:
+    module, _, name = path.partition(":")
+    if not module or module.startswith(".") or not name:
         raise ValueError(f"{path!r} names no code; give package.module:name")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot load {path!r}: {error}") from error
+    except Exception as error:  # the module runs while it is imported, and may fail in any way
+        told = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"cannot load {path!r}: {told}") from error

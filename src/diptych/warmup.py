@@ -106,7 +106,8 @@ def save_samples(run: RunFolder, model: UnifiedModel, records: list[Record], con
     """An early look: what the model answers to a few held-out prompts, greedily."""
     chosen = [r for r in records if r.answer is not None and len(r.answer) > 1][:4] or records[:4]
     prompts = [model.encode_prompt(record.prompt, record.form or config.sampling.form, record.given) for record in chosen]
-    params = fit_to_context(model, max(prompts, key=len), config.sampling.greedy())
+    greedy = config.sampling.greedy()
+    params = min((fit_to_context(model, prompt, greedy) for prompt in prompts), key=lambda fitting: fitting.max_images)
     rollouts = sample(model, prompts, params, generator=generator(config.seed, 5, step))
     run.save_samples(
         step,

@@ -74,14 +74,20 @@ def generate(
 
 
 def _beginning(given: str | None) -> Document:
-    """Raises ValueError for a file that holds no message blocks."""
-    from diptych.document import NOTHING, Document
+    """Raises ValueError for a file that holds no message blocks, and a beginning without anything in it."""
+    from diptych.document import NOTHING, Document, Text
     from diptych.userfiles import read_json
 
     if given is None:
         return NOTHING
     path = Path(given)
-    return Document.from_blocks(read_json(path) if path.suffix == ".json" else given, path.parent)
+    blocks = read_json(path) if path.suffix == ".json" else given
+    if not isinstance(blocks, str | list):
+        raise ValueError(f"--begin {given!r} holds {type(blocks).__name__}; it must hold a list of message blocks, as --out writes it")
+    found = Document.from_blocks(blocks, path.parent)
+    if not len(found) or any(isinstance(segment, Text) and not segment.text.strip() for segment in found):
+        raise ValueError(f"--begin {given!r} has an empty text, or nothing at all; give a text of more than spaces, or leave it out")
+    return found
 
 
 @app.command(epilog="Example: diptych merge runs/grpo/checkpoints/step_120/model --out merged")

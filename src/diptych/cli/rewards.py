@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diptych.cli.app import app, console, say
+from diptych.cli.app import Form, app, console, say
 
 rewards_app = typer.Typer(help="The built-in rewards: what there is, and what one says of a document.", no_args_is_help=True)
 app.add_typer(rewards_app, name="rewards")
@@ -36,6 +36,7 @@ def try_reward(
     document: Annotated[Path, typer.Option(help="a JSON file of message blocks, as `diptych generate --out answer.json` writes it")],
     prompt: Annotated[str, typer.Option(help="the text of the request; unused where the file holds whole messages")] = "",
     option: Annotated[list[str] | None, typer.Option(help="key=value of the reward's options; may be repeated")] = None,
+    form: Form = None,
     column: Annotated[list[str] | None, typer.Option(help="key=value of a data set column, such as num_images=3; may be repeated")] = None,
 ) -> None:
     """What a reward says of one document: what was sent, what came back, the value of each step. Exits with 1 if a value is missing."""
@@ -46,6 +47,7 @@ def try_reward(
     from diptych.rewards.base import about, check_columns, configured, option_kind
     from diptych.rewards.judges import Judge, transcript
     from diptych.rewards.scorers.base import ImageScorer
+    from diptych.tokens import AnswerForm
 
     asked, answer = transcript.read_document(document, prompt)
     options = parse_pairs("option", option or [], lambda key: option_kind(load_reward(name), key))
@@ -58,7 +60,8 @@ def try_reward(
         reward.listen = lambda question, reply: say(f"--- sent ---\n{transcript.sent(question)}\n--- said ---\n{transcript.said(reply)}\n")
     elif isinstance(reward, ImageScorer):
         reward.listen = lambda judged: say(f"step {judged.step + 1} (picture): raw {judged.raw:.4f} against {judged.against}")
-    found = call_rewards([(config, load_reward(name))], [asked], [answer], {key: [value] for key, value in columns.items()})
+    given = {**columns, "answer_form": form or AnswerForm.FREE, "truncated": False}
+    found = call_rewards([(config, load_reward(name))], [asked], [answer], {key: [value] for key, value in given.items()})
     for j, segment in enumerate(answer):
         kind = "text" if isinstance(segment, Text) else "picture"
         value = f"{float(found.steps[0, 0, j]):.4f}".replace("nan", "missing") if found.applies[0, 0, j] else "-"

@@ -87,10 +87,11 @@ def inspect_records(
             num_prompts += record.answer is None
             sources[record.source] += 1
             licenses[record.license or "not given"] += 1
-            shown = [*record.prompt.images, *(record.answer.images if record.answer else [])]
+            shown = [*record.prompt.images, *record.given.images, *(record.answer.images if record.answer else [])]
             sizes.update(f"{p.pixels.width} x {p.pixels.height}" for p in shown if p.pixels)
             images.append(len(shown))
-            words.append(len(record.prompt.text.split()) + len(record.answer.text.split() if record.answer else []))
+            texts = (record.prompt, record.given, *([record.answer] if record.answer else []))
+            words.append(sum(len(document.text.split()) for document in texts))
             length, note = _num_tokens(model, record) if model else (None, "")
             if note:
                 problems.report(where, "cannot be encoded", note, record.id)

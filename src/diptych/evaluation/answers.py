@@ -141,8 +141,11 @@ def _encode(model: UnifiedModel, prompt: Document, params: SamplingParams, templ
 # --- files ---------------------------------------------------------------------------------------------------------------
 
 
-def write_batch(folder: Path, number: int, answers: Sequence[Answer], template: Template, side: int) -> None:
-    """Pictures first, then the lines that name them; pictures are saved `side` pixels a side."""
+def write_batch(
+    folder: Path, number: int, answers: Sequence[Answer], template: Template, side: int | None, largest: int | None = None
+) -> None:
+    """Pictures first, then the lines that name them; pictures are saved `side` pixels a side, or as they are with sides of at most
+    `largest`."""
     name = f"{number:06d}"
     for leftover in (*folder.glob(f".tmp-*batch_{name}*"), *folder.glob(f"images/.tmp-*{name}-*")):  # of a killed process
         discard(leftover)
@@ -151,9 +154,16 @@ def write_batch(folder: Path, number: int, answers: Sequence[Answer], template: 
     if pictures:
         with atomic_folder(folder / "images" / name) as target:
             for path, pixels in pictures.items():
-                drawn = pixels if pixels.size == (side, side) else pixels.resize((side, side), PIL.Image.Resampling.LANCZOS)
+                size = (side, side) if side is not None else _within(pixels.size, largest)
+                drawn = pixels if pixels.size == size else pixels.resize(size, PIL.Image.Resampling.LANCZOS)
                 drawn.save(target / Path(path).name)
     atomic_text(folder / f"batch_{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _within(size: tuple[int, int], largest: int | None) -> tuple[int, int]:
+    """A picture's size with both sides at most `largest`, in its proportions."""
+    scale = 1.0 if largest is None else min(1.0, largest / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def discard(path: Path) -> None:

@@ -125,7 +125,10 @@ class Job:
 
     @property
     def form(self) -> AnswerForm:
-        return self.settings.form or self.benchmark.form
+        """That of the settings; of an evaluation that goes on, its own; the benchmark's."""
+        if self.settings.form is not None or not (self.out / "config.yaml").is_file():
+            return self.settings.form or self.benchmark.form
+        return AnswerForm(self._stored()["form"])
 
     def _known(self, everything: Sequence[Item]) -> dict[str, Any]:
         """What must be the same in the folder, apart from the sampling that a model's release stands behind."""
@@ -150,7 +153,9 @@ class Job:
             stored = None
         if not isinstance(stored, dict):
             raise ValueError(f"{file} is damaged; choose another --out, or delete the folder to start over")
-        return stored
+        free = AnswerForm.FREE.value  # of folders from before there were forms
+        sampling = stored.get("sampling")
+        return {"form": free, **stored, **({"sampling": {"form": free, **sampling}} if isinstance(sampling, dict) else {})}
 
     def _refuse_changes(self, known: dict[str, Any]) -> None:
         file = self.out / "config.yaml"
@@ -159,8 +164,7 @@ class Job:
         stored = self._stored()
         plain = known.keys() - {"model", "fingerprint", "data"}
         changed = [found for found in (differing_model(stored, known), differing_data(stored, known)) if found]
-        said = {"form": AnswerForm.FREE.value, **stored}  # folders from before there were forms
-        changed += sorted(key for key in plain if said.get(key) != known[key])
+        changed += sorted(key for key in plain if stored.get(key) != known[key])
         if self.shard is not None and stored.get("shards") != self.shard[1]:
             changed.append("shard")
         if changed:
@@ -193,7 +197,9 @@ class Job:
         params = params.model_copy(update={"form": self.form})
         _refuse_copies([task.item for _, batch in todo for task in batch], params)
         drawn = model.image_spec.pixel_size
-        side = self.settings.image_size or min(drawn, self.benchmark.max_side or drawn)
+        side = self.settings.image_size
+        if side is None and self.settings.image_decoder is None:  # a decoder of one's own has sizes of its own
+            side = min(drawn, self.benchmark.max_side or drawn)
         self._settle({**known, "sampling": params.model_dump(mode="json"), "saved_side": side}, shards)
         template = Template(self.settings.prefix, self.settings.suffix)
         total = sum(len(batch) for _, batch in mine)
@@ -202,7 +208,7 @@ class Job:
         for number, batch in todo:
             answers = answer(model, batch, params, self.settings.seed, template)
             report_unanswered(answers, Problems(self.strict))
-            write_batch(folder, number, answers, template, side)
+            write_batch(folder, number, answers, template, side, self.benchmark.max_side)
             done += len(batch)
             self.progress(done, total)
 

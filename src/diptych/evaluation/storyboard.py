@@ -119,7 +119,8 @@ def old_skills(
     drawing = [make_turn(rng, "draw", config.split) for _ in range(config.num_retention)]
     kinds = [("describe", "question")[i % 2] for i in range(config.num_retention)]
     asking = [make_turn(rng, kind, config.split) for kind in kinds]
-    image, text = (params.greedy().model_copy(update={"form": form} if forms else {}) for form in (AnswerForm.IMAGE, AnswerForm.TEXT))
+    forced = (AnswerForm.IMAGE, AnswerForm.TEXT) if forms else (AnswerForm.FREE, AnswerForm.FREE)
+    image, text = (params.greedy().model_copy(update={"form": form}) for form in forced)
     drawn = answer(model, [prompt for prompt, _ in drawing], image, config, progress)
     said = answer(model, [prompt for prompt, _ in asking], text, config, progress)
     return {

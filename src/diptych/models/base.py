@@ -436,6 +436,8 @@ def check_form(document: Document, form: AnswerForm | None, num_given: int) -> N
     """Raises ValueError where what follows the given beginning of an answer is not of the form."""
     kinds = [type(segment) for segment in document.segments[num_given:]]
     wanted = {AnswerForm.IMAGE: [Image], AnswerForm.TEXT_IMAGE: [Text, Image]}
+    if form is AnswerForm.TEXT_IMAGE and num_given and isinstance(document.segments[num_given - 1], Text) and kinds == [Image]:
+        return  # the given text is all of it
     fits = kinds == wanted[form] if form in wanted else form is not AnswerForm.TEXT or Image not in kinds
     if not fits:
         assert form is not None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diptych.models.base import UnifiedModel
 from diptych.usercode import load_named
 
+FAR_OUTSIDE = 10.0  # decoders overshoot a little; 0..255 is another form
 FORM = "(N, num_positions, D) int64 -> (N, 3, H, W) float in -1..1"
 
 
@@ -47,7 +48,10 @@ def _made(name: str, model: UnifiedModel) -> Callable[..., Any]:
 
 
 def _given(called: Callable[..., Any], model: UnifiedModel) -> dict[str, Any]:
-    return {"model": model} if "model" in inspect.signature(called).parameters else {}
+    try:
+        return {"model": model} if "model" in inspect.signature(called).parameters else {}
+    except ValueError:  # of what is not written in Python nothing is known
+        return {}
 
 
 class _Checked:
@@ -65,4 +69,6 @@ class _Checked:
             raise ValueError(f"image_decoder {self.name!r} gave {got} for codes {tuple(codes.shape)}; it must be {FORM}")
         if not bool(pixels.isfinite().all()):
             raise ValueError(f"image_decoder {self.name!r} gave NaN or infinity for codes {tuple(codes.shape)}; look at it")
+        if pixels.numel() and float(pixels.abs().max()) > FAR_OUTSIDE:
+            raise ValueError(f"image_decoder {self.name!r} gave values up to {float(pixels.abs().max()):g}; pixels lie in -1..1")
         return pixels

@@ -73,9 +73,12 @@ def _card(sample: Sample) -> str:
     tokens = f", {sample.num_tokens:,} tokens" if sample.num_tokens is not None else ""
     title = " · ".join(html.escape(part) for part in (record.id, record.source, record.license) if part)
     answer = _turn(record.answer, "told") if record.answer is not None else '<p class="note">a prompt without an answer</p>'
+    if len(record.given):
+        answer = f'<p class="note">the given beginning of the answer</p>{_turn(record.given, "told")}<p class="note">and</p>{answer}'
+    form = f'<p class="note">form of the answer: {record.form}</p>' if record.form is not None else ""
     note = f'<div class="chips"><span class="chip bad">{html.escape(sample.note)}</span></div>' if sample.note else ""
     head = f'<p class="note">{html.escape(sample.where.rsplit("/", 1)[-1])}{tokens}</p><h3>{title}</h3>'
-    return f'<div class="task card">{head}{_turn(record.prompt, "asked")}{answer}{note}</div>'
+    return f'<div class="task card">{head}{_turn(record.prompt, "asked")}{form}{answer}{note}</div>'
 
 
 def _turn(document: Document, name: str) -> str:

@@ -201,6 +201,8 @@ def configured(config: RewardConfig, reward: Callable[..., Any]) -> Callable[...
     if not inspect.isclass(reward):
         if not config.options:
             return reward
+        if (check := getattr(reward, "check_options", None)) is not None:
+            check(**config.options)
         parameters = inspect.signature(reward).parameters
         unknown = [name for name in config.options if name not in parameters or parameters[name].kind is inspect.Parameter.VAR_KEYWORD]
         if unknown:

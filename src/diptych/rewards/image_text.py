@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diptych.document import Document, Image, Text
 from diptych.models import packaged_folder
-from diptych.rewards.captions import Against, compared, no_values
+from diptych.rewards.captions import Against, check_against, compared, no_values
 from diptych.rewards.encoder import DocumentEncoder
 
 EMBEDDING = 64
@@ -77,3 +77,6 @@ def image_text(
     for (row, step), value in zip(at, score_pairs(_packaged(), captions, images).tolist(), strict=True):
         values[row][step] = value
     return values
+
+
+image_text.check_options = check_against  # type: ignore[attr-defined]

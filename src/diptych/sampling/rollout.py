@@ -105,8 +105,8 @@ def _assemble(model: UnifiedModel, draft: Draft) -> tuple[TokenRow, Tensor, list
             placed[span.modality == Modality.IMAGE] = piece.logprobs
         else:
             text = _text_of(model, unfinished + piece.ids.tolist())
-            if text and unfinished:
-                steps[-1] = Text(text)
+            if unfinished:
+                steps[-1] = _longer(steps[-1], _text_of(model, unfinished), text)
             elif text:  # control tokens and white space alone belong to the step before them (at the very beginning, to the first)
                 steps.append(Text(text))
             span = TokenRow.text(piece.ids.tolist(), spec.depth, step=max(0, len(steps) - 1))
@@ -117,6 +117,12 @@ def _assemble(model: UnifiedModel, draft: Draft) -> tuple[TokenRow, Tensor, list
         rows.append(span)
         logprobs.append(placed)
     return TokenRow.concat(rows), torch.cat(logprobs), steps
+
+
+def _longer(given: Text | Tensor | Image, begin: str, whole: str) -> Text:
+    """A given text with what was written behind it, in its own spelling where the tokens of the whole begin as its own do."""
+    assert isinstance(given, Text)
+    return Text(given.text + whole[len(begin) :] if whole.startswith(begin) else whole)
 
 
 def _text_of(model: UnifiedModel, ids: list[int]) -> str:
