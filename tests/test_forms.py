@@ -266,7 +266,7 @@ def test_rewards_say_nothing_of_a_given_beginning(tiny_model):
     given = Document((Text("the ball grows ."), Image(codes=torch.zeros(9, 3).long())))
     asked = ((None, Document(())), (IMAGE, given), (FREE, given), (FREE, Document((Text("zebra grows"),))))
     rows = [tiny_model.encode_prompt(Document((Text("tell"),)), form, beginning) for form, beginning in asked]
-    rollouts = roll(tiny_model, rows, SamplingParams(max_text_tokens=4, max_images=3), num_generations=8)
+    rollouts = roll(tiny_model, rows, SamplingParams(max_text_tokens=4, max_images=3), num_generations=24)
     longest, count = max(r.num_steps for r in rollouts), len(rollouts)
     applies = torch.stack([torch.arange(longest) < r.num_steps for r in rollouts])[None]
     values = torch.ones(applies.shape)
@@ -274,11 +274,11 @@ def test_rewards_say_nothing_of_a_given_beginning(tiny_model):
     nothing = torch.zeros(1, count, dtype=torch.bool)
     found = of_choices(RewardBatch(values, applies, torch.zeros(1, count), nothing, {"r": 0.5}, {}), rollouts)
     left = found.applies[0]
-    assert [int(row.sum()) for row in left[:8]] == [r.num_steps for r in rollouts[:8]]
-    assert all(row.tolist()[:3] == [False, False, True] for row in left[8:16])
-    assert any(r.num_steps == 2 for r in rollouts[16:24])  # ended at once
-    assert not left[16:24, :2].any()
-    for row, rollout in zip(left[24:], rollouts[24:], strict=True):
+    assert [int(row.sum()) for row in left[:24]] == [r.num_steps for r in rollouts[:24]]
+    assert all(row.tolist()[:3] == [False, False, True] for row in left[24:48])
+    assert any(r.num_steps == 2 for r in rollouts[48:72])  # ended at once
+    assert not left[48:72, :2].any()
+    for row, rollout in zip(left[72:], rollouts[72:], strict=True):
         first = rollout.document.segments[0].text
         assert first.startswith("zebra grows")  # the words, though this model knows no zebra
         assert bool(row[0]) == (first != "zebra grows")
@@ -407,10 +407,8 @@ def test_forms_stand_together_in_one_training(tmp_path):
     common = {"max_steps": 1, "optim": {"lr": 1e-5}, "device": "cpu", "sampling": {"max_text_tokens": 6, "max_images": 2}}
     longest = {"max_text_tokens": 90, "max_images": 4}  # of which not all fits behind every prompt
     found: list[dict[str, float]] = []
-    warm = build(
-        WarmupConfig,
-        {**common, "sampling": longest, "output_dir": str(tmp_path / "warm"), "sources": [{"name": str(tmp_path / "examples.jsonl")}]},
-    )
+    sources = [{"name": str(tmp_path / "examples.jsonl")}]
+    warm = build(WarmupConfig, {**common, "sampling": longest, "output_dir": str(tmp_path / "warm"), "sources": sources})
     warmup(warm, lambda step, total, metrics: found.append(metrics))
     settings = {
         **common, "output_dir": str(tmp_path / "run"), "num_generations": 2, "prompts_per_step": 8, "eval_steps": 1, "num_eval_prompts": 2,

@@ -78,7 +78,7 @@ def test_exact_match_of_letters_signs_and_numbers():
     pairs = [("-5", "5"), ("5", "-5"), ("+", "-"), ("", "+"), ("1.5", "15"), ("3", "2")]
     assert [exact_match([messages("assistant", said)], [right])[0] for said, right in pairs] == [0.0] * 6
     assert exact_match([messages("assistant", "2")] * 4, [2, [2, 3], 2.0, float("nan")]) == [1.0, 1.0, 1.0, None]
-    with pytest.raises(ValueError, match="a solution is {'x': 1}; it is a text, a number, or a list of these"):
+    with pytest.raises(ValueError, match=r"a solution is {'x': 1}; it is a text, a number, or a list of these"):
         exact_match([messages("assistant", "2")], [{"x": 1}])
 
 
