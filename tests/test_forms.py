@@ -266,8 +266,10 @@ def test_rewards_say_nothing_of_a_given_beginning(tiny_model):
     given = Document((Text("the ball grows ."), Image(codes=torch.zeros(9, 3).long())))
     asked = ((None, Document(())), (IMAGE, given), (FREE, given), (FREE, Document((Text("zebra grows"),))))
     rows = [tiny_model.encode_prompt(Document((Text("tell"),)), form, beginning) for form, beginning in asked]
-    with eager(tiny_model):
-        rollouts = roll(tiny_model, rows, SamplingParams(max_text_tokens=4, max_images=3), num_generations=24)
+    ends = torch.zeros(tiny_model.vocab_size).index_fill(0, torch.tensor([tiny_model.eos_id]), 17.0)  # nats: here it likes to go on
+    hook = tiny_model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + ends)
+    rollouts = roll(tiny_model, rows, SamplingParams(max_text_tokens=4, max_images=3), num_generations=24)
+    hook.remove()
     longest, count = max(r.num_steps for r in rollouts), len(rollouts)
     applies = torch.stack([torch.arange(longest) < r.num_steps for r in rollouts])[None]
     values = torch.ones(applies.shape)
