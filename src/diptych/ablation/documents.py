@@ -49,7 +49,10 @@ def write_docs(folder: Path) -> Path:
 
 
 def results_document(folder: Path) -> str:
-    """Raises ValueError where there are no records, or one whose table is not what its numbers give."""
+    """Behind the suites stand the sections that other scripts wrote (`*.md` among the records).
+
+    Raises ValueError where there are no records, or one whose table is not what its numbers give.
+    """
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise ValueError(f"{folder} holds no records (*.json); write one with diptych ablate SUITE --docs {folder}")
@@ -62,7 +65,8 @@ def results_document(folder: Path) -> str:
             )
         records.append(record)
         sections.append(suite_section(record))
-    return "\n".join([HEAD, *paper_section(records), *sections])
+    others = [path.read_text() for path in sorted(folder.glob("*.md"))]
+    return "\n".join([HEAD, *paper_section(records), *sections, *others])
 
 
 def paper_section(records: Sequence[Record]) -> list[str]:
