@@ -6,9 +6,7 @@ arXiv:2501.17811. Stock class: `JanusForConditionalGeneration`. A folder is in t
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from diptych.document import Image
 from diptych.models import janus_config, janus_weights
 from diptych.models.base import ImageSpec, check_image_size
 from diptych.models.hf import HFModel, load_weights
-from diptych.models.pixels import square, to_pixels
+from diptych.models.pixels import full_precision, square, to_pixels
 from diptych.pictures import to_rgb
 from diptych.tokens import TokenRow
 
@@ -102,7 +100,7 @@ class JanusModel(HFModel):
         """The nearest row of the codebook by direction, the first of equals, as DeepSeek's tokenizer finds it; transformers' `encode`
         counts lengths too and finds others. In float32 whatever the weights' type: in less, rounding decides close calls."""
         vq = self.hf.model.vqmodel
-        with _full_precision(pixels.device):
+        with full_precision(pixels.device):
             latents = _in_float32(vq.quant_conv, _in_float32(vq.encoder, pixels.float()))  # (N, C, s, s)
             vectors = F.normalize(latents.flatten(2).transpose(1, 2), dim=-1)  # (N, positions, C)
             rows = F.normalize(vq.quantize.embedding.weight.float(), dim=-1)  # (K, C)
@@ -209,18 +207,6 @@ class JanusModel(HFModel):
             model.deepseek.read_unused(folder)
         check_image_size(image_size, model.image_spec.pixel_size, cls.family)
         return model
-
-
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, and no TF32 in convolutions, which is torch's default on GPUs."""
-    cudnn: Any = torch.backends.cudnn
-    before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        cudnn.conv.fp32_precision = before
 
 
 def _in_float32(module: nn.Module, inputs: Tensor) -> Tensor:

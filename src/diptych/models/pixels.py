@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -59,3 +61,15 @@ def to_images(pixels: Tensor) -> list[PIL.Image.Image]:
     """(N, 3, S, S) float in -1..1 -> PIL images."""
     arrays = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [PIL.Image.fromarray(array) for array in arrays]
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast, and no TF32 in convolutions, which is torch's default on GPUs."""
+    cudnn: Any = torch.backends.cudnn
+    before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        cudnn.conv.fp32_precision = before

@@ -5,15 +5,12 @@ Module names are the release's. Always in float32: in less, rounding decides clo
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diptych.models.emu3_5.config import VisionConfig
+from diptych.models.pixels import full_precision
 from diptych.models.vila_u.decoder import Middle, PixelAttention, PixelDecoder, ResidualBlock, group_norm
 
 POSITIONS_AT_ONCE = 256  # that are compared with the whole codebook: 131,072 rows make 128 MiB of scores
@@ -85,32 +82,20 @@ class VisionTokenizer(nn.Module):
 
     def latents(self, pixels: Tensor) -> Tensor:
         """(3, h, w) -> (C, H, W)."""
-        with _full_precision(pixels.device):
+        with full_precision(pixels.device):
             return self.quant_conv(self.encoder(pixels[None].float()))[0]
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """(3, h, w) -> codes (H, W): the row of the codebook with the largest dot product, neither side normalised."""
         latents, rows = self.latents(pixels), self.quantize.embedding.weight
-        with _full_precision(pixels.device):
+        with full_precision(pixels.device):
             best = [(part.T @ rows.T).argmax(-1) for part in latents.flatten(1).split(POSITIONS_AT_ONCE, dim=1)]
         return torch.cat(best).view(latents.shape[1:])
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """(H, W) -> (3, h, w), as the decoder gives it: not clamped."""
-        with _full_precision(codes.device):
+        with full_precision(codes.device):
             vectors = self.quantize.embedding(codes).permute(2, 0, 1)  # (C, H, W)
             return self.decoder(self.post_quant_conv(vectors[None]))[0]
-
-
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, and no TF32 in convolutions, which is torch's default on GPUs."""
-    cudnn: Any = torch.backends.cudnn
-    before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        cudnn.conv.fp32_precision = before
