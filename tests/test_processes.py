@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from test_training import grpo_config, tiny_folder  # noqa: F401 - a fixture
 
 from diptych import runtime
 from diptych.config import GRPOConfig, to_yaml
 from diptych.grpo import grpo
+from diptych.preemption import EXIT_CODE
 from diptych.runs import read_jsonl
 
 TESTS = Path(__file__).parent
@@ -208,3 +210,50 @@ def test_checksums_tell_weights_apart():
             assert runtime.weights_checksum(model) != before
             parameter.view(-1)[0] = kept
     assert runtime.weights_checksum(model) == before
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_scheduler_that_wants_the_machine_back(tiny_folder, tmp_path, name):  # noqa: F811
+    """The signal reaches one process; both finish the step and save it, and the same command goes on to the weights of an undisturbed run."""
+    config = grpo_config(tiny_folder, tmp_path / "run", max_steps=400, save_steps=1000, num_minibatches=1, logging_steps=1)
+    process = launched("none", config, tmp_path / "grpo.yaml")
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not (log.is_file() and len(read_jsonl(log)) >= 2):
+        assert process.poll() is None
+        time.sleep(0.1)
+    running = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline")]
+    mine = {number: command_of(number) for number in running if str(tmp_path / "grpo.yaml") in command_of(number)}
+    workers = [int(number) for number, command in mine.items() if "torch.distributed.run" not in command]
+    assert len(workers) == 2
+    os.kill(max(workers), getattr(signal, name))
+    said = ended(process)
+    assert f"exitcode  : {EXIT_CODE}" in said
+    (step,) = [int(path.name.removeprefix("step_")) for path in (tmp_path / "run" / "checkpoints").glob("step_*")]
+    assert step == len(read_jsonl(log)) < 400
+    goes_on = grpo_config(tiny_folder, tmp_path / "run", max_steps=step + 1, save_steps=1000, num_minibatches=1, logging_steps=1)
+    whole = grpo_config(tiny_folder, tmp_path / "whole", max_steps=step + 1, save_steps=1000, num_minibatches=1, logging_steps=1)
+    for one in (goes_on, whole):
+        assert "error:" not in ended(launched("none", one, tmp_path / "grpo.yaml"))
+    one, two = (load_file(tmp_path / run / "checkpoints" / f"step_{step + 1}" / "model" / "model.safetensors") for run in ("run", "whole"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def command_of(process: str) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_text()
+    return ""
+
+
+def test_one_process_ends_with_the_code_that_says_so(tiny_folder, tmp_path):  # noqa: F811
+    config = grpo_config(tiny_folder, tmp_path / "run", max_steps=400, save_steps=1000)
+    command = [sys.executable, "-m", "diptych", "grpo", str(recipe(config, tmp_path / "grpo.yaml"))]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not (log.is_file() and read_jsonl(log)):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_CODE
+    assert "Stopped by SIGTERM: step" in said
+    assert "the same command goes on" in said

@@ -45,6 +45,7 @@ from diptych.models import UnifiedModel, open_policy
 from diptych.models.loading import Reference
 from diptych.optim import make_optimizer, move_state, optimizer_step, restore, save_checkpoint
 from diptych.parallel import parallelize
+from diptych.preemption import Preempted, Requests, asked_to_stop, preemptible
 from diptych.rewards import load_reward
 from diptych.rewards.base import about, changeable_options, check_columns
 from diptych.runs import SHARED_FOLDER, RunFolder
@@ -76,19 +77,20 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
     """Runs, or resumes, a training and returns the trained model. The last checkpoint is `step_<max_steps>`.
 
     Raises ValueError for settings, data or checkpoints that cannot be used, RewardError, ParityError, and
-    FloatingPointError for a loss or gradient that is not finite; each before the optimizer step that it would spoil.
+    FloatingPointError for a loss or gradient that is not finite; each before the optimizer step that it would spoil. Raises Preempted
+    behind a step that is saved, where the process was asked to stop (SIGTERM, SIGUSR1).
     """
     with joined_processes():
         check_shares(config)
         seed_everything(config.seed)  # for rewards that draw while they are made
         reward_functions = [(reward, load_reward(reward.name)) for reward in config.rewards]
         told = [{"name": reward.key, "about": about(reward, function)} for reward, function in reward_functions]  # refuses wrong options
-        with RunFolder(config.output_dir, config, changeable_options(reward_functions)) as run:
+        with RunFolder(config.output_dir, config, changeable_options(reward_functions)) as run, preemptible() as requests:
             run.describe("rewards.json", told)
-            return _train(run, [(reward, load_reward(reward.name)) for reward in run.config.rewards], progress)
+            return _train(run, [(reward, load_reward(reward.name)) for reward in run.config.rewards], progress, requests)
 
 
-def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progress: Progress | None) -> UnifiedModel:
+def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progress: Progress | None, requests: Requests) -> UnifiedModel:
     config = run.config
     set_threads(config.num_threads)
     device = pick_device(config.device)
@@ -171,11 +173,14 @@ def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progre
             run.log(step, metrics)
         if step % config.sample_steps == 0 or step == config.max_steps:
             run.save_samples(step, sample_records(experience, config.num_generations))
-        if step % config.save_steps == 0 or step == config.max_steps:
+        signal = asked_to_stop(requests)
+        if step % config.save_steps == 0 or step == config.max_steps or signal:
             note_skipped(run, *mixtures)
             save_checkpoint(run, step, model, optimizer, schedule)
         if progress:
             progress(step, config.max_steps, metrics)
+        if signal and step < config.max_steps:
+            raise Preempted(f"{signal}: step {step} of {config.max_steps} is saved in {run.path}; the same command goes on")
     return model.eval()
 
 

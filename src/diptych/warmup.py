@@ -22,6 +22,7 @@ from diptych.inputs import check_inputs, summary
 from diptych.models import UnifiedModel, open_policy
 from diptych.optim import make_optimizer, optimizer_step, restore, save_checkpoint
 from diptych.parallel import parallelize
+from diptych.preemption import Preempted, Requests, asked_to_stop, preemptible
 from diptych.runs import SHARED_FOLDER, RunFolder
 from diptych.runtime import agree, generator, joined_processes, pick_device, seed_everything, set_threads, weights_checksum
 from diptych.sampling.engine import fit_to_context, sample
@@ -33,13 +34,14 @@ Progress = Callable[[int, int, dict[str, float]], None]
 def warmup(config: WarmupConfig, progress: Progress | None = None) -> UnifiedModel:
     """Runs, or resumes, a warm-up and returns the trained model. The last checkpoint is `step_<max_steps>`.
 
-    Raises ValueError for settings, data or checkpoints that cannot be used.
+    Raises ValueError for settings, data or checkpoints that cannot be used, and Preempted behind a step that is saved, where the process
+    was asked to stop (SIGTERM, SIGUSR1).
     """
-    with joined_processes(), RunFolder(config.output_dir, config) as run:
-        return _train(run, progress)
+    with joined_processes(), RunFolder(config.output_dir, config) as run, preemptible() as requests:
+        return _train(run, progress, requests)
 
 
-def _train(run: RunFolder[WarmupConfig], progress: Progress | None) -> UnifiedModel:
+def _train(run: RunFolder[WarmupConfig], progress: Progress | None, requests: Requests) -> UnifiedModel:
     config = run.config
     set_threads(config.num_threads)
     seed_everything(config.seed)
@@ -80,11 +82,14 @@ def _train(run: RunFolder[WarmupConfig], progress: Progress | None) -> UnifiedMo
             run.log(step, metrics)
         if step % config.sample_steps == 0 or step == config.max_steps:
             save_samples(run, model, held_out, config, step)
-        if step % config.save_steps == 0 or step == config.max_steps:
+        signal = asked_to_stop(requests)
+        if step % config.save_steps == 0 or step == config.max_steps or signal:
             note_skipped(run, mixture)
             save_checkpoint(run, step, model, optimizer, schedule)
         if progress:
             progress(step, config.max_steps, metrics)
+        if signal and step < config.max_steps:
+            raise Preempted(f"{signal}: step {step} of {config.max_steps} is saved in {run.path}; the same command goes on")
     return model.eval()
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from diptych.config import SamplingParams
+from diptych.preemption import EXIT_CODE, Preempted
 from diptych.runtime import end_process
 from diptych.tokens import AnswerForm
 
@@ -58,6 +59,9 @@ def main() -> None:
             say("\nStopped. Everything up to the last checkpoint is saved: run the same command again to resume.")
             exec("")  # CPython, `-m`: without it the process may die of the signal that was handled here (SIGINT inside an exec)
         end_process(code if isinstance(code, int) else 0)
+    except Preempted as error:
+        say(f"\nStopped by {error}.")
+        end_process(EXIT_CODE)
     except (ValueError, FloatingPointError, RuntimeError, OSError) as error:
         Console(stderr=True, **PLAIN).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         end_process(1)
