@@ -79,8 +79,7 @@ def test_the_released_size_without_anything_else(offline, tmp_path):
     write_hole(tmp_path / "model.safetensors", {name: value.shape for name, value in model.state_dict().items()})
     found = examine(str(tmp_path), num_images=3, num_generations=8)
     vision, *others = found.problems
-    assert "lacks its vision tokenizer: hf download" in vision
-    assert "BAAI/Emu3.5-VisionTokenizer was not downloaded yet" in vision
+    assert "lacks its vision tokenizer, and BAAI/Emu3.5-VisionTokenizer was not downloaded yet: hf download" in vision
     assert [other.split(" is missing")[0] for other in others] == [str(tmp_path / name) for name in (words.RANKS, words.VISUAL)]
     assert found.parameters is not None
     assert found.parameters["total"] == 34_103_460_864 + 455_336_963

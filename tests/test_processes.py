@@ -214,7 +214,7 @@ def test_checksums_tell_weights_apart():
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_scheduler_that_wants_the_machine_back(tiny_folder, tmp_path, name):  # noqa: F811
-    """The signal reaches one process; both finish the step and save it, and the same command goes on to the weights of an undisturbed run."""
+    """The signal reaches one process; both finish the step and save it. The same command goes on to the weights of an undisturbed run."""
     config = grpo_config(tiny_folder, tmp_path / "run", max_steps=400, save_steps=1000, num_minibatches=1, logging_steps=1)
     process = launched("none", config, tmp_path / "grpo.yaml")
     log = tmp_path / "run" / "metrics.jsonl"

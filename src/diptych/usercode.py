@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 
-def load_named(path: str) -> Any:
-    """What `package.module:name` names. The working directory is importable. Raises ValueError where there is nothing."""
+def load_named(path: str, what: str = "") -> Any:
+    """What `package.module:name` names; `what` it is, for people. The working directory is importable.
+
+    Raises ValueError where there is nothing.
+    """
     module, _, name = path.partition(":")
     if not module or module.startswith(".") or not name:
         raise ValueError(f"{path!r} names no code; give package.module:name")
@@ -19,4 +22,4 @@ def load_named(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # the module runs while it is imported, and may fail in any way
         told = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"cannot load {path!r}: {told}") from error
+        raise ValueError(f"cannot load {what}{' ' if what else ''}{path!r}: {told}") from error

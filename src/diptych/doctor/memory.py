@@ -16,7 +16,8 @@ GIB = 2**30
 MODES = ("sampling", "lora", "qlora", "full")
 USABLE = 0.9  # of a GPU's memory: the rest is the CUDA context, the allocator's gaps, and what the estimates leave out
 _RANK = LoraConfig().r
-_KEPT_IN_FLOAT32 = ("rqvaesiglip.quantizer.codebooks.", "vision_tokenizer.")  # VILA-U's codebooks, Emu3.5's image tokenizer
+# VILA-U's codebooks, Emu3.5's image tokenizer, Storyboard's
+_KEPT_IN_FLOAT32 = ("rqvaesiglip.quantizer.codebooks.", "vision_tokenizer.", "codec.")
 _SAMPLING_BYTES = 20  # a logit while sampling: logits, log-probabilities and probabilities in float32, their sum so far in float64
 _SCORING_BYTES = 20  # a logit while training: bf16, float32, log-probability, its gradient and the gathered one, bf16 gradient
 
@@ -165,13 +166,12 @@ def estimate(sizes: Sizes, document: DocumentSize, mode: str, *, kl: bool = Fals
                 (T + `Sizes.branch_positions`) * (layers * 2 H bytes, and one layer anew: `Sizes.layer_bytes`)
               + logits: (text * V + images * positions * D * K * branches) * 20 bytes
     qlora     the same with the decoder matrices in NF4 (`Sizes.nf4_bytes`)
-    full      bf16 weights and gradients; moments in bf16 too, since torch's AdamW works on the weights themselves, without a float32
-              master copy (8 bytes a parameter in all; float32 weights would need 16); with `kl`, for a run whose `beta` is not 0,
-              a frozen copy of the weights (adapters need none); otherwise as lora without adapters
+    full      bf16 weights, gathered from those in float32 that are trained (4 bytes), their gradients (4), Adam's moments (8): 18 bytes a
+              parameter in one process (`parallel.mode` auto or shard); with `kl`, for a run whose `beta` is not 0, a frozen copy of
+              the bf16 weights (adapters need none); otherwise as lora without adapters
 
     total = weights + optimizer + reference + the largest of what is there one after the other: sampling (KV cache and its logits),
-    scoring (gradients, inputs of the layers, and the larger of one layer and the logits), the optimizer step of `full` (gradients and
-    one temporary copy).
+    scoring (gradients, inputs of the layers, and the larger of one layer and the logits), the optimizer step.
     Not counted: the image tokenizer's and the vision encoder's activations, rewards, CUDA context, gaps (see USABLE).
 
     Raises ValueError for an unknown mode.
@@ -189,13 +189,16 @@ def estimate(sizes: Sizes, document: DocumentSize, mode: str, *, kl: bool = Fals
         weights += sizes.nf4_bytes() - 2 * sizes.linear
     if adapted:
         weights += 4 * sizes.lora()
-    gradients, optimizer = (4 * sizes.lora(), 8 * sizes.lora()) if adapted else (2 * sizes.trained, 4 * sizes.trained)
+    else:
+        weights += 4 * sizes.trained
+    trained = sizes.lora() if adapted else sizes.trained
+    gradients, optimizer = 4 * trained, 8 * trained
     reference = sizes.weight_bytes if kl and not adapted else 0
     inputs = (sizes.answer(document) + scored) * sizes.layers * 2 * sizes.hidden
     layer = (sizes.answer(document) + scored) * sizes.layer_bytes(adapted)
     codes = document.num_images * sizes.positions * sizes.depth
     logits = (document.text_tokens * sizes.vocab + codes * sizes.codebook * branches) * _SCORING_BYTES
-    phases = [kv_cache + drawing, gradients + inputs + max(layer, logits), gradients * (1 if adapted else 2)]
+    phases = [kv_cache + drawing, gradients + inputs + max(layer, logits)]
     total = weights + optimizer + reference + max(phases)
     return _in_gib(
         weights=weights, gradients=gradients, optimizer=optimizer, reference=reference, kv_cache=kv_cache,

@@ -165,10 +165,7 @@ def load_reward(name: str) -> Callable[..., Any]:
     path = known.get(name, name)
     if ":" not in path:
         raise ValueError(f"unknown reward {name!r}; give package.module:function or one of: {', '.join(known)}")
-    try:
-        return load_named(path)
-    except ValueError as error:
-        raise ValueError(f"reward {name!r}: {error}") from error
+    return load_named(path, "reward")
 
 
 _made: dict[tuple[Any, str], Callable[..., Any]] = {}

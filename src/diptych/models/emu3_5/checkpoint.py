@@ -87,9 +87,9 @@ def find_vision_folder(folder: Path, stated: str | None, fetch: bool = True) -> 
     try:
         return _from_hub(source, fetch)
     except Exception as error:  # the hub may fail in any way
-        said = "was not downloaded yet" if not fetch else f"the hub did not give: {str(error)[:200]}"
+        said = "was not downloaded yet" if not fetch else f"cannot be had from the hub ({str(error)[:200]})"
         raise ValueError(
-            f"{folder} lacks its vision tokenizer: hf download {source} --local-dir {near[1]}. It is {looked}, and {source} {said}"
+            f"{folder} lacks its vision tokenizer, and {source} {said}: hf download {source} --local-dir {near[1]}. It is {looked}"
         ) from error
 
 
