@@ -286,7 +286,7 @@ BROKEN = {
     "another vocabulary": (config(vocab_size=1290), r"in another shape|cannot be loaded"),
     "a lost shard": (drop("model-00002-of-00002.safetensors"), r"model-00002-of-00002\.safetensors|cannot be loaded"),
     "half a shard": (cut("model-00002-of-00002.safetensors"), r"cannot be loaded as Qwen3ForCausalLM"),
-    "no vision tokenizer": (no_vision, r"lacks its vision tokenizer, and BAAI/Emu3\.5-VisionTokenizer cannot be had from the hub .*: hf download BAAI"),
+    "no vision tokenizer": (no_vision, r"and BAAI/Emu3\.5-VisionTokenizer cannot be had from the hub .*: hf download BAAI"),
     "a path to nothing": (
         lambda folder: (no_vision(folder), option('{"vision_tokenizer": "./vq"}')(folder)),
         r"vq, which .*diptych\.json names \(vision_tokenizer\), is no folder, .*mend the path",
