@@ -98,7 +98,7 @@ def random_janus(shape: JanusShape, device: torch.device, folder: Path) -> Unifi
         for name, value in values.items():
             setattr(getattr(config, part), name, value)
     with device:
-        hf = type(toy.hf)(config)
+        hf = type(toy.hf)(config).to(shape.dtype)  # transformers makes parts of it in the type that the toy's config names
     hf.generation_config = toy.hf.generation_config
     return type(toy)(hf, toy.tokenizer, toy.image_processor, folder)
 

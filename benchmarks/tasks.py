@@ -1,7 +1,7 @@
 """Text-to-image and understanding GRPO on Storyboard: each from a base that was made worse at just that, and what it does to the other.
 
     python benchmarks/tasks.py text_to_image [--seed 0] [--threads 1] [--docs docs/results]
-    python benchmarks/tasks.py plan_and_draw | understanding
+    python benchmarks/tasks.py plan_and_draw | understanding | --quick
 
 The base is the packaged model with Gaussian noise on the weights of one head, as large as `--noise` times their standard deviation:
 `depth_heads`, the vectors that the codes of pictures are told apart by, or `lm_head`, which chooses words. So the other skill is exactly
@@ -14,7 +14,9 @@ With `--docs` the line is added to DOCS/tasks.jsonl, and DOCS/tasks.md, a sectio
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,8 @@ def measured(source: str, count: int) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=sorted(DAMAGED))
+    parser.add_argument("task", nargs="?", default="text_to_image", choices=sorted(DAMAGED))
+    parser.add_argument("--quick", action="store_true", help="two steps, 24 turns, and nothing is kept: that it runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--noise", type=float)
     parser.add_argument("--steps", type=int, help="of GRPO; left out: the recipe's")
@@ -74,6 +77,14 @@ def main() -> None:
     parser.add_argument("--docs", type=Path)
     parser.add_argument("--set", nargs="*", default=[], help="more of the recipe's settings: --set optim.lr=1e-4")
     arguments = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        if arguments.quick:
+            arguments.steps, arguments.count = 2, 24
+            arguments.out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
     noise = NOISE if arguments.noise is None else arguments.noise
     set_threads(arguments.threads)
     folder = arguments.out / f"{arguments.task}_{noise:g}_{arguments.seed}"

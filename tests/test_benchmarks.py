@@ -16,6 +16,28 @@ from diptych.worlds.storyboard.scene import Event, Scene, Thing
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+def test_every_check_for_a_gpu_runs_at_its_quick_size(tmp_path):
+    """Two of them; `--quick` alone runs all."""
+    names = ["grpo in bfloat16, weights in float32", "text to image"]
+    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--quick", "--out", str(tmp_path), "--only", *names]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stdout[-2000:]
+    rows = json.loads(found.stdout.splitlines()[-1])["rows"]
+    assert [(row["name"], row["result"]) for row in rows] == [(name, "passed") for name in names]
+    late = subprocess.run([*command, "--seconds", "1"], capture_output=True, text=True, timeout=240)
+    assert {row["result"] for row in json.loads(late.stdout.splitlines()[-1])["rows"]} == {"skipped: no time left"}
+
+
+def test_tasks_runs_at_its_quick_size():
+    found = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "tasks.py"), "--quick", "--threads", "1"], capture_output=True, text=True, timeout=240
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    line = json.loads(found.stdout.splitlines()[-1])
+    assert line["found"]["made worse"]["text_to_image"]["accuracy"] < line["found"]["packaged"]["text_to_image"]["accuracy"] == 1
+    assert line["found"]["made worse"]["understanding"]["accuracy"] == 1
+
+
 def test_real_size_runs_on_toys():
     command = [sys.executable, str(BENCHMARKS / "real_size.py"), "--quick", "--group", "2", "--images", "1"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=240)

@@ -13,6 +13,7 @@ import torch
 
 from diptych.config import WarmupConfig, build
 from diptych.runs import RunFolder, atomic_folder, atomic_text, is_disk_full
+from diptych.runtime import pick_device
 
 SETTINGS = {"output_dir": "x", "max_steps": 9, "optim": {"lr": 1e-3}, "sources": [{"name": "storyboard:interleaved", "weight": 1.0}]}
 
@@ -268,3 +269,14 @@ def test_checkpoints_are_readable_by_whom_the_umask_lets(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "saved/weights").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_gpu_is_named_by_its_number(monkeypatch):
+    """Rewards run in a thread, whose current GPU is the first, whatever that of the process is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert [str(pick_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:3", "cuda:1", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert str(pick_device()) == "cpu"
+    with pytest.raises(ValueError, match="'cuda:1' was asked for, but no CUDA device is available"):
+        pick_device("cuda:1")

@@ -9,6 +9,7 @@ Only what enters through `UnifiedModel.run` finds the weights: FSDP gathers them
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -46,7 +47,9 @@ def _trains_half(model: UnifiedModel) -> bool:
 
 def _mesh(shard_size: int | None, device: torch.device) -> DeviceMesh:
     if not dist.is_initialized():  # one process by itself
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)
     everyone = world_size()
     size = shard_size or min(everyone, int(os.environ.get("LOCAL_WORLD_SIZE", everyone)))
     if everyone % size:

@@ -55,11 +55,11 @@ def set_threads(num_threads: int | None) -> int:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A GPU by its number: that of this process, where none is named. Threads have a GPU of their own in use, and it is the first."""
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but no CUDA device is available; use 'cpu' or 'auto'")
-    return torch.device(name)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 
 def versions() -> dict[str, Any]:
