@@ -20,7 +20,7 @@ from test_training import grpo_config, tiny_folder  # noqa: F401 - a fixture
 from diptych import runtime
 from diptych.config import GRPOConfig, to_yaml
 from diptych.grpo import grpo
-from diptych.preemption import EXIT_CODE
+from diptych.preemption import EXIT_CODE, asked_to_stop, preemptible
 from diptych.runs import read_jsonl
 
 TESTS = Path(__file__).parent
@@ -257,3 +257,23 @@ def test_one_process_ends_with_the_code_that_says_so(tiny_folder, tmp_path):  # 
     assert process.returncode == EXIT_CODE
     assert "Stopped by SIGTERM: step" in said
     assert "the same command goes on" in said
+
+
+def test_an_interrupt_that_python_drops_is_taken_up_behind_the_step(monkeypatch):
+    """In a destructor a KeyboardInterrupt is ignored: the training would go on to its end."""
+
+    class Last:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+    before = signal.getsignal(signal.SIGINT)
+    with preemptible() as requests:
+        assert asked_to_stop(requests) == ""
+        Last()  # and gone
+        with pytest.raises(KeyboardInterrupt):
+            asked_to_stop(requests)
+    assert [one.exc_type for one in dropped] == [KeyboardInterrupt]
+    assert signal.getsignal(signal.SIGINT) is before
