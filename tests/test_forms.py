@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from diptych.cli import app
 from diptych.config import GRPOConfig, SamplingParams, TextSampling, WarmupConfig, build, load_config, recipe_path
+from diptych.credit import of_choices
 from diptych.data.conversation import NotARecord, answer_places
 from diptych.data.records import open_source
 from diptych.document import Document, Image, Text
-from diptych.experience import of_choices
 from diptych.grpo import grpo
 from diptych.logprobs import score
 from diptych.models import UnifiedModel, load_model
@@ -92,7 +92,7 @@ def test_all_forms_in_one_batch_are_scored_as_they_were_sampled(model, settings)
             without = tuple(kind for at, kind in enumerate(wanted) if at < len(given) or kind is Image) or (Text,)
             assert kinds in (wanted, without)
         assert len(rollout.document.images) <= 3
-        assert rollout.prompt_length == len(model.encode_prompt(prompts()[(number // 2) % 3], form)[: rollout.prompt_length])
+        assert rollout.prompt_length == model.encode_prompt(prompts()[(number // 2) % 3], form).prompt_length
         assert not row.completion_mask[: len(rows[number // 2])].any()  # neither the beginning nor what begins a picture
         if form in (IMAGE, TEXT_IMAGE):
             assert row.text_ids[-len(end) :].tolist() == end

@@ -90,7 +90,7 @@ def together(count: int, shard_size: int, jobs: list[tuple[str, dict[str, Any], 
         recipes.append(str(path))
     done = subprocess.run(
         [*LAUNCH, str(count), str(TESTS / "several_trainings.py"), *recipes], env={**ENVIRONMENT, **environment}, capture_output=True,
-        text=True, timeout=500,
+        text=True, timeout=90,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
@@ -243,3 +243,17 @@ def test_what_cannot_be_sharded_is_refused(tiny_folder, records, tmp_path, chang
     values = {**settings(tiny_folder, records, "storyboard")["grpo"], **changes}
     with pytest.raises(ValueError, match=said):
         alone("grpo", values, tmp_path / "run")
+
+
+def test_processes_that_sample_more_often_than_others_wait_for_nobody(tiny_folder, records, tmp_path):  # noqa: F811
+    """One process has groups to sample again where another has none, and a held-out prompt where another has none."""
+    values = settings(tiny_folder, records, "storyboard", max_steps=3)["grpo"]
+    changes = {
+        "resample_attempts": 2, "rewards": [{"name": "toy_rewards:flat_for_some"}], "eval_steps": 1, "num_eval_prompts": 1,
+        "rollout_batch_size": 1, "prompts": [{"name": "storyboard:prompts"}], "ptx": None,
+    }  # fmt: skip
+    together(2, 2, [("grpo", {**values, **changes}, tmp_path / "many" / "run")])
+    alone("grpo", {**values, **changes}, tmp_path / "one" / "run")
+    shares = [line["frac_groups_resampled"] for line in read_jsonl(tmp_path / "many" / "run" / "metrics.jsonl")]
+    assert shares == [line["frac_groups_resampled"] for line in read_jsonl(tmp_path / "one" / "run" / "metrics.jsonl")]
+    assert any(shares)

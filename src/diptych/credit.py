@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from diptych import advantages as adv
 from diptych.config import AdvantageConfig, RewardConfig
+from diptych.document import Text
 from diptych.rewards import RewardBatch
+from diptych.sampling.rollout import Rollout
 from diptych.tokens import TokenBatch
+
+
+def of_choices(rewards: RewardBatch, rollouts: Sequence[Rollout]) -> RewardBatch:
+    """The same rewards, which say nothing of the given beginnings of answers, but for a given text that went on. (To end behind a given
+    picture is a choice of its step, but its value is not that of the picture.)"""
+    if not any(rollout.row.given for rollout in rollouts):
+        return rewards
+    chosen = torch.ones(rewards.applies.shape[1:], dtype=torch.bool)  # (B, J)
+    for b, rollout in enumerate(rollouts):
+        for step, (given, segment) in enumerate(zip(rollout.row.given, rollout.document, strict=False)):
+            chosen[b, step] = isinstance(given, Text) and given != segment
+    applies = rewards.applies & chosen
+    owed = applies.sum((1, 2)) + rewards.documents_apply.sum(1)  # (R,)
+    lost = (applies & rewards.steps.isnan()).sum((1, 2)) + (rewards.documents_apply & rewards.documents.isnan()).sum(1)
+    missing = {name: float(n) / max(1, int(of)) for name, n, of in zip(rewards.missing, lost, owed, strict=True)}
+    asked = dict(zip(rewards.missing, owed.tolist(), strict=True))
+    return dataclasses.replace(rewards, steps=rewards.steps.where(chosen, 0.0), applies=applies, missing=missing, asked=asked)
 
 
 def token_advantages(

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from diptych.config import GRPOConfig, SamplingParams
-from diptych.credit import document_rewards
+from diptych.credit import document_rewards, of_choices
 from diptych.data import Mixture, Record
-from diptych.document import Text, to_json_blocks
+from diptych.document import to_json_blocks
 from diptych.models import UnifiedModel
 from diptych.rewards import RewardBatch, RewardError, call_rewards
 from diptych.rewards.base import merge
@@ -75,23 +75,6 @@ class Sampled:
         return Experience(self.records, self.rollouts, rewards, group_ids, self.num_resampled)
 
 
-def of_choices(rewards: RewardBatch, rollouts: Sequence[Rollout]) -> RewardBatch:
-    """The same rewards, which say nothing of the given beginnings of answers, but for a given text that went on. (To end behind a given
-    picture is a choice of its step, but its value is not that of the picture.)"""
-    if not any(rollout.row.given for rollout in rollouts):
-        return rewards
-    chosen = torch.ones(rewards.applies.shape[1:], dtype=torch.bool)  # (B, J)
-    for b, rollout in enumerate(rollouts):
-        for step, (given, segment) in enumerate(zip(rollout.row.given, rollout.document, strict=False)):
-            chosen[b, step] = isinstance(given, Text) and given != segment
-    applies = rewards.applies & chosen
-    owed = applies.sum((1, 2)) + rewards.documents_apply.sum(1)  # (R,)
-    lost = (applies & rewards.steps.isnan()).sum((1, 2)) + (rewards.documents_apply & rewards.documents.isnan()).sum(1)
-    missing = {name: float(n) / max(1, int(of)) for name, n, of in zip(rewards.missing, lost, owed, strict=True)}
-    asked = dict(zip(rewards.missing, owed.tolist(), strict=True))
-    return dataclasses.replace(rewards, steps=rewards.steps.where(chosen, 0.0), applies=applies, missing=missing, asked=asked)
-
-
 def seen_by_all(experience: Experience, config: GRPOConfig) -> Seen:
     """Process r has the prompts r, r + W, ... of the step; here they stand in their order again."""
     rollouts = experience.rollouts
@@ -140,7 +123,7 @@ def collect(model: UnifiedModel, prompts: Mixture, reward_functions: RewardFunct
     places = list(range(rank(), config.prompts_per_step, world_size()))
     prompt = functools.partial(_encoded, model, config)
     columns = prompts.columns
-    with background(config, model.device) as submit:
+    with model.gathered(), background(config, model.device) as submit:  # gathered once: processes may sample again more or less often
         asked = prompts.made(step, config.prompts_per_step, prompt, places)
         sampled = _collect_once(model, asked, reward_functions, config, (step, 0), submit, places, columns)
         for attempt in range(1, config.resample_attempts + 1):
@@ -222,12 +205,12 @@ def held_out_rewards(
     rows = (config.rollout_batch_size or config.prompts_per_step) * config.num_generations
     greedy = config.model_copy(update={"sampling": config.sampling.greedy(), "num_generations": 1, "rollout_batch_size": rows})
     places = list(range(rank(), len(records), world_size()))
-    asked = [_encoded(model, greedy, place, records[place]) for place in places]
     mine = None
-    if asked:
-        mine = (
-            _collect_once(model, asked, reward_functions, greedy, (step, _EVALUATION), _at_once, places, columns).experience(greedy).rewards
-        )
+    with model.gathered():  # also in a process that has nothing to ask
+        asked = [_encoded(model, greedy, place, records[place]) for place in places]
+        if asked:
+            sampled = _collect_once(model, asked, reward_functions, greedy, (step, _EVALUATION), _at_once, places, columns)
+            mine = sampled.experience(greedy).rewards
     rewards = merge([part for part in gather(mine) if part is not None])
     values, speaks, missing = document_rewards(rewards.steps, rewards.applies, rewards.documents, rewards.documents_apply)  # (R, B)
     metrics = {f"eval/rewards/{key}/missing": share for key, share in rewards.missing.items()}
