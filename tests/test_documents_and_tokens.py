@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diptych.document import Document, Image, Text, join, to_json_blocks, to_message
-from diptych.models.base import CODE, ImageSpec
+from diptych.models.image_spec import CODE, ImageSpec
 from diptych.pictures import image_data_address, open_image
 from diptych.tokens import Modality, TokenBatch, TokenRow, collate
 

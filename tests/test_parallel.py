@@ -236,7 +236,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
             "shard_size is 2, which does not divide the 1 processes; choose a divisor",
         ),
         ({"parallel": {"mode": "sharded"}}, "parallel.mode"),
-        ({"parallel": {"mode": "shard"}, "offload": ["optimizer"]}, "offload"),
+        ({"parallel": {"mode": "shard"}, "offload": ["optimizer"]}, "sharded weights and moments stay where they are"),
+        ({"offload": ["optimizer"]}, "this run is on the CPU"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(tiny_folder, records, tmp_path, changes, said):  # noqa: F811
@@ -257,3 +258,26 @@ def test_processes_that_sample_more_often_than_others_wait_for_nobody(tiny_folde
     shares = [line["frac_groups_resampled"] for line in read_jsonl(tmp_path / "many" / "run" / "metrics.jsonl")]
     assert shares == [line["frac_groups_resampled"] for line in read_jsonl(tmp_path / "one" / "run" / "metrics.jsonl")]
     assert any(shares)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_of_adapters_is_sharded_in_its_own_type(folders, records, tmp_path, dtype):
+    values = settings(folders["janus"], records, "janus", lora={"r": 4}, dtype=dtype, parallel={"mode": "shard"})["warmup"]
+    config = build(WarmupConfig, {**values, "output_dir": str(tmp_path / "run")})
+    model = parallelize(open_policy(config, torch.device("cpu")), config, torch.device("cpu"))
+    frozen = {id(p) for module in model.frozen_modules() for p in module.parameters()}
+    base = [p for p in model.parameters() if not p.requires_grad and id(p) not in frozen]
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    assert all(isinstance(p, DTensor) for p in (*base, *adapters))
+    assert {p.dtype for p in base} == {getattr(torch, dtype)}
+    assert {p.dtype for p in adapters} == {torch.float32}
+    warmup(config)
+    (saved,) = (tmp_path / "run" / "checkpoints" / f"step_{STEPS}" / "model").glob("adapter_model.safetensors")
+    assert load_file(saved)
+
+
+def test_4_bit_weights_are_not_sharded(folders, records, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    values = settings(folders["janus"], records, "janus", lora={"r": 4}, load_in_4bit=True, parallel={"mode": "shard"})["warmup"]
+    with pytest.raises(ValueError, match="cannot shard 4-bit weights; use replicate"):
+        alone("warmup", values, tmp_path / "run")

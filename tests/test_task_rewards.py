@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import PIL.Image
 import pytest
+from typer.testing import CliRunner
 
-from diptych.config import RewardConfig
+from diptych.cli import app
+from diptych.config import EvaluateConfig, RewardConfig, SamplingParams
+from diptych.data.inspect import inspect_records
 from diptych.data.records import open_source
-from diptych.document import Document, Image, Text, to_message
+from diptych.document import Document, Image, Text, to_json_blocks, to_message
+from diptych.evaluation.storyboard import old_skills, retention_rates
+from diptych.models import load_model
+from diptych.report.records import records_page
 from diptych.rewards import call_rewards, load_reward
 from diptych.rewards.base import about, check_columns
 from diptych.rewards.captions import compared
@@ -107,3 +116,37 @@ def test_a_source_without_solutions_is_named_before_anything_is_sampled():
     with pytest.raises(ValueError, match="reward 'exact_match' needs 'solution'"):
         check_columns(pair, open_source("storyboard:text_to_image").columns)
     check_columns(pair, open_source("storyboard:understanding").columns)
+
+
+def test_a_reward_can_be_tried_for_a_form(tmp_path):
+    """A bare picture has no text before it: for a free answer nothing is said of it, for form `image` the request is its caption."""
+    record = open_source("storyboard:text_to_image", split="validation")[0]
+    (tmp_path / "answer.json").write_text(json.dumps(to_json_blocks(record.answer)))
+    command = ["rewards", "try", "image_text", "--document", str(tmp_path / "answer.json"), "--prompt", record.columns["caption"]]
+    free, image = (CliRunner().invoke(app, [*command, *form]) for form in ([], ["--form", "image"]))
+    assert free.exception is None
+    assert image.exception is None
+    assert "step 1 (picture): -" in free.output
+    assert float(re.search(r"step 1 \(picture\): ([0-9.]+)", image.output)[1]) > 0.5
+
+
+def test_old_skills_do_not_depend_on_the_form_of_a_training():
+    """The demo and the ablations hand on the training's own sampling, which may ask for one form."""
+    model, config = load_model("storyboard"), EvaluateConfig(num_retention=12)
+    found = [retention_rates(old_skills(model, SamplingParams(form=form), config)) for form in ("free", "image", "text")]
+    assert found[0] == found[1] == found[2]
+    assert found[0]["understanding"]["accuracy"] > 0.9
+
+
+def test_inspection_sees_given_beginnings(tmp_path):
+    RED.pixels.save(tmp_path / "a.png")
+    image = {"type": "image", "image": "a.png"}
+    begin = {"role": "assistant", "content": [{"type": "text", "text": "one two"}, image], "prefix": True}
+    line = {"messages": [{"role": "user", "content": "tell"}, begin, {"role": "assistant", "content": [image]}], "answer_form": "image"}
+    (tmp_path / "r.jsonl").write_text(json.dumps(line) + "\n")
+    found = inspect_records(tmp_path / "r.jsonl", load_model("storyboard"))
+    assert (found.num_images, found.num_words, found.problems.by_cause()) == ([2], [3], {})
+    page = records_page(found)
+    assert "the given beginning of the answer" in page
+    assert "form of the answer: image" in page
+    assert page.count("<img") == 2

@@ -94,8 +94,6 @@ def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progre
     config = run.config
     set_threads(config.num_threads)
     device = pick_device(config.device)
-    if config.offload and device.type == "cpu":
-        raise ValueError(f"offload={list(config.offload)} frees a GPU's memory, and this run is on the CPU; leave it out")
     mix = partial(Mixture, seed=config.seed, max_skipped=config.max_skipped_records)
     prompts = mix(config.prompts)
     held_out_prompts = mix(config.prompts, split="validation", beside=prompts) if config.eval_steps else None
@@ -115,6 +113,9 @@ def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progre
     model = open_policy(config, device, folder).eval()  # no dropout: the policy that is scored is the policy that samples
     agree(weights_checksum(model), "weights (by their checksum)", SHARED_FOLDER)
     model = parallelize(model, config, device)
+    if config.offload and (model.sharding is not None or device.type == "cpu"):
+        why = "this run is on the CPU" if model.sharding is None else "sharded weights and moments stay where they are (parallel.mode)"
+        raise ValueError(f"offload={list(config.offload)} frees a GPU's memory, and {why}; leave it out")
     reference = Reference(model, config, device, offload="reference" in config.offload) if needs_reference else None
     if reference is not None and reference.copy is not None:
         parallelize(reference.copy, config, device)

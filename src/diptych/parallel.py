@@ -63,20 +63,17 @@ class Sharding:
     """FSDP2 around a model: its decoder layers one by one, and everything else that is not frozen as a whole."""
 
     def __init__(self, model: UnifiedModel, mesh: DeviceMesh) -> None:
-        self.model, self.mesh = model, mesh
+        self.model = model
         if any(type(module).__name__ == "Linear4bit" for module in model.modules()):
             raise ValueError("parallel.mode shard cannot shard 4-bit weights; use replicate, or leave out load_in_4bit")
         computes = model.dtype
         trained = [p for p in model.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.data = parameter.data.float()
-        adapts = model.adapter is not None  # its own weights compute in float32, beside frozen ones in their own type
-        self.computes = None if adapts else computes
+        self.computes = computes if model.adapter is None else None  # adapters compute in float32, beside frozen weights in their own type
         policy = MixedPrecisionPolicy(param_dtype=self.computes, reduce_dtype=torch.float32, cast_forward_inputs=False)
         units: list[nn.Module] = [*model.language_model.layers, model]  # type: ignore[misc]
         frozen = {p for module in model.frozen_modules() for p in module.parameters()}
-        if adapts:
-            frozen |= {p for p in model.parameters() if not p.requires_grad}
         for unit in units:
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=frozen)
         self.units = [unit for unit in units if isinstance(unit, FSDPModule)]

@@ -29,6 +29,7 @@ from diptych.models.emu3_5.model import Emu35Model, Files
 from diptych.models.emu3_5.vision import VisionTokenizer
 from diptych.models.hf import HARMLESS_KEYS, HFModel, OneVocabularyModel
 from diptych.models.janus import JanusModel
+from diptych.models.options_file import OPTIONS_FILE
 from diptych.models.storyboard.model import StoryboardConfig, StoryboardModel
 from diptych.models.vila_u.config import VISION_FOLDER, VisionConfig
 from diptych.models.vila_u.model import VilaUModel
@@ -135,7 +136,7 @@ def _emu3_5(folder: Path, problems: list[str]) -> Skeleton:
     """Of two repositories; a vision tokenizer that is not there is taken to be the release's, so that sizes can be told all the same."""
     skeleton = Skeleton(stored=[read_weights(folder, problems)])
     language = _attempt(lambda: emu3_5_config.read_language_config(folder), folder / "config.json", problems, "")
-    options = _attempt(lambda: emu3_5_config.read_options(folder), folder / emu3_5_config.OPTIONS_FILE, problems, "")
+    options = _attempt(lambda: emu3_5_config.read_options(folder), folder / OPTIONS_FILE, problems, "")
     hf, stored = None, skeleton.stored[0]
     _attempt(lambda: emu3_5_config.check_names({*stored.tensors, *stored.lost}, folder), folder, problems, "")
     if language is not None:

@@ -1,6 +1,7 @@
 """Unified models: the adapter contract and its families."""
 
-from diptych.models.base import ImageSpec, UnifiedModel
+from diptych.models.base import UnifiedModel
+from diptych.models.image_spec import ImageSpec
 from diptych.models.loading import FAMILIES, PACKAGED, load_model, open_policy, packaged_folder
 
 __all__ = ["FAMILIES", "PACKAGED", "ImageSpec", "UnifiedModel", "load_model", "open_policy", "packaged_folder"]

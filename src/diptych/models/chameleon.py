@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import ChameleonForConditionalGeneration
 
 from diptych.config import ImageSampling, SamplingParams, TextSampling
-from diptych.models.base import ImageSpec, check_image_size
+from diptych.models.base import check_image_size
 from diptych.models.hf import OneVocabularyModel, load_image_processor
+from diptych.models.image_spec import ImageSpec
 from diptych.models.vila_u.config import DecoderConfig
 from diptych.models.vila_u.decoder import PixelDecoder
 

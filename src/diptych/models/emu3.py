@@ -15,14 +15,15 @@ from typing import Any
 
 import PIL.Image
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformers import Emu3ForConditionalGeneration
 
 from diptych.config import ImageSampling, SamplingParams
 from diptych.document import Document, Image
-from diptych.models.base import CODE, ImageSpec
 from diptych.models.hf import OneVocabularyModel, load_image_processor
+from diptych.models.image_spec import CODE, ImageSpec
+from diptych.models.options_file import OPTIONS_FILE, parse_options
 from diptych.models.pixels import square, to_pixels
 from diptych.pictures import to_rgb
 from diptych.tokens import AnswerForm, TokenRow
@@ -30,7 +31,6 @@ from diptych.tokens import AnswerForm, TokenRow
 BEGIN, SIZE_END, ROW_END, CODES_END, END = "<|image start|>", "<|image token|>", "<|extra_200|>", "<|extra_201|>", "<|image end|>"
 PLACEHOLDER = "<image>"
 DEFAULT_IMAGE_SIZE = 720  # the release draws 90 x 90 codes of 8 pixels
-OPTIONS_FILE = "diptych.json"
 
 
 class Options(BaseModel):
@@ -40,15 +40,6 @@ class Options(BaseModel):
 
     image_size: int = DEFAULT_IMAGE_SIZE
     negative_prompt: str = ""
-
-
-def read_options(content: bytes | None, source: Path) -> Options:
-    """Raises ValueError naming the file where it holds anything else."""
-    try:
-        return Options() if content is None else Options.model_validate_json(content)
-    except ValidationError as error:
-        said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{source} may hold {', '.join(Options.model_fields)} only: {said}") from error
 
 
 class Emu3Model(OneVocabularyModel):
@@ -63,7 +54,7 @@ class Emu3Model(OneVocabularyModel):
 
     def __init__(self, hf: Any, tokenizer: Any, image_processor: Any, folder: Path, image_size: int | None = None) -> None:
         super().__init__(hf, tokenizer, image_processor, folder)
-        options = read_options(self.side_files.get(OPTIONS_FILE), folder / OPTIONS_FILE)
+        options = parse_options(Options, self.side_files.get(OPTIONS_FILE), folder / OPTIONS_FILE)
         mapping, factor = hf.model.vocabulary_mapping, hf.model.vqmodel.vision_spatial_factor
         size = options.image_size if image_size is None else image_size
         if size < factor or size % factor:

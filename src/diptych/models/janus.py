@@ -20,8 +20,9 @@ from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 from diptych.config import ImageSampling, SamplingParams
 from diptych.document import Image
 from diptych.models import janus_config, janus_weights
-from diptych.models.base import ImageSpec, check_image_size
+from diptych.models.base import check_image_size
 from diptych.models.hf import HFModel, load_weights
+from diptych.models.image_spec import ImageSpec
 from diptych.models.pixels import full_precision, square, to_pixels
 from diptych.pictures import to_rgb
 from diptych.tokens import TokenRow

@@ -18,18 +18,18 @@ FOREVER = 2**31
 class Grammar:
     """Which text tokens are legal. In an image only codes are, and forced tokens are never sampled.
 
-    legal: (V,) bool, what the family allows in text. `begin_id` is legal where a picture may be begun. Where one must be, under
-    `text_image`, every token that would end the answer (`end_ids`) is `begin_id` instead: their probabilities are added.
+    legal: (V,) bool, what the family allows in text. end_ids: (E,) int64, the tokens that would end an answer. `begin_id` is legal where a
+    picture may be begun. Where one must be, under `text_image`, it stands for those that would end: their probabilities are added.
     """
 
     legal: Tensor
     begin_id: int
-    end_ids: tuple[int, ...]
+    end_ids: Tensor
     max_images: int
 
     @classmethod
     def of(cls, model: UnifiedModel, params: SamplingParams) -> Grammar:
-        ends = tuple({model.eos_id, model.answer_end_ids[0]})
+        ends = torch.tensor(sorted({model.eos_id, model.answer_end_ids[0]}), device=model.device)
         return cls(model.legal_text(), model.image_spec.begin_id, ends, params.max_images)
 
     def limit(self, form: AnswerForm | None) -> int:
@@ -41,11 +41,10 @@ class Grammar:
         allowed = self.legal.expand(len(may_draw), -1).clone()
         allowed[:, self.begin_id] = may_draw
         if must_draw is not None:
-            logits, ends = logits.float(), torch.tensor(self.end_ids, device=logits.device)
-            joined = logits[:, [self.begin_id, *self.end_ids]].logsumexp(-1)
-            begins = torch.where(must_draw, joined, logits[:, self.begin_id])
-            logits = logits.index_copy(1, ends.new_tensor([self.begin_id]), begins[:, None])
-            allowed[:, ends] &= ~must_draw[:, None]
+            plain, begin = logits.float(), logits[:, self.begin_id].float()
+            joined = torch.logaddexp(begin, plain.index_select(1, self.end_ids).logsumexp(1))
+            logits = plain.index_copy(1, self.end_ids.new_full((1,), self.begin_id), torch.where(must_draw, joined, begin)[:, None])
+            allowed[:, self.end_ids] &= ~must_draw[:, None]
         return log_distribution(logits, params, allowed)
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from diptych.config import SamplingParams
-from diptych.models.base import CODE, UnifiedModel
+from diptych.models.base import UnifiedModel
+from diptych.models.image_spec import CODE
 from diptych.sampling.distribution import Grammar, draw, log_distribution, resolve
 from diptych.sampling.guidance import branch_prefixes, mix, num_branches
 from diptych.sampling.rollout import Draft, Piece, Rollout, draft_row, finish

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from diptych.models.emu3_5.config import (
-    OPTIONS_FILE,
     VISION_JSON,
     VISION_YAML,
     WEIGHTS,
@@ -27,6 +26,7 @@ from diptych.models.emu3_5.config import (
 )
 from diptych.models.emu3_5.vision import VisionTokenizer
 from diptych.models.hf import load_weights, nf4, read_side_files
+from diptych.models.options_file import OPTIONS_FILE
 
 VISION_FOLDER, VISION_HUB = "Emu3.5-VisionTokenizer", "BAAI/Emu3.5-VisionTokenizer"
 TORCH_WEIGHTS = "model.ckpt"  # what the official code reads from a local folder; the same tensors as `model.safetensors`

@@ -13,10 +13,10 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from diptych.models.options_file import OPTIONS_FILE, parse_options
 from diptych.models.vila_u.config import DecoderConfig, read_json
 from diptych.userfiles import load_yaml
 
-OPTIONS_FILE = "diptych.json"
 VISION_JSON, VISION_YAML = "config.json", "config.yaml"
 FIRST_GENERATION = 184_622  # rows of the vocabulary of Emu3, and what a config without `vocab_size` means
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -104,14 +104,13 @@ def parsed(kind: type[PartT], raw: Any, source: Path, what: str) -> PartT:
 
 
 def read_options(folder: Path) -> Options:
-    """Raises ValueError naming the file where it holds anything else."""
+    """Raises ValueError naming the file where it cannot be read, or holds anything else."""
     source = folder / OPTIONS_FILE
     try:
-        return Options.model_validate_json(source.read_bytes()) if source.is_file() else Options()
-    except (OSError, ValidationError) as error:
-        each = error.errors() if isinstance(error, ValidationError) else []
-        said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in each) or str(error)
-        raise ValueError(f"{source} may hold {', '.join(Options.model_fields)} only: {said}") from error
+        content = source.read_bytes() if source.is_file() else None
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read: {error}") from error
+    return parse_options(Options, content, source)
 
 
 def read_language_config(folder: Path) -> LanguageConfig:

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from diptych.document import Document, Image, Text
 from diptych.models.attention import Layout
-from diptych.models.base import CODE, ImageSpec
 from diptych.models.control_tokens import stand_ins
 from diptych.models.emu3_5 import checkpoint, tokenizer
-from diptych.models.emu3_5.config import OPTIONS_FILE, LanguageConfig, Options, read_language_config, read_options
+from diptych.models.emu3_5.config import LanguageConfig, Options, read_language_config, read_options
 from diptych.models.emu3_5.prompts import ASSISTANT, SAMPLING, UNCONDITIONAL, before_question, in_order, task_of
 from diptych.models.emu3_5.vision import VisionTokenizer
 from diptych.models.hf import TokenizerModel, decode, read_side_files
+from diptych.models.image_spec import CODE, ImageSpec
+from diptych.models.options_file import OPTIONS_FILE
 from diptych.models.pixels import not_too_long
 from diptych.pictures import to_rgb
 from diptych.tokens import AnswerForm, Modality, TokenRow

@@ -16,8 +16,9 @@ from transformers import LlamaConfig, LlamaModel
 
 from diptych.config import ImageSampling, SamplingParams
 from diptych.models.attention import Layout
-from diptych.models.base import ImageSpec, UnifiedModel, check_image_size
+from diptych.models.base import UnifiedModel, check_image_size
 from diptych.models.hf import decode
+from diptych.models.image_spec import ImageSpec
 from diptych.models.storyboard.codec import PatchCodec
 from diptych.tokens import TokenRow
 

@@ -17,9 +17,10 @@ from transformers import LlamaForCausalLM
 from diptych.config import ImageSampling, SamplingParams, TextSampling
 from diptych.document import Document, Image, Text
 from diptych.models.attention import Layout
-from diptych.models.base import ImageSpec, check_image_size
+from diptych.models.base import check_image_size
 from diptych.models.control_tokens import stand_ins
 from diptych.models.hf import TokenizerModel, decode, load_tokenizer, load_weights, nf4, read_side_files
+from diptych.models.image_spec import ImageSpec
 from diptych.models.pixels import padded, square, to_pixels
 from diptych.models.vila_u.config import read_json
 from diptych.models.vila_u.vision import Projector, VisionTower
