@@ -178,13 +178,18 @@ def test_texts_begin_pictures_at_their_greatest_length(models, family):
 # --- the small model, by hand ------------------------------------------------------------------------------------------
 
 
-def test_to_end_a_plan_is_to_begin_its_picture(tiny_model):
+def test_to_end_a_plan_is_to_begin_its_picture(tiny_model, request):
     """p(begin) under `text_image` is p(begin) + p(end) of the plain model among legal tokens, worked out one token at a time."""
     settings = SamplingParams(text=TextSampling(temperature=0.8), max_text_tokens=6)
     prompt = tiny_model.encode_prompt(Document((Text("draw this . a big tree"),)), TEXT_IMAGE)
+    begin, end, chosen_begins = tiny_model.image_spec.begin_id, tiny_model.eos_id, 0
+    moved = torch.zeros(tiny_model.vocab_size)
+    moved[[begin, end]] = torch.tensor([-8.0, 23.0])  # nats: this model would begin at once, and never end by itself
+    hook = tiny_model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + moved)
+    request.addfinalizer(hook.remove)
     rollouts = sample(tiny_model, [prompt], settings, num_generations=12, generator=torch.Generator().manual_seed(3))
     assert gaps(tiny_model, rollouts, settings).max() <= 1e-4
-    begin, end, chosen_begins = tiny_model.image_spec.begin_id, tiny_model.eos_id, 0
+    shares = []  # of the end in what was joined
     for rollout in rollouts:
         for t in range(rollout.prompt_length, len(rollout.row)):
             if not rollout.row.completion_mask[t] or rollout.row.modality[t] != Modality.TEXT:
@@ -194,6 +199,7 @@ def test_to_end_a_plan_is_to_begin_its_picture(tiny_model):
             logits = tiny_model.text_logits(hidden)[0].double()
             logits[tiny_model.forbidden_text_ids()] = -torch.inf
             weight = logits.exp()
+            shares.append(float(weight[end] / (weight[begin] + weight[end])))
             weight[begin], weight[end] = weight[begin] + weight[end], 0
             tempered = weight ** (1 / 0.8)
             token = int(rollout.row.text_ids[t])
@@ -201,6 +207,8 @@ def test_to_end_a_plan_is_to_begin_its_picture(tiny_model):
             torch.testing.assert_close(rollout.rollout_logprobs[t, 0].double(), expected, atol=1e-4, rtol=0)
             chosen_begins += token == begin
     assert chosen_begins >= 4
+    assert max(shares) > 0.1
+    assert min(shares) < 0.9
     assert not any(int(i) == end for r in rollouts for i in r.row.text_ids[r.prompt_length : -1])
 
 
