@@ -156,13 +156,17 @@ def _leave() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends the program. One of several processes that failed ends at once, whatever its threads still wait for."""
-    if _failed and dist.is_initialized():
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code or 1)
-    sys.exit(code)
+    """Ends the program. One of several processes first leaves the others in order; one that failed does not. Then it ends at once: it waits
+    for no thread, and takes nothing of torch apart, where it would abort now and then (a mesh still holds its group of processes).
+    """
+    if not dist.is_initialized():
+        sys.exit(code)
+    if not _failed:
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code or int(_failed))
 
 
 def rank() -> int:
