@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from _shapes import JANUS, JanusShape, random_model
 
-from diptych import logprobs
 from diptych.config import ImageSampling, SamplingParams
 from diptych.runtime import versions
+from diptych.sampling import logprobs
 from diptych.tokens import TokenRow, collate
 
 VOCABULARY = 102_400

@@ -24,15 +24,15 @@ from toy_checkpoints import MAKERS
 from diptych.config import GRPOConfig, LoraConfig, build
 from diptych.doctor import DocumentSize, Sizes, estimate
 from diptych.document import Document, Text
-from diptych.grpo import accumulate_gradient, micro_batches
-from diptych.logprobs import score
 from diptych.models import UnifiedModel, load_model
 from diptych.models.loading import enable_checkpointing
 from diptych.models.lora import attach_lora
-from diptych.optim import make_optimizer, optimizer_step
 from diptych.runtime import pick_device, versions
 from diptych.sampling.engine import sample
+from diptych.sampling.logprobs import score
 from diptych.tokens import collate
+from diptych.training.grpo import accumulate_gradient, micro_batches
+from diptych.training.optim import make_optimizer, optimizer_step
 
 GIB = 2**30
 

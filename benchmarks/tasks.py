@@ -25,10 +25,10 @@ import torch
 
 from diptych.config import EvaluateConfig, GRPOConfig, SamplingParams, load_config
 from diptych.evaluation.storyboard import old_skills, retention_rates
-from diptych.grpo import checkpoint_of, grpo
 from diptych.models import load_model
 from diptych.runs import atomic_folder
 from diptych.runtime import generator, set_threads, versions
+from diptych.training.grpo import checkpoint_of, grpo
 
 DAMAGED = {"text_to_image": "depth_heads", "plan_and_draw": "depth_heads", "understanding": "lm_head.weight"}
 SKILLS = ("text_to_image", "understanding")

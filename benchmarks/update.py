@@ -26,13 +26,14 @@ import torch
 from _shapes import SIZES, benchmark_model, matrix_rate, prompts
 from torch import Tensor
 
-from diptych import grpo, logprobs
 from diptych.config import GRPOConfig, SamplingParams, build
 from diptych.models import UnifiedModel
 from diptych.models.loading import enable_checkpointing
-from diptych.optim import make_optimizer, optimizer_step
 from diptych.runtime import pick_device, versions
+from diptych.sampling import logprobs
 from diptych.tokens import TokenBatch, TokenRow, collate
+from diptych.training import grpo
+from diptych.training.optim import make_optimizer, optimizer_step
 
 
 def documents(model: UnifiedModel, num_prompts: int, group: int, images: int, words: int, prompt_length: int) -> TokenBatch:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-import diptych.experience as experience
-import diptych.grpo as grpo
+import diptych.training.experience as experience
+import diptych.training.grpo as grpo
 from diptych.cli import main
-from diptych.grpo import ParityError
+from diptych.training.grpo import ParityError
 
 SECOND = os.environ.get("RANK") == "1"
 

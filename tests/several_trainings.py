@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 from diptych.config import GRPOConfig, WarmupConfig, load_config
-from diptych.grpo import grpo
 from diptych.runtime import end_process, joined_processes
-from diptych.warmup import warmup
+from diptych.training.grpo import grpo
+from diptych.training.warmup import warmup
 
 if __name__ == "__main__":
     with joined_processes():

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diptych.config import OptimConfig, SamplingParams, WarmupConfig, build
 from diptych.data import Mixture
 from diptych.models import load_model
-from diptych.optim import make_optimizer, optimizer_step
-from diptych.parallel import parallelize
 from diptych.runtime import end_process, gather, generator, joined_processes, rank
 from diptych.sampling.engine import sample
-from diptych.supervised import encode, supervised_gradient
+from diptych.training.optim import make_optimizer, optimizer_step
+from diptych.training.parallel import parallelize
+from diptych.training.supervised import encode, supervised_gradient
 
 
 class Counted(TorchDispatchMode):

@@ -32,10 +32,10 @@ from diptych.ablation.suite import Suite, evaluated_steps, load_suite, packaged_
 from diptych.cli import app
 from diptych.config import Config, EvaluateConfig, GRPOConfig, PTXConfig, RewardConfig, SamplingParams, WarmupConfig, build
 from diptych.document import Document, Image, Text, to_message
-from diptych.grpo import grpo
 from diptych.report.intervals import Line, Point, Row, dot_chart, interval_chart
 from diptych.runs import read_jsonl
 from diptych.statistics import estimate, holm, incomplete_beta, paired, t_quantile, t_two_sided
+from diptych.training.grpo import grpo
 
 RECORDS = Path(__file__).parents[1] / "docs" / "results"
 TINY = {

@@ -13,19 +13,19 @@ from family_data import SIZE
 from test_family_training import common
 from test_training import grpo_config, tiny_folder, warmup_config, weights  # noqa: F401 - a fixture
 
-from diptych import admission
-from diptych.admission import Bound
 from diptych.config import GRPOConfig, MixtureSource, build
 from diptych.data import Mixture
 from diptych.data.conversation import Record
 from diptych.document import STAND_IN, Document, Image, Text
 from diptych.evaluation.answers import Template, _encode, _Refused
-from diptych.experience import prompt_length
-from diptych.grpo import grpo
 from diptych.models.base import TooLong
 from diptych.runs import RunFolder
-from diptych.supervised import example_length
-from diptych.warmup import warmup
+from diptych.training import admission
+from diptych.training.admission import Bound
+from diptych.training.experience import prompt_length
+from diptych.training.grpo import grpo
+from diptych.training.supervised import example_length
+from diptych.training.warmup import warmup
 
 LONG = "the ball grows " * 400
 

@@ -5,11 +5,11 @@ import statistics
 import pytest
 import torch
 
-from diptych import advantages as adv
 from diptych.config import AdvantageConfig, RewardConfig
-from diptych.credit import document_rewards, token_advantages
 from diptych.rewards import RewardBatch
 from diptych.tokens import Modality, TokenRow, collate
+from diptych.training import advantages as adv
+from diptych.training.credit import document_rewards, token_advantages
 
 NAN = float("nan")
 

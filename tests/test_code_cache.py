@@ -16,7 +16,7 @@ from diptych.models.base import UnifiedModel
 from diptych.models.codes import CodeCache, tokenizer_hash
 from diptych.models.storyboard.model import StoryboardModel
 from diptych.runs import read_jsonl
-from diptych.warmup import warmup
+from diptych.training.warmup import warmup
 
 
 def files(folder: Path) -> list[Path]:
@@ -116,7 +116,7 @@ def test_several_processes_share_a_folder(tiny_model, tmp_path):
     cached = CodeCache(tmp_path, tiny_model)
     for i in range(10):
         pixels = tiny_model.target_pixels(picture(i))
-        assert torch.equal(cached.codes(pixels, lambda: pytest.fail("not in the cache")), tiny_model.image_codes(Image(picture(i))))
+        assert torch.equal(cached(pixels, lambda: pytest.fail("not in the cache")), tiny_model.image_codes(Image(picture(i))))
 
 
 def test_training_with_a_cache_is_the_same(tiny_model, tmp_path, encoded):

@@ -40,8 +40,8 @@ from diptych.data.rows import RowFile
 from diptych.data.sampling import is_sampled
 from diptych.report.records import records_page
 from diptych.runs import read_jsonl
-from diptych.supervised import encode
-from diptych.warmup import warmup
+from diptych.training.supervised import encode
+from diptych.training.warmup import warmup
 
 PUBLISHED = Path(__file__).parent / "data" / "published"
 

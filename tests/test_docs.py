@@ -16,12 +16,13 @@ import toy_checkpoints
 import toy_scorers
 from typer.testing import CliRunner
 
-from diptych import config, losses
+from diptych import config
 from diptych.cli.app import app
 from diptych.models import loading
 from diptych.models.image_decoder import set_image_decoder
 from diptych.rewards import base
 from diptych.runs import read_jsonl
+from diptych.training import losses
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -36,7 +36,6 @@ from diptych.doctor import diagnosis as diagnosis_module
 from diptych.doctor.files import read_header
 from diptych.doctor.hardware import REFERENCES, Gpu
 from diptych.doctor.words import StandIn
-from diptych.logprobs import score
 from diptych.models import UnifiedModel, load_model
 from diptych.models.attention import SlotAttention, Slots
 from diptych.models.chameleon import ChameleonModel
@@ -46,6 +45,7 @@ from diptych.models.lora import attach_lora
 from diptych.models.vila_u.config import VisionConfig
 from diptych.models.vila_u.model import VilaUModel
 from diptych.models.vila_u.vision import Projector, VisionTower
+from diptych.sampling.logprobs import score
 from diptych.tokens import TokenRow, collate
 
 SHARDED = {name: {} if name == "vila_u" else {"shards": True} for name in MAKERS}

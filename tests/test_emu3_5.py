@@ -32,7 +32,6 @@ from transformers import Qwen3ForCausalLM
 
 from diptych.config import ImageSampling, SamplingParams, TextSampling
 from diptych.document import Document, Image, Text
-from diptych.logprobs import score
 from diptych.models import load_model
 from diptych.models.emu3_5 import config as configs
 from diptych.models.emu3_5 import tokenizer as words
@@ -42,6 +41,7 @@ from diptych.models.emu3_5.vision import VisionTokenizer
 from diptych.sampling.distribution import log_distribution
 from diptych.sampling.engine import sample
 from diptych.sampling.guidance import branch_prefixes, mix
+from diptych.sampling.logprobs import score
 from diptych.tokens import AnswerForm, Modality, TokenRow
 
 QUESTION = "How do I fold a paper boat?"

@@ -16,10 +16,10 @@ from transformers import Qwen3ForCausalLM
 from diptych.config import ImageSampling, SamplingParams
 from diptych.doctor import DocumentSize, Sizes, estimate, examine, render
 from diptych.document import Document, Image, Text
-from diptych.logprobs import image_branches
 from diptych.models import load_model
 from diptych.models.emu3_5 import config as configs
 from diptych.models.emu3_5 import tokenizer as words
+from diptych.sampling.logprobs import image_branches
 
 RELEASED = {
     "vocab_size": 282_926, "hidden_size": 5120, "intermediate_size": 25_600, "num_hidden_layers": 64, "num_attention_heads": 64,

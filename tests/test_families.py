@@ -17,9 +17,9 @@ from transformers import AutoProcessor, ChameleonForConditionalGeneration, Emu3F
 
 from diptych.config import SamplingParams
 from diptych.document import Document, Image, Text
-from diptych.logprobs import score
 from diptych.models import UnifiedModel, load_model
 from diptych.sampling.engine import sample
+from diptych.sampling.logprobs import score
 from diptych.tokens import AnswerForm, Modality, TokenRow, collate
 
 DATA = Path(__file__).parent / "data" / "vila_u"

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 from diptych.cli import app
 from diptych.config import GRPOConfig, LoraConfig, SamplingParams, WarmupConfig, build
 from diptych.document import Document
-from diptych.grpo import grpo
-from diptych.logprobs import score
 from diptych.models import UnifiedModel, load_model, open_policy
 from diptych.models.lora import attach_lora
 from diptych.runs import read_jsonl
+from diptych.sampling.logprobs import score
 from diptych.tokens import collate
-from diptych.warmup import warmup
+from diptych.training.grpo import grpo
+from diptych.training.warmup import warmup
 
 TESTS = Path(__file__).parent
 

@@ -17,19 +17,19 @@ from typer.testing import CliRunner
 
 from diptych.cli import app
 from diptych.config import GRPOConfig, SamplingParams, TextSampling, WarmupConfig, build, load_config, recipe_path
-from diptych.credit import of_choices
 from diptych.data.conversation import NotARecord, answer_places
 from diptych.data.records import open_source
 from diptych.document import Document, Image, Text
-from diptych.grpo import grpo
-from diptych.logprobs import score
 from diptych.models import UnifiedModel, load_model
 from diptych.rewards import RewardBatch
 from diptych.sampling.engine import sample
+from diptych.sampling.logprobs import score
 from diptych.sampling.rollout import Rollout
-from diptych.supervised import example_row, negative_log_likelihood
 from diptych.tokens import AnswerForm, Modality, TokenBatch, TokenRow, collate
-from diptych.warmup import warmup
+from diptych.training.credit import of_choices
+from diptych.training.grpo import grpo
+from diptych.training.supervised import example_row, negative_log_likelihood
+from diptych.training.warmup import warmup
 
 FREE, IMAGE, TEXT, TEXT_IMAGE = AnswerForm
 PLAN = Text("a red cat.")

@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 from diptych.cli import app
 from diptych.config import GRPOConfig, build
 from diptych.document import Document, Text
-from diptych.grpo import grpo
 from diptych.models import load_model
 from diptych.models.image_decoder import set_image_decoder
 from diptych.models.pixels import to_images
 from diptych.sampling.engine import sample
 from diptych.tokens import AnswerForm
+from diptych.training.grpo import grpo
 
 
 @pytest.fixture

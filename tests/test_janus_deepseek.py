@@ -20,10 +20,10 @@ from transformers.models.janus.image_processing_pil_janus import JanusImageProce
 
 from diptych.config import ImageSampling, SamplingParams
 from diptych.document import Document, Image, Text
-from diptych.logprobs import score
 from diptych.models import UnifiedModel, janus_config, janus_weights, load_model
 from diptych.models.codes import tokenizer_hash
 from diptych.sampling.guidance import branch_prefixes
+from diptych.sampling.logprobs import score
 from diptych.tokens import AnswerForm, Modality, TokenRow, collate
 
 PICTURES = ("land", "port", "sq", "big", "thin")

@@ -21,13 +21,13 @@ from transformers import JanusForConditionalGeneration
 from diptych.config import LoraConfig
 from diptych.doctor import examine
 from diptych.document import Document, Image, Text
-from diptych.grpo import grpo
 from diptych.models import UnifiedModel, janus_config, janus_weights, load_model
 from diptych.models.codes import tokenizer_hash
 from diptych.models.fingerprint import of_model
 from diptych.models.lora import attach_lora
 from diptych.tokens import Modality
-from diptych.warmup import warmup
+from diptych.training.grpo import grpo
+from diptych.training.warmup import warmup
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

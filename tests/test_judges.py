@@ -29,10 +29,8 @@ from toy_scorers import write_clip
 from typer.testing import CliRunner
 
 from diptych import cli
-from diptych import experience as experience_module
 from diptych.config import GRPOConfig, RewardConfig, WarmupConfig, build
 from diptych.document import Document, Image, Text, to_json_blocks, to_message
-from diptych.grpo import grpo
 from diptych.rewards import RewardBatch, RewardError, call_rewards, load_reward
 from diptych.rewards.base import ABOUT, BUILT_IN, JUDGES, SCORERS, about, configured, merge
 from diptych.rewards.judges import transcript
@@ -40,7 +38,9 @@ from diptych.rewards.judges.client import Breaker
 from diptych.rewards.judges.prompts import document_messages, picture_axes_messages, picture_messages, text_critic_messages
 from diptych.rewards.judges.replies import UnusableReplyError, mean_score, numbered_scores, one_score
 from diptych.runs import read_jsonl
-from diptych.warmup import checkpoint_of, warmup
+from diptych.training import experience as experience_module
+from diptych.training.grpo import grpo
+from diptych.training.warmup import checkpoint_of, warmup
 
 RED = Image(PIL.Image.fromarray(np.full((4, 6, 3), (255, 0, 0), dtype=np.uint8)))
 BLUE = Image(PIL.Image.fromarray(np.full((4, 6, 3), (0, 0, 255), dtype=np.uint8)))

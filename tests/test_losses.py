@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diptych.losses import LOSSES, Counts, ModalityTerms, PolicyBatch, kl_to_reference, policy_loss
+from diptych.training.losses import LOSSES, Counts, ModalityTerms, PolicyBatch, kl_to_reference, policy_loss
 
 TEXT = ModalityTerms(weight=1.5, epsilon=0.2, epsilon_high=0.3, beta=0.05)
 IMAGE = ModalityTerms(weight=0.5, epsilon=0.1, epsilon_high=0.15, beta=0.02)

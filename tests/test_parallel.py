@@ -16,16 +16,16 @@ from test_training import tiny_folder  # noqa: F401 - a fixture
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.tensor import DTensor
 
-from diptych import parallel
 from diptych.config import GRPOConfig, OptimConfig, WarmupConfig, build, to_yaml
 from diptych.data import Mixture
-from diptych.grpo import grpo
 from diptych.models import load_model, open_policy
-from diptych.optim import make_optimizer, optimizer_step
-from diptych.parallel import parallelize
 from diptych.runs import read_jsonl
-from diptych.supervised import encode, supervised_gradient
-from diptych.warmup import warmup
+from diptych.training import parallel
+from diptych.training.grpo import grpo
+from diptych.training.optim import make_optimizer, optimizer_step
+from diptych.training.parallel import parallelize
+from diptych.training.supervised import encode, supervised_gradient
+from diptych.training.warmup import warmup
 
 STEPS = 5
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from test_family_training import common
 
 from diptych.config import GRPOConfig, ImageSampling, WarmupConfig, build
-from diptych.grpo import grpo
 from diptych.models import load_model
 from diptych.models.loading import Reference, open_policy
 from diptych.runs import read_jsonl
 from diptych.sampling.guidance import mix
-from diptych.warmup import warmup
+from diptych.training.grpo import grpo
+from diptych.training.warmup import warmup
 
 
 def stored_as(folder: Path, dtype: torch.dtype) -> Path:

@@ -8,7 +8,6 @@ import json
 import pytest
 import torch
 
-from diptych.logprobs import score
 from diptych.models import load_model, packaged_folder
 from diptych.models.storyboard.model import StoryboardModel
 from diptych.pretrain import pretrain
@@ -27,6 +26,7 @@ from diptych.pretrain.base_model import (
     new_model,
 )
 from diptych.pretrain.muon import AttentionCap, Muon, MuonAdamW, orthogonalise
+from diptych.sampling.logprobs import score
 
 
 def test_a_part_goes_on_from_a_checkpoint_and_keeps_its_image_tokenizer(tmp_path):

@@ -19,9 +19,9 @@ from test_training import grpo_config, tiny_folder  # noqa: F401 - a fixture
 
 from diptych import runtime
 from diptych.config import GRPOConfig, to_yaml
-from diptych.grpo import grpo
-from diptych.preemption import EXIT_CODE, asked_to_stop, preemptible
 from diptych.runs import read_jsonl
+from diptych.training.grpo import grpo
+from diptych.training.preemption import EXIT_CODE, asked_to_stop, preemptible
 
 TESTS = Path(__file__).parent
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

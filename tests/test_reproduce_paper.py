@@ -14,11 +14,11 @@ from diptych.cli import compare as command  # noqa: F401  adds the command
 from diptych.cli.app import app
 from diptych.config import GRPOConfig, RewardConfig, WarmupConfig, build, load_config
 from diptych.data.convert import KINDS
-from diptych.grpo import checkpoint_of as grpo_checkpoint
 from diptych.overrides import parse_pairs
 from diptych.rewards import load_reward
 from diptych.rewards.judges.options import JudgeOptions
-from diptych.warmup import checkpoint_of as warmup_checkpoint
+from diptych.training.grpo import checkpoint_of as grpo_checkpoint
+from diptych.training.warmup import checkpoint_of as warmup_checkpoint
 
 PAGE = (Path(__file__).parents[1] / "docs" / "reproduce_paper.md").read_text()
 SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.S))

@@ -24,14 +24,14 @@ from typer.testing import CliRunner
 
 from diptych.cli import app
 from diptych.config import GRPOConfig, WarmupConfig, build
-from diptych.grpo import grpo
-from diptych.inputs import own_code
 from diptych.models import load_model
-from diptych.optim import make_optimizer, restore
 from diptych.resumption import leaves, set_keys
 from diptych.rewards import base
 from diptych.runs import RunFolder, read_jsonl
-from diptych.warmup import warmup
+from diptych.training.grpo import grpo
+from diptych.training.inputs import own_code
+from diptych.training.optim import make_optimizer, restore
+from diptych.training.warmup import warmup
 
 WORDS = "the small red ball grows at night"
 

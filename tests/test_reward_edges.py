@@ -21,13 +21,13 @@ from test_training import grpo_config, tiny_folder  # noqa: F401 - a fixture
 
 from diptych.config import RewardConfig
 from diptych.document import Document, Text
-from diptych.experience import Silence
-from diptych.grpo import grpo
 from diptych.rewards import RewardError, base, call_rewards
 from diptych.rewards.base import check_columns
 from diptych.rewards.format import format
 from diptych.runs import read_jsonl
 from diptych.runtime import run_async
+from diptych.training.experience import Silence
+from diptych.training.grpo import grpo
 
 MINE = RewardConfig(name="mine")
 STORY = Document((Text("a"), Text("b")))

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from diptych.config import RewardConfig
-from diptych.credit import document_rewards
 from diptych.data.records import open_source
 from diptych.document import Document, Image, Text, to_message
 from diptych.evaluation.storyboard import Judged, reward_columns
@@ -21,6 +20,7 @@ from diptych.rewards.base import merge
 from diptych.rewards.format import format as format_reward
 from diptych.rewards.image_text import image_text
 from diptych.rewards.protocol import Context, Progress
+from diptych.training.credit import document_rewards
 from diptych.worlds.storyboard.oracle import judge
 from diptych.worlds.storyboard.tasks import task_stream
 

@@ -7,15 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from diptych import logprobs as scorer
 from diptych.config import ImageSampling, SamplingParams, TextSampling
 from diptych.document import Document, Image, Text
-from diptych.logprobs import score
 from diptych.models import load_model
 from diptych.sampling import engine, stream
+from diptych.sampling import logprobs as scorer
 from diptych.sampling.distribution import draw, log_distribution
 from diptych.sampling.engine import sample
 from diptych.sampling.guidance import mix, num_branches
+from diptych.sampling.logprobs import score
 from diptych.sampling.rollout import Rollout
 from diptych.tokens import Modality, TokenBatch, TokenRow, collate
 

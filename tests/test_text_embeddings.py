@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from diptych.cli import app
 from diptych.config import RewardConfig
 from diptych.document import Document, Image, Text
-from diptych.grpo import grpo
 from diptych.rewards import call_rewards, load_reward
 from diptych.runs import read_jsonl
+from diptych.training.grpo import grpo
 
 REWARD = '''
 import functools

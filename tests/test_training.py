@@ -14,23 +14,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diptych import experience as experience_module
-from diptych import grpo as grpo_module
 from diptych.config import GRPOConfig, WarmupConfig, build, to_yaml
 from diptych.data import Mixture
 from diptych.document import to_message
-from diptych.experience import collect, groups_without_spread, seen_by_all
-from diptych.grpo import ParityError, accumulate_gradient, check_parity, grpo, minibatches, replay
-from diptych.logprobs import score
 from diptych.models import load_model
 from diptych.report import run_page
 from diptych.rewards import RewardBatch, RewardError, base, load_reward
 from diptych.rewards.base import merge
 from diptych.runs import read_jsonl
 from diptych.sampling.engine import sample
-from diptych.supervised import encode, supervised_gradient
+from diptych.sampling.logprobs import score
 from diptych.tokens import collate
-from diptych.warmup import warmup
+from diptych.training import experience as experience_module
+from diptych.training import grpo as grpo_module
+from diptych.training.experience import collect, groups_without_spread, seen_by_all
+from diptych.training.grpo import ParityError, accumulate_gradient, check_parity, grpo, minibatches, replay
+from diptych.training.supervised import encode, supervised_gradient
+from diptych.training.warmup import warmup
 
 TESTS = Path(__file__).parent
 
@@ -159,8 +159,8 @@ def test_a_process_without_rows_adds_nothing(tiny_folder, monkeypatch):
     model = load_model(tiny_folder)
     config = warmup_config(tiny_folder, Path("unused"))
     batch = encode(model, Mixture(config.sources, 0).batch(0, 2), 0.0, 0, 0)
-    monkeypatch.setattr("diptych.supervised.rank", lambda: 2)
-    monkeypatch.setattr("diptych.supervised.world_size", lambda: 3)
+    monkeypatch.setattr("diptych.training.supervised.rank", lambda: 2)
+    monkeypatch.setattr("diptych.training.supervised.world_size", lambda: 3)
     found = supervised_gradient(model, batch, text_weight=1.0, image_weight=1.0)
     assert (found["loss/text"], found["loss/image"]) == (0.0, 0.0)
     assert all(parameter.grad is None for parameter in model.parameters())

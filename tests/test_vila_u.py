@@ -14,8 +14,8 @@ from diptych.config import TextSampling
 from diptych.document import Document, Image, Text
 from diptych.models import UnifiedModel, load_model
 from diptych.models.vila_u.model import SYSTEM
-from diptych.supervised import supervised_gradient
 from diptych.tokens import AnswerForm, Modality, TokenRow, collate
+from diptych.training.supervised import supervised_gradient
 
 DATA = Path(__file__).parent / "data" / "vila_u"
 

@@ -9,12 +9,12 @@ import torch
 from test_training import grpo_config, warmup_config
 
 from diptych.data import Mixture
-from diptych.grpo import accumulate_gradient, add_supervised_gradient, replay
 from diptych.models import load_model
 from diptych.runtime import generator, joined_processes, rank, sum_gradients, world_size
 from diptych.sampling.engine import sample
-from diptych.supervised import encode, supervised_gradient
 from diptych.tokens import collate
+from diptych.training.grpo import accumulate_gradient, add_supervised_gradient, replay
+from diptych.training.supervised import encode, supervised_gradient
 
 PTX = {"sources": [{"name": "storyboard:understanding", "weight": 1}], "coef": 0.5, "batch_size": 5}
 

@@ -17,8 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from diptych import grpo as grpo_stage
-from diptych import warmup as warmup_stage
 from diptych.config import DemoConfig, GRPOConfig, WarmupConfig
 from diptych.document import to_json_blocks
 from diptych.evaluation.storyboard import (
@@ -37,6 +35,8 @@ from diptych.report import demo_page
 from diptych.rewards import call_rewards, load_reward
 from diptych.runs import atomic_text, read_jsonl
 from diptych.runtime import set_threads, versions
+from diptych.training import grpo as grpo_stage
+from diptych.training import warmup as warmup_stage
 
 CHECKPOINTS = ("base", "warmup", "grpo")
 NUM_EXAMPLES = 60

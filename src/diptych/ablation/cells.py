@@ -28,14 +28,14 @@ from typing import Any
 
 from diptych.ablation.measures import RATES, TRAINING
 from diptych.config import Config, DemoConfig, EvaluateConfig, GRPOConfig, RewardConfig, SamplingParams, WarmupConfig, build
-from diptych.credit import document_rewards
 from diptych.evaluation.storyboard import Judged, evaluate_documents, evaluate_retention, held_out_tasks, rates, reward_columns
-from diptych.grpo import grpo
 from diptych.models import load_model, packaged_folder
 from diptych.rewards import BUILT_IN, call_rewards, load_reward
 from diptych.runs import RunFolder, atomic_text, read_jsonl
 from diptych.runtime import pick_device, versions
-from diptych.warmup import checkpoint_of, warmup
+from diptych.training.credit import document_rewards
+from diptych.training.grpo import grpo
+from diptych.training.warmup import checkpoint_of, warmup
 
 Say = Callable[[int, int, str], None]
 """(steps done, steps in all, a few words)"""

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.text import Text
 
 from diptych.config import SamplingParams
-from diptych.preemption import EXIT_CODE, Preempted
 from diptych.runtime import end_process
 from diptych.tokens import AnswerForm
+from diptych.training.preemption import EXIT_CODE, Preempted
 
 app = typer.Typer(
     help="Post-train unified vision-language models until they write illustrated documents.",

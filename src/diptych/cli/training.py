@@ -26,8 +26,8 @@ def demo(context: typer.Context, recipe: Recipe = "demo") -> None:
 @app.command(context_settings=PASS_ON, epilog="Example: diptych warmup warmup --output_dir runs/warmup --optim.lr 1e-4")
 def warmup(context: typer.Context, recipe: Recipe = "warmup") -> None:
     """Stage 1: supervised fine-tuning on a hybrid mixture. Resumes where it stopped."""
-    from diptych.warmup import checkpoint_of
-    from diptych.warmup import warmup as run
+    from diptych.training.warmup import checkpoint_of
+    from diptych.training.warmup import warmup as run
 
     config = load_config(WarmupConfig, recipe, context.args)
     with Progress(console=console) as bars:
@@ -38,8 +38,8 @@ def warmup(context: typer.Context, recipe: Recipe = "warmup") -> None:
 @app.command(context_settings=PASS_ON, epilog="Example: diptych grpo grpo --model runs/warmup/checkpoints/step_240/model")
 def grpo(context: typer.Context, recipe: Recipe = "grpo") -> None:
     """Stage 2: unified GRPO over text and image codes. Resumes where it stopped."""
-    from diptych.grpo import checkpoint_of
-    from diptych.grpo import grpo as run
+    from diptych.training.grpo import checkpoint_of
+    from diptych.training.grpo import grpo as run
 
     config = load_config(GRPOConfig, recipe, context.args)
     with Progress(console=console) as bars:

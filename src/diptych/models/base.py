@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from diptych.config import SamplingParams
 from diptych.document import NOTHING, STAND_IN, Document, Image, Text
 from diptych.models.attention import Layout
-from diptych.models.codes import CodeCache
 from diptych.models.image_spec import ImageSpec
 from diptych.models.pixels import to_images, to_pixels
 from diptych.tokens import AnswerForm, TokenBatch, TokenRow, valid_text
@@ -47,9 +46,9 @@ class UnifiedModel(nn.Module, abc.ABC):
     vocab_size: int
     max_positions: int
     adapter: Any = None  # models.lora.LoraAdapter, where one is attached
-    sharding: Any = None  # parallel.Sharding, where a training spreads the weights over processes
+    sharding: Any = None  # training.parallel.Sharding, where a training spreads the weights over processes
     image_decoder: Callable[[Tensor], Tensor] | None = None  # `decode_codes` of a user's own (models/image_decoder.py)
-    code_cache: CodeCache | None = None
+    code_cache: Callable[[Tensor, Callable[[], Tensor]], Tensor] | None = None  # codes known already (models/codes.py)
     _legal: Tensor | None = None
 
     # --- tensors -------------------------------------------------------------------------------------------------
@@ -283,7 +282,7 @@ class UnifiedModel(nn.Module, abc.ABC):
         def encode() -> Tensor:
             return self.encode_images(pixels[None].to(self.device))[0].cpu()
 
-        return encode() if self.code_cache is None else self.code_cache.codes(pixels, encode)
+        return encode() if self.code_cache is None else self.code_cache(pixels, encode)
 
     def encode_segments(self, document: Document, *, answer: bool, form: AnswerForm | None = None, num_given: int = 0) -> TokenRow:
         """Segments to tokens. In an answer each segment is a step, and everything is a choice but what the family or `form` prescribes and

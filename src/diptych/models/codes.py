@@ -12,16 +12,12 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from diptych.models.base import UnifiedModel
 from diptych.runs import is_disk_full
-
-if TYPE_CHECKING:
-    from diptych.models.base import UnifiedModel
 
 
 class CodeCache:
@@ -31,7 +27,7 @@ class CodeCache:
         self.shape = (spec.num_positions, spec.depth)
         self.folder = folder / tokenizer_hash(model)
 
-    def codes(self, pixels: Tensor, encode: Callable[[], Tensor]) -> Tensor:
+    def __call__(self, pixels: Tensor, encode: Callable[[], Tensor]) -> Tensor:
         """(num_positions, D) int64 of a picture as `encode_images` takes it, (3, S, S); `encode` is asked where they are not known yet."""
         name = _hash(pixels)
         path = self.folder / name[:2] / f"{name}.npy"

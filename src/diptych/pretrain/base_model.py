@@ -23,8 +23,8 @@ from diptych.models.storyboard.model import BOS, StoryboardConfig, StoryboardMod
 from diptych.pretrain.muon import AttentionCap, MuonAdamW
 from diptych.runs import atomic_folder
 from diptych.runtime import rng as make_rng
-from diptych.supervised import negative_log_likelihood
 from diptych.tokens import TokenBatch, TokenRow, collate
+from diptych.training.supervised import negative_log_likelihood
 from diptych.worlds.storyboard.conversations import TURNS, Turn, follow_up, make_turn
 from diptych.worlds.storyboard.language import vocabulary
 

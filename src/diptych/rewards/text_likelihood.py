@@ -14,9 +14,9 @@ from pydantic import Field
 
 from diptych.config import Config, build
 from diptych.document import Document, Text
-from diptych.logprobs import score
 from diptych.models import load_model
 from diptych.runtime import pick_device
+from diptych.sampling.logprobs import score
 from diptych.tokens import TokenRow, collate
 
 

@@ -22,30 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diptych.admission import admit, note_skipped
 from diptych.config import GRPOConfig, ModalityConfig, SamplingParams
-from diptych.credit import token_advantages
 from diptych.data import Mixture
-from diptych.experience import (
-    RewardFunctions,
-    Silence,
-    collect,
-    held_out_rewards,
-    prompt_length,
-    refuse_missing,
-    reward_metrics,
-    sample_records,
-    seen_by_all,
-    usable_prompt,
-)
-from diptych.inputs import check_inputs, summary
-from diptych.logprobs import Scores, score
-from diptych.losses import Counts, ModalityTerms, PolicyBatch, policy_loss
 from diptych.models import UnifiedModel, open_policy
 from diptych.models.loading import Reference
-from diptych.optim import make_optimizer, move_state, optimizer_step, restore, save_checkpoint
-from diptych.parallel import parallelize
-from diptych.preemption import Preempted, Requests, asked_to_stop, preemptible
 from diptych.rewards import load_reward
 from diptych.rewards.base import about, changeable_options, check_columns
 from diptych.runs import SHARED_FOLDER, RunFolder
@@ -62,9 +42,29 @@ from diptych.runtime import (
     world_size,
 )
 from diptych.sampling.engine import context_needed, most_choices
+from diptych.sampling.logprobs import Scores, score
 from diptych.sampling.rollout import Rollout
-from diptych.supervised import encode_batch, example_length, supervised_gradient
 from diptych.tokens import TokenBatch, collate
+from diptych.training.admission import admit, note_skipped
+from diptych.training.credit import token_advantages
+from diptych.training.experience import (
+    RewardFunctions,
+    Silence,
+    collect,
+    held_out_rewards,
+    prompt_length,
+    refuse_missing,
+    reward_metrics,
+    sample_records,
+    seen_by_all,
+    usable_prompt,
+)
+from diptych.training.inputs import check_inputs, summary
+from diptych.training.losses import Counts, ModalityTerms, PolicyBatch, policy_loss
+from diptych.training.optim import make_optimizer, move_state, optimizer_step, restore, save_checkpoint
+from diptych.training.parallel import parallelize
+from diptych.training.preemption import Preempted, Requests, asked_to_stop, preemptible
+from diptych.training.supervised import encode_batch, example_length, supervised_gradient
 
 Progress = Callable[[int, int, dict[str, float]], None]
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from diptych.config import GRPOConfig, SamplingParams
-from diptych.credit import document_rewards, of_choices
 from diptych.data import Mixture, Record
 from diptych.document import to_json_blocks
 from diptych.models import UnifiedModel
@@ -31,6 +30,7 @@ from diptych.runtime import gather, generator, rank, world_size
 from diptych.sampling.engine import check_room, context_needed, noise_of, sample
 from diptych.sampling.rollout import Rollout
 from diptych.tokens import AnswerForm, Modality, TokenRow
+from diptych.training.credit import document_rewards, of_choices
 
 logger = logging.getLogger(__name__)
 _EVALUATION = 2**20  # in the place of an attempt: random numbers of its own

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diptych import advantages as adv
 from diptych.config import AdvantageConfig, RewardConfig
 from diptych.document import Text
 from diptych.rewards import RewardBatch
 from diptych.sampling.rollout import Rollout
 from diptych.tokens import TokenBatch
+from diptych.training import advantages as adv
 
 
 def of_choices(rewards: RewardBatch, rollouts: Sequence[Rollout]) -> RewardBatch:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from diptych.data import Mixture, Record
-from diptych.logprobs import score
 from diptych.models import UnifiedModel
 from diptych.runtime import generator, rank, sum_over_processes, world_size
+from diptych.sampling.logprobs import score
 from diptych.tokens import TokenBatch, TokenRow, collate
 
 

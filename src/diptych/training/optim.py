@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from diptych.config import OptimConfig
 from diptych.models import UnifiedModel
-from diptych.parallel import load_shards, save_shards, spread_state
 from diptych.runs import RunFolder
 from diptych.runtime import sum_gradients
+from diptych.training.parallel import load_shards, save_shards, spread_state
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, max_steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:

@@ -14,19 +14,19 @@ from typing import Any
 
 import torch
 
-from diptych.admission import admit, note_skipped
 from diptych.config import WarmupConfig
 from diptych.data import Mixture, Record
 from diptych.document import to_json_blocks
-from diptych.inputs import check_inputs, summary
 from diptych.models import UnifiedModel, open_policy
-from diptych.optim import make_optimizer, optimizer_step, restore, save_checkpoint
-from diptych.parallel import parallelize
-from diptych.preemption import Preempted, Requests, asked_to_stop, preemptible
 from diptych.runs import SHARED_FOLDER, RunFolder
 from diptych.runtime import agree, generator, joined_processes, pick_device, seed_everything, set_threads, weights_checksum
 from diptych.sampling.engine import fit_to_context, sample
-from diptych.supervised import encode, encode_batch, example_length, negative_log_likelihood, supervised_gradient, usable_example
+from diptych.training.admission import admit, note_skipped
+from diptych.training.inputs import check_inputs, summary
+from diptych.training.optim import make_optimizer, optimizer_step, restore, save_checkpoint
+from diptych.training.parallel import parallelize
+from diptych.training.preemption import Preempted, Requests, asked_to_stop, preemptible
+from diptych.training.supervised import encode, encode_batch, example_length, negative_log_likelihood, supervised_gradient, usable_example
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
