@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
