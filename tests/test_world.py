@@ -16,8 +16,9 @@ from diptych.worlds.storyboard import language
 from diptych.worlds.storyboard.conversations import TURNS, make_turn
 from diptych.worlds.storyboard.oracle import judge, read_pictures
 from diptych.worlds.storyboard.render import render
-from diptych.worlds.storyboard.scene import BACKGROUNDS, COLOURS, KINDS, Event, Scene, Thing, pair_split, random_scene
-from diptych.worlds.storyboard.tasks import FAMILIES, Task, Truth, make_task, random_event, task_stream
+from diptych.worlds.storyboard.scene import Event, Scene, Thing, pair_split, random_scene
+from diptych.worlds.storyboard.tasks import Task, Truth, make_task, random_event, task_stream
+from diptych.worlds.storyboard.world import BACKGROUNDS, COLOURS, FAMILIES, KINDS
 
 VERBS = ("paint", "grow", "shrink", "move", "leave", "add", "background")
 SPLITS = ("train", "validation", "test")

@@ -35,7 +35,8 @@ from diptych.tokens import AnswerForm
 from diptych.userfiles import lines_of
 from diptych.worlds.storyboard import conversations
 from diptych.worlds.storyboard.scene import Split
-from diptych.worlds.storyboard.tasks import FAMILIES, make_task
+from diptych.worlds.storyboard.tasks import make_task
+from diptych.worlds.storyboard.world import WORLDS
 
 
 class Source:
@@ -72,14 +73,14 @@ class Source:
         """Every record of a file by its index, with a stand-in for each picture: nothing but text is read."""
         assert self.file is not None
         assert self.places is not None
-        index = dict(zip(self.places.tolist(), range(len(self.places)), strict=True))
-        yield from ((index[at], self._formed(record)) for at, record in self.file.conversations(index))
+        yield from ((index, self._formed(record)) for index, (_, record) in enumerate(self.file.conversations(self.places)))
 
 
 def open_source(
     name: str, num_records: int | None = None, *, seed: int = 0, split: Split = "train", problems: Problems | None = None
 ) -> Source:
-    """A file, a folder or a pattern of files, or `storyboard:interleaved|text_to_image|understanding|text|prompts`.
+    """A file, a folder or a pattern of files, or `storyboard:interleaved|text_to_image|understanding|text|edit|prompts`, of which
+    `storyboard:terse/interleaved` and `storyboard:terse/prompts` tell only what happens.
 
     JSONL, JSON, parquet and tar files, folders of files, and patterns such as `data/train-*.parquet` hold what `diptych data convert
     messages` reads. Every 20th row is for validation. Raises ValueError for an unknown name, a missing or empty file, or (without
@@ -99,10 +100,7 @@ def open_file(name: str, num_records: int | None = None, problems: Problems | No
 
 def split_of(name: str, file: RowFile, split: Split) -> Source:
     """The records of a split: every 20th row is for validation."""
-    held_out = file.lines % 20 == 19
-    if not held_out.any():
-        held_out = file.lines == file.lines[-1]
-    places = np.flatnonzero(held_out if split != "train" or held_out.all() else ~held_out)
+    places = file.train if split == "train" else file.held_out
     return Source(name, len(places), lambda index: file[int(places[index])], file.columns, file, places)
 
 
@@ -144,23 +142,28 @@ def has_records(path: Path) -> bool:
 
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_KINDS = {"text_to_image": ("draw",), "understanding": ("describe", "question"), "text": ("event", "tell")}
+_KINDS = {"text_to_image": ("draw",), "understanding": ("describe", "question"), "text": ("event", "tell"), "edit": ("edit",)}
+_DOCUMENTS = {
+    f"{'' if telling == 'full' else f'{telling}/'}{kind}": (kind, world)
+    for telling, world in WORLDS.items() for kind in ("interleaved", "prompts")
+}  # fmt: skip
 
 
 def _storyboard_names() -> list[str]:
-    return [f"storyboard:{kind}" for kind in ("interleaved", "prompts", *_KINDS)]
+    return [f"storyboard:{kind}" for kind in (*_DOCUMENTS, *_KINDS)]
 
 
 def _storyboard(name: str, kind: str, num_records: int | None, seed: int, split: Split) -> Source:
     stream = ("train", "validation", "test").index(split)
-    if kind in ("interleaved", "prompts"):
+    if kind in _DOCUMENTS:
+        answered, world = _DOCUMENTS[kind]
 
         def interleaved(index: int) -> Record:
-            task = make_task(make_rng(seed, 7, stream, index), split, FAMILIES[index % len(FAMILIES)])
-            answer = task.truth.document() if kind == "interleaved" else None
+            task = make_task(make_rng(seed, 7, stream, index), split, world.families[index % len(world.families)], world)
+            answer = task.truth.document() if answered == "interleaved" else None
             return Record(task.prompt, answer, name, task.columns)
 
-        return Source(name, num_records, interleaved, make_task(make_rng(seed, 7, stream, 0), split, FAMILIES[0]).columns)
+        return Source(name, num_records, interleaved, interleaved(0).columns)
     if kind in _KINDS:
 
         def single(index: int) -> Record:
@@ -170,7 +173,8 @@ def _storyboard(name: str, kind: str, num_records: int | None, seed: int, split:
                 (prompt, answer), caption = conversations.drawing(rng, split)
                 return Record(prompt, answer, name, {"num_images": 1, "caption": caption})
             prompt, answer = conversations.make_turn(rng, turn, split)
-            return Record(prompt, answer, name, {"num_images": 0, "solution": answer.text})
+            solution = {"solution": answer.text} if turn != "edit" else {}
+            return Record(prompt, answer, name, {"num_images": len(answer.images), **solution})
 
-        return Source(name, num_records, single, ("num_images", "caption" if kind == "text_to_image" else "solution"))
+        return Source(name, num_records, single, single(0).columns)
     raise ValueError(f"unknown data set {name!r}; known are {', '.join(_storyboard_names())}")

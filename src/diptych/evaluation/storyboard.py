@@ -20,10 +20,11 @@ from diptych.tokens import AnswerForm
 from diptych.worlds.storyboard.conversations import Turn, make_turn
 from diptych.worlds.storyboard.language import normalise
 from diptych.worlds.storyboard.oracle import Verdict, judge, read_pictures
-from diptych.worlds.storyboard.tasks import FAMILIES, Task, task_stream
+from diptych.worlds.storyboard.tasks import Task, task_stream
+from diptych.worlds.storyboard.world import FAMILIES, WORLDS
 
-RATES = ("format", "text", "image", "order", "document", "score")
-SHOWN_RATES = ("format", "text", "image", "order", "score", "document")
+RATES = ("format", "text", "image", "given", "kept", "order", "document", "score")
+SHOWN_RATES = ("format", "text", "image", "given", "order", "score", "document")
 Progress = Callable[[int], None]
 
 
@@ -44,7 +45,7 @@ def reward_columns(judged: Sequence[Judged]) -> dict[str, list[Any]]:
 
 def held_out_tasks(config: EvaluateConfig) -> list[Task]:
     """The same prompts for every checkpoint; families in turn."""
-    return list(itertools.islice(task_stream(config.seed, config.split), config.num_prompts))
+    return list(itertools.islice(task_stream(config.seed, config.split, WORLDS[config.telling]), config.num_prompts))
 
 
 def evaluate_documents(
@@ -113,7 +114,8 @@ def evaluate_retention(
 def old_skills(
     model: UnifiedModel, params: SamplingParams, config: EvaluateConfig, progress: Progress | None = None, *, forms: bool = False
 ) -> dict[str, list[tuple[str, bool]]]:
-    """For each skill the kind of every turn and whether the answer is exactly right. `forms`: asked for a picture and for words; otherwise
+    """For each skill the kind of every turn and whether the answer is exactly right; editing (a picture and an event to the next picture)
+    belongs to the terse telling. `forms`: asked for a picture and for words; otherwise
     the model chooses what to answer with."""
     rng = make_rng(config.seed, 32)
     drawing = [make_turn(rng, "draw", config.split) for _ in range(config.num_retention)]
@@ -123,10 +125,15 @@ def old_skills(
     image, text = (params.greedy().model_copy(update={"form": form}) for form in forced)
     drawn = answer(model, [prompt for prompt, _ in drawing], image, config, progress)
     said = answer(model, [prompt for prompt, _ in asking], text, config, progress)
-    return {
-        "text_to_image": [("draw", _same_picture(a, turn)) for a, turn in zip(drawn, drawing, strict=True)],
+    found = {
+        "text_to_image": [("draw", same_picture(a, turn)) for a, turn in zip(drawn, drawing, strict=True)],
         "understanding": [(kind, same_words(a, turn)) for kind, a, turn in zip(kinds, said, asking, strict=True)],
     }
+    if config.telling == "terse":
+        editing = [make_turn(rng, "edit", config.split) for _ in range(config.num_retention)]
+        edited = answer(model, [prompt for prompt, _ in editing], image, config, progress)
+        found["editing"] = [("edit", same_picture(a, turn)) for a, turn in zip(edited, editing, strict=True)]
+    return found
 
 
 def retention_rates(skills: Mapping[str, Sequence[tuple[str, bool]]]) -> dict[str, dict[str, Any]]:
@@ -150,7 +157,8 @@ def sheet(
     return scores
 
 
-def _same_picture(given: Document, turn: Turn) -> bool:
+def same_picture(given: Document, turn: Turn) -> bool:
+    """The answer is one picture, of the same scene as that of the turn."""
     wanted = turn[1].images[0].pixels
     pictures = [image.pixels for image in given.images]
     if len(given) != 1 or len(pictures) != 1 or pictures[0] is None or wanted is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diptych.config import EvaluateConfig, SamplingParams
 from diptych.document import Document, Image
-from diptych.evaluation.storyboard import answer, same_words
+from diptych.evaluation.storyboard import answer, same_picture, same_words
 from diptych.models.base import UnifiedModel
 from diptych.models.pixels import to_pixels
 from diptych.models.storyboard.codec import PatchCodec
@@ -184,12 +184,13 @@ def pretrain_base(
 
 
 def measure_answers(model: StoryboardModel, num_prompts: int = 240) -> dict[str, float]:
-    """Share of held-out prompts of each kind that are answered word for word, greedily."""
+    """Share of held-out prompts of each kind that are answered greedily word for word, or with the right picture."""
     params, config = SamplingParams(max_text_tokens=110, max_images=1).greedy(), EvaluateConfig()
     found = {}
-    for kind in ("describe", "question", "event", "tell"):
+    for kind in ("describe", "question", "event", "tell", "recount", "edit"):
+        right = same_picture if kind == "edit" else same_words
         random = make_rng(config.seed, 36)
         turns = [make_turn(random, kind, "test") for _ in range(num_prompts)]
         said = answer(model, [prompt for prompt, _ in turns], params, config)
-        found[kind] = round(float(np.mean([same_words(given, turn) for given, turn in zip(said, turns, strict=True)])), 4)
+        found[kind] = round(float(np.mean([right(given, turn) for given, turn in zip(said, turns, strict=True)])), 4)
     return found

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from diptych.models.storyboard.codec import PatchCodec
 from diptych.worlds.storyboard.render import strip
-from diptych.worlds.storyboard.scene import BACKGROUNDS, COLOURS, KINDS, PLACES, SIZES, Thing
+from diptych.worlds.storyboard.scene import Thing
+from diptych.worlds.storyboard.world import BACKGROUNDS, COLOURS, KINDS, PLACES, SIZES
 
 
 def all_strips() -> Tensor:

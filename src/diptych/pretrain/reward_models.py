@@ -24,20 +24,9 @@ from diptych.runs import atomic_folder
 from diptych.runtime import rng as make_rng
 from diptych.worlds.storyboard import language
 from diptych.worlds.storyboard.conversations import VERBS
-from diptych.worlds.storyboard.scene import (
-    BACKGROUNDS,
-    COLOURS,
-    KINDS,
-    PLACES,
-    SIZES,
-    Scene,
-    Split,
-    Thing,
-    in_split,
-    random_scene,
-    random_thing,
-)
+from diptych.worlds.storyboard.scene import Scene, Split, Thing, in_split, random_scene, random_thing
 from diptych.worlds.storyboard.tasks import answer_text, make_task, random_event
+from diptych.worlds.storyboard.world import BACKGROUNDS, COLOURS, KINDS, PLACES, SIZES
 
 Log = Callable[[str], None]
 

@@ -35,13 +35,15 @@ from diptych.usercode import load_named
 
 logger = logging.getLogger(__name__)
 
-GIVEN = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "truncated", "answer_form"}
+GIVEN = {"prompts", "completions", "completion_ids", "completion_documents", "trainer_state", "log_extra", "log_metric"}
+GIVEN |= {"truncated", "answer_form"}
 BUILT_IN = {
     "format": "diptych.rewards.format:format",
     "exact_match": "diptych.rewards.exact_match:exact_match",
     "image_text": "diptych.rewards.image_text:image_text",
     "text_critic": "diptych.rewards.text_critic:text_critic",
     "text_likelihood": "diptych.rewards.text_likelihood:TextLikelihood",
+    "image_likelihood": "diptych.rewards.image_likelihood:ImageLikelihood",
 }  # run anywhere as they are
 JUDGES = {
     "llm_text_critic": "diptych.rewards.judges:LLMTextCritic",
@@ -78,6 +80,11 @@ ABOUT = {
     "text_critic": About("each text, given the prompt and the texts before (Storyboard)", "0..1 a text", "nothing: packaged"),
     "text_likelihood": About(
         "each text, by how likely a frozen model finds it in an answer in words", "0..1 a text", "nothing: packaged; or option model"
+    ),
+    "image_likelihood": About(
+        "each picture, by how likely a frozen model finds its codes after the picture before it and its text",
+        "0..1 a picture",
+        "codes as sampled; packaged, or option model",
     ),
     "llm_text_critic": About("each text against the prompt (LLaVA-Critic's prompt)", "0..1 a text, from 0..100", _SERVER),
     "unified_reward": About("each picture against the text just before it (UnifiedReward's)", "0..1 a picture, from 1..5", _SERVER),
@@ -286,7 +293,7 @@ def call_rewards(
         function = configured(config, function)
         notes = Notes(len(completions))
         try:
-            returned = function(**seen[config.content], **{**keywords(function, context, notes), **columns})
+            returned = function(**seen[config.content], **{**keywords(function, context, notes, completions), **columns})
             if inspect.isawaitable(returned):
                 returned = run_async(_wait(returned))
             if inspect.isgenerator(returned):

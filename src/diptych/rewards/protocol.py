@@ -1,5 +1,6 @@
 """What a reward function is given. It is what TRL gives, so that TRL's own functions run unchanged: messages, the data set's
-columns, and the keywords `completion_ids`, `trainer_state`, `log_extra` and `log_metric` for functions that take them."""
+columns, and the keywords `completion_ids`, `trainer_state`, `log_extra` and `log_metric` for functions that take them. One keyword is ours:
+`completion_documents`."""
 
 from __future__ import annotations
 
@@ -64,13 +65,15 @@ def conversation(role: Literal["user", "assistant"], document: Document, content
     return [{"role": role, "content": " ".join(words)}]
 
 
-def keywords(function: Callable[..., Any], context: Context | None, notes: Notes) -> dict[str, Any]:
-    """TRL's keywords that the function takes. Outside a training there are no ids and no state."""
+def keywords(function: Callable[..., Any], context: Context | None, notes: Notes, completions: Sequence[Document]) -> dict[str, Any]:
+    """TRL's keywords that the function takes; outside a training there are no ids and no state. And, for a function that names it,
+    `completion_documents`: the answers as documents, whose pictures have the codes that were sampled beside their pixels."""
     offered: dict[str, Any] = {"log_extra": notes.log_extra, "log_metric": notes.log_metric}
     if context is not None:
         offered |= {"completion_ids": context.completion_ids, "trainer_state": context.progress}
     parameters = inspect.signature(function).parameters.values()
+    named = {parameter.name for parameter in parameters}
+    documents = {"completion_documents": list(completions)} if "completion_documents" in named else {}
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return offered
-    taken = {parameter.name for parameter in parameters}
-    return {name: value for name, value in offered.items() if name in taken}
+        return offered | documents
+    return {name: value for name, value in offered.items() if name in named} | documents

@@ -119,7 +119,7 @@ def of_reward(config: RewardConfig) -> dict[str, Any] | None:
         if _WRITTEN.search(name):
             continue
         files |= {f"{name} {value}": told for told in _named(value)}
-    if config.name == "text_likelihood":
+    if config.name in ("text_likelihood", "image_likelihood"):
         model = of_model(config.options.get("model", "storyboard"), fetch=True)
         files["model"] = model["hash"] if model else ""
     return {"files": files} if files else None

@@ -13,10 +13,12 @@ import numpy as np
 from diptych.document import Document, Image, Text
 from diptych.worlds.storyboard import language
 from diptych.worlds.storyboard.render import render
-from diptych.worlds.storyboard.scene import PLACES, Scene, Split, in_split, random_scene
+from diptych.worlds.storyboard.scene import Scene, Split, in_split, random_scene
 from diptych.worlds.storyboard.tasks import Task, answer_text, make_task, random_event
+from diptych.worlds.storyboard.world import PLACES, TERSE
 
 Turn = tuple[Document, Document]
+NEXT_PICTURE = "draw the next picture ."
 VERBS = ("paint", "grow", "shrink", "move", "leave", "background", "add")
 
 
@@ -113,6 +115,22 @@ def turn_facts(rng: np.random.Generator, split: Split) -> Turn:
     return doc(shown, "tell of the things ."), doc(" ".join(facts))
 
 
+def turn_edit(rng: np.random.Generator, split: Split) -> Turn:
+    """A picture, an event, and the picture of what is there afterwards."""
+    while True:
+        scene = scene_of(rng, split)
+        event = random_event(rng, scene, VERBS)
+        if event is not None and in_split([scene, event.apply(scene)], split):
+            return doc(scene, f"{language.tell(event)} . {NEXT_PICTURE}"), doc(event.apply(scene))
+
+
+def turn_recount(rng: np.random.Generator, split: Split) -> Turn:
+    """A terse task answered in words alone: the sentence of each event."""
+    task = make_task(rng, split, world=TERSE)
+    words = " ".join(s.text for s in task.truth.document() if isinstance(s, Text))
+    return Document((Text("say it in words ."), *task.prompt.segments)), doc(words)
+
+
 def turn_tell(rng: np.random.Generator, split: Split) -> Turn:
     """A whole task answered in words alone."""
     task: Task = make_task(rng, split)
@@ -134,11 +152,13 @@ TURNS: dict[str, tuple[float, Callable[[np.random.Generator, Split], Turn]]] = {
     "facts": (0.05, turn_facts),
     "event": (0.26, turn_event),
     "tell": (0.28, turn_tell),
+    "edit": (0.60, turn_edit),
+    "recount": (0.04, turn_recount),
 }
 
 
 def make_turn(rng: np.random.Generator, kind: str | None = None, split: Split = "train", kinds: Sequence[str] = tuple(TURNS)) -> Turn:
-    """A prompt and an answer of one kind (`draw`, `describe`, `question`, `facts`, `event`, `tell`) or, by weight, any of `kinds`."""
+    """A prompt and an answer of one kind of `TURNS` or, by weight, any of `kinds`."""
     if kind is None:
         weights = np.array([TURNS[name][0] for name in kinds])
         kind = kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from diptych.worlds.storyboard.scene import BACKGROUNDS, COLOURS, KINDS, PLACES, SIZES, Event, Scene, Thing
+from diptych.worlds.storyboard.scene import Event, Scene, Thing
+from diptych.worlds.storyboard.world import BACKGROUNDS, COLOURS, KINDS, PLACES, SIZES, Telling
 
 PLACE_PHRASES = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
 BACKGROUND_PHRASES = {"meadow": "in the meadow", "beach": "on the beach", "snow": "in the snow", "night": "at night"}
@@ -91,7 +92,7 @@ def parse_scene(text: str) -> Scene | None:
             if any(thing is not None and thing.kind == match["kind"] for thing in places):
                 return None
             places[index] = Thing(match["kind"], match["colour"], match["size"])
-    return Scene(_BACKGROUND_OF_PHRASE[ending], tuple(places))  # type: ignore[arg-type]
+    return Scene(_BACKGROUND_OF_PHRASE[ending], tuple(places))
 
 
 def parse_event(text: str) -> Event | None:
@@ -110,9 +111,9 @@ def parse_event(text: str) -> Event | None:
     return None
 
 
-def step_text(event: Event, scene: Scene) -> str:
-    """What a document says before the picture of a step: the event, then the scene that the picture must show."""
-    return f"{tell(event)} . {describe(scene)} ."
+def step_text(event: Event, scene: Scene, telling: Telling = "full") -> str:
+    """What a document says before the picture of a step: the event, then (told in full) the scene that the picture must show."""
+    return f"{tell(event)} ." if telling == "terse" else f"{tell(event)} . {describe(scene)} ."
 
 
 def parse_step(text: str) -> tuple[Event | None, Scene | None]:
@@ -127,6 +128,12 @@ def parse_step(text: str) -> tuple[Event | None, Scene | None]:
     if event is not None and scene is not None and normalise(text) != step_text(event, scene):
         return None, None
     return event, scene
+
+
+def parse_terse(text: str) -> Event | None:
+    """The event of a terse step's text: one sentence that ends in one full stop; None for anything else."""
+    event = parse_event(normalise(text).removesuffix(" ."))
+    return event if event is not None and normalise(text) == f"{tell(event)} ." else None
 
 
 assert set(BACKGROUND_PHRASES) == set(BACKGROUNDS)

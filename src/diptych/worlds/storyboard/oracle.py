@@ -16,8 +16,9 @@ import PIL.Image
 from diptych.document import Document, Image, Text
 from diptych.worlds.storyboard import language
 from diptych.worlds.storyboard.render import COLUMN_WIDTH, PIXEL_SIZE, strip
-from diptych.worlds.storyboard.scene import BACKGROUNDS, COLOURS, KINDS, PLACES, SIZES, Event, Scene, Thing
+from diptych.worlds.storyboard.scene import Event, Scene, Thing, outcome
 from diptych.worlds.storyboard.tasks import Truth, answer_text
+from diptych.worlds.storyboard.world import BACKGROUNDS, COLOURS, KINDS, PLACES, SIZES
 
 UNREADABLE = 0.13  # root mean square error (0..1) of a column beyond which nothing is recognised
 
@@ -53,7 +54,7 @@ def read_pictures(pictures: Sequence[PIL.Image.Image]) -> list[Scene | None]:
             scenes.append(None)
             continue
         found = [things[int(t)] for t in error[n, background].argmin(-1)]
-        scenes.append(Scene(BACKGROUNDS[background], tuple(found)))  # type: ignore[arg-type]
+        scenes.append(Scene(BACKGROUNDS[background], tuple(found)))
     return scenes
 
 
@@ -66,6 +67,12 @@ class Verdict:
     image: share of expected pictures that show exactly the true scene.
     order: share of expected events that are told in the right order (longest common subsequence).
     document: 1 if all of these are 1.
+    given: share of expected pictures that are right given their own text and the picture drawn before, so that an error is charged once, to
+        the step that made it. What must be shown is the scene that a full text states; or what a terse text's event makes of the scene
+        read from the picture before (`scene.outcome`). Left out are pictures about which that says nothing: their text breaks the
+        grammar or cannot happen, or the picture before shows nothing readable; 0 where all are left out. A missing picture is wrong.
+    kept: continuity. Of the things of the picture before that the told event leaves alone, and the background, the share that the picture
+        still shows as they were; a mean over the pictures for which `given` knows both; 0 where there are none.
     """
 
     format: float
@@ -74,6 +81,8 @@ class Verdict:
     order: float
     document: float
     steps: tuple[tuple[bool, bool], ...]
+    given: float = 0.0
+    kept: float = 0.0
 
     @property
     def score(self) -> float:
@@ -103,11 +112,13 @@ def _judge(document: Document, truth: Truth, seen) -> Verdict:
     closing = text
     well_formed &= len(pairs) == truth.num_steps and bool(closing) == (truth.answer is not None)
 
-    told = [language.parse_step(words) for words, _, _ in pairs]
+    terse = truth.telling == "terse"
+    told = [(language.parse_terse(words), None) if terse else language.parse_step(words) for words, _, _ in pairs]
+    expected = [(event, None if terse else scene) for event, scene in zip(truth.events, truth.scenes, strict=True)]
     steps = []
-    for i, (event, scene) in enumerate(zip(truth.events, truth.scenes, strict=True)):
+    for i, scene in enumerate(truth.scenes):
         if i < len(pairs):
-            steps.append((told[i] == (event, scene), pairs[i][1] == scene))
+            steps.append((told[i] == expected[i], pairs[i][1] == scene))
         else:
             steps.append((False, False))
     texts = [text_right for text_right, _ in steps]
@@ -117,7 +128,35 @@ def _judge(document: Document, truth: Truth, seen) -> Verdict:
     image_rate = float(np.mean([image_right for _, image_right in steps]))
     order_rate = _common_subsequence([event for event, _ in told], list(truth.events)) / max(len(told), truth.num_steps)
     whole = float(format_rate == text_rate == image_rate == order_rate == 1)
-    return Verdict(format_rate, text_rate, image_rate, order_rate, whole, tuple(steps))
+    given, kept = _given([shown for _, shown, _ in pairs], told, truth)
+    return Verdict(format_rate, text_rate, image_rate, order_rate, whole, tuple(steps), given, kept)
+
+
+def _given(shown: Sequence[Scene | None], told: Sequence[tuple[Event | None, Scene | None]], truth: Truth) -> tuple[float, float]:
+    """`Verdict.given` and `Verdict.kept`; pictures beyond those that were asked for are not counted."""
+    rights: list[bool] = []
+    shares: list[float] = []
+    before = truth.start
+    for picture, (event, stated) in list(zip(shown, told, strict=True))[: truth.num_steps]:
+        after = None if event is None or before is None else outcome(event, before)
+        must_show = after if truth.telling == "terse" else stated
+        if must_show is not None:
+            rights.append(picture == must_show)
+        if after is not None and before is not None and event is not None:
+            shares.append(_kept(picture, before, event))
+        before = picture
+    rights += [False] * (truth.num_steps - len(shown))
+    return float(np.mean(rights)) if rights else 0.0, float(np.mean(shares)) if shares else 0.0
+
+
+def _kept(picture: Scene | None, before: Scene, event: Event) -> float:
+    """The share of things that `event` leaves alone, and of the background, that `picture` shows at their place as they were before."""
+    if picture is None:
+        return 0.0
+    rights = [picture.places[i] == thing for i, thing in enumerate(before.places) if thing is not None and thing.kind != event.kind]
+    if event.verb != "background":
+        rights.append(picture.background == before.background)
+    return float(np.mean(rights)) if rights else 1.0
 
 
 def _common_subsequence(left: Sequence[Event | None], right: Sequence[Event]) -> int:

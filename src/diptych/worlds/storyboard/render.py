@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from diptych.worlds.storyboard.scene import PLACES, Scene, Thing
+from diptych.worlds.storyboard.scene import Scene, Thing
+from diptych.worlds.storyboard.world import PLACES
 
 PIXEL_SIZE = 96
 COLUMN_WIDTH = PIXEL_SIZE // len(PLACES)

@@ -1,6 +1,6 @@
 """Scenes of the Storyboard world: what can be in a picture, what can happen to it, and which split it belongs to.
 
-A scene has a background and three places (left, middle, right), each empty or holding one thing. Kinds are unique
+A scene has a background and places (left, middle, right), each empty or holding one thing. Kinds are unique
 within a scene, so that "the ball" names one thing.
 """
 
@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
-KINDS = ("ball", "box", "tree", "house", "boat", "flower")
-COLOURS = ("red", "blue", "green", "yellow", "purple", "orange")
-SIZES = ("small", "big")
-PLACES = ("left", "middle", "right")
-BACKGROUNDS = ("meadow", "beach", "snow", "night")
+from diptych.worlds.storyboard.world import COLOURS, FULL, KINDS, PLACES, World
 
 Split = Literal["train", "validation", "test"]
 
@@ -30,10 +27,10 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """`places[i]` is the thing at PLACES[i] or None."""
+    """`places[i]` is the thing at the i-th place of the world, or None."""
 
     background: str
-    places: tuple[Thing | None, Thing | None, Thing | None]
+    places: tuple[Thing | None, ...]
 
     @property
     def things(self) -> list[Thing]:
@@ -49,7 +46,7 @@ class Scene:
     def with_place(self, index: int, thing: Thing | None) -> Scene:
         places = list(self.places)
         places[index] = thing
-        return Scene(self.background, tuple(places))  # type: ignore[arg-type]
+        return Scene(self.background, tuple(places))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +64,15 @@ class Event:
     place: str = ""
     background: str = ""
 
-    def apply(self, scene: Scene) -> Scene:
-        """The scene after the event. Raises ValueError where the event cannot happen."""
+    def apply(self, scene: Scene, places: Sequence[str] = PLACES) -> Scene:
+        """The scene after the event; `places` are those of the world. Raises ValueError where the event cannot happen."""
         if self.verb == "background":
             if self.background == scene.background:
                 raise ValueError(f"the background already is {self.background}")
             return Scene(self.background, scene.places)
         here = scene.find(self.kind)
         if self.verb == "add":
-            target = PLACES.index(self.place)
+            target = places.index(self.place)
             if here is not None or scene.places[target] is not None:
                 raise ValueError(f"cannot add a {self.kind} at {self.place}: the kind or the place is taken")
             return scene.with_place(target, Thing(self.kind, self.colour, self.size))
@@ -86,7 +83,7 @@ class Event:
         if self.verb == "leave":
             return scene.with_place(here, None)
         if self.verb == "move":
-            target = PLACES.index(self.place)
+            target = places.index(self.place)
             if scene.places[target] is not None:
                 raise ValueError(f"{self.place} is taken")
             return scene.with_place(here, None).with_place(target, thing)
@@ -99,6 +96,29 @@ class Event:
         if changed == thing:
             raise ValueError(f"{self.verb} changes nothing for {thing}")
         return scene.with_place(here, changed)
+
+
+def outcome(event: Event, scene: Scene, places: Sequence[str] = PLACES) -> Scene | None:
+    """What a scene must show once `event` is told, also where it already was so: a big ball that grows is a big ball.
+
+    None where nobody could say: what is told needs a place that is taken, or changes or moves a thing that is not there.
+    """
+    if event.verb == "leave" and scene.find(event.kind) is None:
+        return scene
+    try:
+        return event.apply(scene, places)
+    except ValueError:
+        here = scene.find(event.kind)
+        thing = None if here is None else scene.places[here]
+        already = {
+            "background": event.background == scene.background,
+            "paint": thing is not None,
+            "grow": thing is not None,
+            "shrink": thing is not None,
+            "move": here is not None and places[here] == event.place,
+            "add": here is not None and places[here] == event.place and thing == Thing(event.kind, event.colour, event.size),
+        }
+        return scene if already.get(event.verb) else None
 
 
 def pair_split(first: Thing, second: Thing) -> Split:
@@ -129,15 +149,15 @@ def in_split(scenes: list[Scene], split: Split) -> bool:
     return split in found and found <= {"train", split}
 
 
-def random_thing(rng: np.random.Generator, kind: str) -> Thing:
-    return Thing(kind, str(rng.choice(COLOURS)), str(rng.choice(SIZES)))
+def random_thing(rng: np.random.Generator, kind: str, world: World = FULL) -> Thing:
+    return Thing(kind, str(rng.choice(world.colours)), str(rng.choice(world.sizes)))
 
 
-def random_scene(rng: np.random.Generator, num_things: int) -> Scene:
-    """A scene with `num_things` (0..3) things of different kinds at random places."""
-    kinds = rng.choice(len(KINDS), size=num_things, replace=False)
-    indices = rng.choice(len(PLACES), size=num_things, replace=False)
-    places: list[Thing | None] = [None, None, None]
+def random_scene(rng: np.random.Generator, num_things: int, world: World = FULL) -> Scene:
+    """A scene with `num_things` things of different kinds at random places."""
+    kinds = rng.choice(len(world.kinds), size=num_things, replace=False)
+    indices = rng.choice(len(world.places), size=num_things, replace=False)
+    places: list[Thing | None] = [None] * len(world.places)
     for index, kind in zip(indices, kinds, strict=True):
-        places[int(index)] = random_thing(rng, KINDS[int(kind)])
-    return Scene(str(rng.choice(BACKGROUNDS)), tuple(places))  # type: ignore[arg-type]
+        places[int(index)] = random_thing(rng, world.kinds[int(kind)], world)
+    return Scene(str(rng.choice(world.backgrounds)), tuple(places))

@@ -4,6 +4,9 @@
 - `how_to`: a finished scene; the answer builds it thing by thing.
 - `reasoning`: a scene, events and a question (count, track, compare) whose answer needs the steps in between; the
   document ends in the answer's text.
+
+Under the terse telling (`world.TERSE`) a prompt shows a first picture and tells what happens (`story`), or which parts are added one by
+one (`how_to`); each text of the answer is the sentence of one event, and its picture must remember the rest.
 """
 
 from __future__ import annotations
@@ -17,27 +20,22 @@ import numpy as np
 from diptych.document import Document, Image, Text
 from diptych.worlds.storyboard import language
 from diptych.worlds.storyboard.render import render
-from diptych.worlds.storyboard.scene import (
-    BACKGROUNDS,
-    COLOURS,
-    PLACES,
-    Event,
-    Scene,
-    Split,
-    in_split,
-    random_scene,
-)
-
-FAMILIES = ("story", "how_to", "reasoning")
+from diptych.worlds.storyboard.scene import Event, Scene, Split, in_split, random_scene
+from diptych.worlds.storyboard.world import FULL, Telling, World
 
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """What a right answer contains: after `events[i]` the scene is `scenes[i]`; `answer` closes a reasoning document."""
+    """What a right answer contains: after `events[i]` the scene is `scenes[i]`; `answer` closes a reasoning document.
+
+    `start`: the scene before the first event, where the prompt's picture shows it. `telling`: how much a text of the answer says.
+    """
 
     events: tuple[Event, ...]
     scenes: tuple[Scene, ...]
     answer: str | None = None
+    start: Scene | None = None
+    telling: Telling = "full"
 
     @property
     def num_steps(self) -> int:
@@ -47,7 +45,7 @@ class Truth:
         """A right answer: text and picture per step."""
         segments: list[Text | Image] = []
         for event, scene in zip(self.events, self.scenes, strict=True):
-            segments += [Text(language.step_text(event, scene)), Image(render(scene))]
+            segments += [Text(language.step_text(event, scene, self.telling)), Image(render(scene))]
         if self.answer is not None:
             segments.append(Text(answer_text(self.answer)))
         return Document(tuple(segments))
@@ -73,14 +71,14 @@ def answer_text(answer: str) -> str:
     return f"the answer is {answer} ."
 
 
-def random_event(rng: np.random.Generator, scene: Scene, verbs: tuple[str, ...]) -> Event | None:
+def random_event(rng: np.random.Generator, scene: Scene, verbs: tuple[str, ...], world: World = FULL) -> Event | None:
     """A random event that can happen in `scene`, or None where the drawn verb finds nothing to do."""
     verb = str(rng.choice(verbs))
     if verb == "background":
-        return Event(verb, background=str(rng.choice([b for b in BACKGROUNDS if b != scene.background])))
-    free = [place for place, thing in zip(PLACES, scene.places, strict=True) if thing is None]
+        return Event(verb, background=str(rng.choice([b for b in world.backgrounds if b != scene.background])))
+    free = [place for place, thing in zip(world.places, scene.places, strict=True) if thing is None]
     if verb == "add":
-        extra = random_scene(rng, 1).things[0]
+        extra = random_scene(rng, 1, world).things[0]
         if not free or scene.find(extra.kind) is not None:
             return None
         return Event(verb, extra.kind, extra.colour, extra.size, str(rng.choice(free)))
@@ -90,22 +88,22 @@ def random_event(rng: np.random.Generator, scene: Scene, verbs: tuple[str, ...])
     if verb == "move":
         return Event(verb, thing.kind, place=str(rng.choice(free))) if free else None
     if verb == "paint":
-        return Event(verb, thing.kind, colour=str(rng.choice([c for c in COLOURS if c != thing.colour])))
+        return Event(verb, thing.kind, colour=str(rng.choice([c for c in world.colours if c != thing.colour])))
     if (verb == "grow" and thing.size == "big") or (verb == "shrink" and thing.size == "small"):
         return None
     return Event(verb, thing.kind)
 
 
 def _random_events(
-    rng: np.random.Generator, start: Scene, count: int, verbs: tuple[str, ...]
+    rng: np.random.Generator, start: Scene, count: int, verbs: tuple[str, ...], world: World
 ) -> tuple[tuple[Event, ...], tuple[Scene, ...]]:
     events: list[Event] = []
     scenes = [start]
     while len(events) < count:
-        event = random_event(rng, scenes[-1], verbs)
+        event = random_event(rng, scenes[-1], verbs, world)
         if event is None:
             continue
-        after = event.apply(scenes[-1])
+        after = event.apply(scenes[-1], world.places)
         if after not in scenes:  # nothing is undone: every step shows something new
             events.append(event)
             scenes.append(after)
@@ -123,37 +121,47 @@ def _then(events: tuple[Event, ...]) -> str:
     return " , then ".join(["first " + language.tell(events[0]), *map(language.tell, events[1:])]) + " ."
 
 
-def make_story(rng: np.random.Generator) -> Task:
-    start = random_scene(rng, int(rng.integers(2, 4)))
-    count = int(rng.integers(2, 4))
-    events, scenes = _random_events(rng, start, count, ("paint", "grow", "shrink", "move", "leave", "background"))
+def make_story(rng: np.random.Generator, world: World) -> Task:
+    start = random_scene(rng, int(rng.integers(world.things[0], world.things[1] + 1)), world)
+    count = int(rng.integers(world.events[0], world.events[1] + 1))
+    events, scenes = _random_events(rng, start, count, world.verbs, world)
+    if world.telling == "terse":
+        return _terse("story", "tell the story with pictures .", start, events, scenes)
     prompt = Document((Text("tell the story ."), *_given(rng, start), Text(_then(events))))
     return Task("story", "story", prompt, start, Truth(events, scenes))
 
 
-def make_how_to(rng: np.random.Generator) -> Task:
-    target = random_scene(rng, int(rng.integers(2, 4)))
-    start = Scene(target.background, (None, None, None))
+def make_how_to(rng: np.random.Generator, world: World) -> Task:
+    target = random_scene(rng, int(rng.integers(world.things[0], world.things[1] + 1)), world)
+    start = Scene(target.background, (None,) * len(world.places))
     events, scenes, scene = [], [], start
-    for place, thing in zip(PLACES, target.places, strict=True):
+    for place, thing in zip(world.places, target.places, strict=True):
         if thing is not None:
             events.append(Event("add", thing.kind, thing.colour, thing.size, place))
-            scene = events[-1].apply(scene)
+            scene = events[-1].apply(scene, world.places)
             scenes.append(scene)
+    if world.telling == "terse":
+        return _terse("how_to", "build this with pictures .", start, tuple(events), tuple(scenes))
     shown: list[Text | Image] = [Image(render(target))] if rng.random() < 0.5 else [Text(language.describe(target) + " .")]
     prompt = Document((Text("how do we build this ?"), *shown))
     return Task("how_to", "how_to", prompt, start, Truth(tuple(events), tuple(scenes)))
 
 
-def make_reasoning(rng: np.random.Generator) -> Task:
+def _terse(family: str, asked: str, start: Scene, events: tuple[Event, ...], scenes: tuple[Scene, ...]) -> Task:
+    """The first picture and what happens; `asked` differs from the words of the full telling, so that both can be learned."""
+    prompt = Document((Text(asked), Image(render(start)), Text(_then(events))))
+    return Task(family, family, prompt, start, Truth(events, scenes, start=start, telling="terse"))
+
+
+def make_reasoning(rng: np.random.Generator, world: World) -> Task:
     kind = str(rng.choice(("count", "track", "compare")))
     while True:
-        start = random_scene(rng, int(rng.integers(1, 4)) if kind == "count" else 2)
+        start = random_scene(rng, int(rng.integers(1, 4)) if kind == "count" else 2, world)
         verbs = {"count": ("add", "leave"), "track": ("move",), "compare": ("grow", "shrink")}[kind]
         count = int(rng.integers(1, 3)) if kind != "compare" else 1
         if kind == "compare" and start.things[0].size != start.things[1].size:
             continue
-        events, scenes = _random_events(rng, start, count, verbs)
+        events, scenes = _random_events(rng, start, count, verbs, world)
         break
     last = scenes[-1]
     if kind == "count":
@@ -161,7 +169,7 @@ def make_reasoning(rng: np.random.Generator) -> Task:
     elif kind == "track":
         place = last.find(events[-1].kind)
         assert place is not None
-        question, answer = f"where is the {events[-1].kind} ?", PLACES[place]
+        question, answer = f"where is the {events[-1].kind} ?", world.places[place]
     else:
         names = [thing.kind for thing in last.things]
         question = f"which is bigger , the {names[0]} or the {names[1]} ?"
@@ -170,28 +178,28 @@ def make_reasoning(rng: np.random.Generator) -> Task:
     return Task("reasoning", kind, prompt, start, Truth(events, scenes, answer))
 
 
-_MAKERS: dict[str, Callable[[np.random.Generator], Task]] = {
+_MAKERS: dict[str, Callable[[np.random.Generator, World], Task]] = {
     "story": make_story,
     "how_to": make_how_to,
     "reasoning": make_reasoning,
 }
 
 
-def make_task(rng: np.random.Generator, split: Split, family: str | None = None) -> Task:
+def make_task(rng: np.random.Generator, split: Split, family: str | None = None, world: World = FULL) -> Task:
     """A task of `family` (or any) whose scenes, first and last included, all belong to `split`."""
     if family is None:
-        family = FAMILIES[int(rng.integers(len(FAMILIES)))]
-    if family not in _MAKERS:
-        raise ValueError(f"unknown task family {family!r}; known are {', '.join(FAMILIES)}")
+        family = world.families[int(rng.integers(len(world.families)))]
+    if family not in world.families:
+        raise ValueError(f"unknown task family {family!r}; known are {', '.join(world.families)}")
     while True:
-        task = _MAKERS[family](rng)
+        task = _MAKERS[family](rng, world)
         if in_split([task.start, *task.truth.scenes], split):
             return task
 
 
-def task_stream(seed: int, split: Split) -> Iterator[Task]:
-    """Endless tasks, families in turn. The same seed and split give the same tasks."""
+def task_stream(seed: int, split: Split, world: World = FULL) -> Iterator[Task]:
+    """Endless tasks, families in turn. The same seed, split and world give the same tasks."""
     rng = np.random.default_rng([seed, ("train", "validation", "test").index(split)])
     while True:
-        for family in FAMILIES:
-            yield make_task(rng, split, family)
+        for family in world.families:
+            yield make_task(rng, split, family, world)
