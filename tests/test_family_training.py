@@ -206,7 +206,7 @@ def test_gradient_checkpointing_changes_no_gradient(family, folders, tmp_path):
     for checkpointing in (False, True):
         settings = common(folders[family], tmp_path / "run", family, gradient_checkpointing=checkpointing)
         config = build(GRPOConfig, {"rewards": [{"name": "format"}], **settings})
-        model = open_policy(config, torch.device("cpu")).eval()
+        model = open_policy(config).eval()
         calls = []
         model.language_model.layers[0].self_attn.register_forward_pre_hook(lambda *_, seen=calls: seen.append(1))
         batch = collate([model.encode_example(prompts()[1], answer())])

@@ -20,7 +20,7 @@ from diptych.config import GRPOConfig, OptimConfig, WarmupConfig, build, to_yaml
 from diptych.data import Mixture
 from diptych.models import load_model, open_policy
 from diptych.runs import read_jsonl
-from diptych.training import parallel
+from diptych.training import checkpoints
 from diptych.training.grpo import grpo
 from diptych.training.optim import make_optimizer, optimizer_step
 from diptych.training.parallel import parallelize
@@ -109,8 +109,8 @@ def trained(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 def moments(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     """The running mean of the gradients, by weight: of a run in shards, and of one in one process."""
     folder = out / "checkpoints" / f"step_{step}"
-    if (folder / parallel.SHARDS).is_dir():
-        dcp_to_torch_save(folder / parallel.SHARDS, folder / "whole.pt")
+    if (folder / checkpoints.SHARDS).is_dir():
+        dcp_to_torch_save(folder / checkpoints.SHARDS, folder / "whole.pt")
         found = torch.load(folder / "whole.pt")
         return {name.removeprefix("exp_avg/"): value for name, value in found.items() if name.startswith("exp_avg/")}
     state = torch.load(folder / "trainer.pt")["optimizer"]
@@ -202,7 +202,7 @@ def test_small_updates_count_where_weights_are_float32(tiny_folder, records, tmp
         optim = OptimConfig(lr=1e-6)
         values = settings(tiny_folder, records, "storyboard", dtype="bfloat16", parallel={"mode": mode}, optim=optim.model_dump())["warmup"]
         config = build(WarmupConfig, {**values, "output_dir": str(tmp_path / mode)})
-        model = parallelize(open_policy(config, torch.device("cpu")), config, torch.device("cpu"))
+        model = parallelize(open_policy(config), config, torch.device("cpu"))
         optimizer, schedule = make_optimizer(model, optim, 100)
         batch = encode(model, batch_of.batch(0, 2), 0.0, 0, 0)
         names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -264,7 +264,7 @@ def test_processes_that_sample_more_often_than_others_wait_for_nobody(tiny_folde
 def test_the_base_of_adapters_is_sharded_in_its_own_type(folders, records, tmp_path, dtype):
     values = settings(folders["janus"], records, "janus", lora={"r": 4}, dtype=dtype, parallel={"mode": "shard"})["warmup"]
     config = build(WarmupConfig, {**values, "output_dir": str(tmp_path / "run")})
-    model = parallelize(open_policy(config, torch.device("cpu")), config, torch.device("cpu"))
+    model = parallelize(open_policy(config), config, torch.device("cpu"))
     frozen = {id(p) for module in model.frozen_modules() for p in module.parameters()}
     base = [p for p in model.parameters() if not p.requires_grad and id(p) not in frozen]
     adapters = [p for p in model.parameters() if p.requires_grad]

@@ -69,7 +69,7 @@ def test_the_reference_has_the_dtype_of_the_policy(janus, tmp_path, lora):
     settings = {**common(janus, tmp_path / "run", "janus", max_steps=2), "prompts": [{"name": str(prompts)}], "num_generations": 2,
                 "rewards": [{"name": "toy_rewards:per_step"}], "text": {"beta": 0.1}, "lora": lora, "prompts_per_step": 1}  # fmt: skip
     config = build(GRPOConfig, settings)
-    policy = open_policy(config, torch.device("cpu"))
+    policy = open_policy(config)
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     with Reference(policy, config, torch.device("cpu")).active() as frozen:
         assert frozen.dtype == torch.float32
@@ -90,7 +90,7 @@ def test_full_training_of_bfloat16_weights_is_warned_of(janus, tmp_path, caplog,
     settings = {**common(janus, tmp_path / "run", "janus", dtype=dtype, lora=lora), "sources": [{"name": "x"}], "parallel": {"mode": mode}}
     config = build(WarmupConfig, settings)
     with caplog.at_level(logging.WARNING):
-        open_policy(config, torch.device("cpu"))
+        open_policy(config)
     assert ("most updates round to nothing" in caplog.text) == warns
     assert ("Leave parallel.mode at auto" in caplog.text) == warns
 
@@ -107,7 +107,7 @@ def test_what_would_be_loaded_as_float16_counts_not_what_a_file_says(janus, tmp_
             tensors = {k: v.half() if stored == "no dtype in config" or "language_model" in k else v for k, v in load_file(file).items()}
             save_file(tensors, file, metadata={"format": "pt"})
         (janus / "config.json").write_text(json.dumps(config | ({"torch_dtype": "float16"} if "language" in stored else {})))
-    policy = open_policy(build(WarmupConfig, {**common(janus, tmp_path / "run", "janus"), "sources": [{"name": "x"}]}), torch.device("cpu"))
+    policy = open_policy(build(WarmupConfig, {**common(janus, tmp_path / "run", "janus"), "sources": [{"name": "x"}]}))
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
 
 
@@ -117,7 +117,7 @@ def test_an_adapter_keeps_the_dtype_that_it_was_trained_with(janus, tmp_path):
     warmup(build(WarmupConfig, {**first, "sources": [{"name": data(tmp_path / "d.jsonl")}], "batch_size": 2, "num_eval_records": 1}))
     adapter = tmp_path / "first" / "checkpoints" / "step_2" / "model"
     again = build(WarmupConfig, {**common(adapter, tmp_path / "second", "janus", lora={"r": 2}), "sources": [{"name": "x"}]})
-    assert open_policy(again, torch.device("cpu")).dtype == torch.bfloat16
+    assert open_policy(again).dtype == torch.bfloat16
 
 
 def test_guidance_is_mixed_in_float32():

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from test_training import grpo_config, tiny_folder  # noqa: F401 - a fixture
 
@@ -177,25 +176,6 @@ def test_nobody_waits_for_a_reward_that_hangs(tiny_folder, tmp_path, fault):  # 
     ended(process)
     assert process.returncode != 0
     assert time.monotonic() - began < 60
-
-
-def test_a_parameter_without_a_gradient_keeps_none(monkeypatch):
-    """Zeros would let weight decay shrink what one process leaves alone."""
-    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 1, bias=False) for name in ("used", "other", "unused")})
-    model["used"].weight.grad = torch.ones(1, 2)
-
-    def all_reduce(tensor: torch.Tensor) -> None:  # as if another process had used `other`
-        if tensor.dtype == torch.int64:
-            tensor.add_(torch.tensor([1, 1, 0]))
-        else:
-            tensor.add_(2)
-
-    monkeypatch.setattr(runtime, "world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    runtime.sum_gradients(model)
-    assert model["used"].weight.grad.tolist() == [[3, 3]]
-    assert model["other"].weight.grad.tolist() == [[2, 2]]
-    assert model["unused"].weight.grad is None
 
 
 def test_checksums_tell_weights_apart():

@@ -177,9 +177,12 @@ def test_two_processes_give_the_gradient_of_one(tiny_folder, tmp_path):
         found.append(torch.load(out))
     one, two = found
     assert (one["world_size"], two["world_size"]) == (1, 2)
-    for stage in ("warmup", "grpo"):
-        assert one[stage].abs().max() > 0
-        torch.testing.assert_close(one[stage], two[stage], atol=1e-6, rtol=1e-3)
+    for stage in ("warmup", "words", "grpo"):
+        (gradient, unused), (other, other_unused) = one[stage], two[stage]
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(gradient, other, atol=1e-6, rtol=1e-3)
+        assert other_unused == unused  # zeros in their place would let weight decay shrink what nobody used
+    assert len(one["words"][1]) > len(one["warmup"][1])
 
 
 def test_ptx_adds_the_gradient_of_the_likelihood(tiny_folder, tmp_path):

@@ -5,7 +5,6 @@ config.yaml   rewards.json   metrics.jsonl   samples/step_N.jsonl   checkpoints/
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -13,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -180,26 +179,21 @@ class RunFolder(Generic[ConfigT]):
         found = [re.fullmatch(r"step_(\d+)", p.name) for p in self.checkpoints.iterdir() if p.is_dir()]
         return sorted(int(match[1]) for match in found if match)
 
-    def save(self, step: int, model: Any, state: dict[str, Any], *, shards: Callable[[Path], None] | None = None, keep: int = 2) -> None:
-        """Writes model and trainer state for `step`, then drops all but the newest `keep` checkpoints.
+    @contextmanager
+    def new_checkpoint(self, step: int, keep: int = 2) -> Iterator[Path]:
+        """A folder to write the checkpoint of a step into, which gets its name when all is written; then all but the newest `keep` are
+        dropped."""
+        with atomic_folder(self.checkpoints / f"step_{step}") as folder:
+            yield folder
+        for old in self.steps()[:-keep]:
+            shutil.rmtree(self.checkpoints / f"step_{old}", ignore_errors=True)
 
-        `shards`: writes what each process has of them into the folder. With it every process calls `model.save`, which then writes in one.
-        """
-        target = self.checkpoints / f"step_{step}"
-        with contextlib.ExitStack() as stack:
-            if shards is not None:
-                folder = on_first(lambda: stack.enter_context(atomic_folder(target)))
-                model.save(folder / "model")
-                shards(folder)
-                barrier()  # all of it is there before it gets its name
-            elif rank() == 0:
-                folder = stack.enter_context(atomic_folder(target))
-                model.save(folder / "model")
-            if rank() == 0:
-                torch.save(state, folder / "trainer.pt")
+    def save(self, step: int, model: Any, state: dict[str, Any], *, keep: int = 2) -> None:
+        """Writes model and trainer state for `step`, in the first process."""
         if rank() == 0:
-            for old in self.steps()[:-keep]:
-                shutil.rmtree(self.checkpoints / f"step_{old}", ignore_errors=True)
+            with self.new_checkpoint(step, keep) as folder:
+                model.save(folder / "model")
+                torch.save(state, folder / "trainer.pt")
         barrier()
 
     def load(self, step: int) -> tuple[Path, dict[str, Any]]:

@@ -219,22 +219,6 @@ def sum_over_processes(value: Tensor) -> Tensor:
     return value
 
 
-def sum_gradients(model: nn.Module) -> None:
-    """Adds up the gradients of all processes. Losses divide by global counts, so no mean is taken.
-
-    A parameter that has no gradient in any process keeps none, as in one process: the optimizer then leaves it alone.
-    """
-    if world_size() == 1:
-        return
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    used = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.int64)
-    dist.all_reduce(used)
-    for parameter in (p for p, count in zip(trained, used.tolist(), strict=True) if count):
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
-
-
 def weights_checksum(model: nn.Module) -> str:
     """Of what is trained: the sum of each tensor's bits, which no order of adding changes."""
     digest = hashlib.blake2b(digest_size=8)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diptych.document import Segment
+from diptych.document import Document, Image, Segment, Text
 
 
 class AnswerForm(enum.StrEnum):
@@ -39,6 +39,20 @@ class AnswerForm(enum.StrEnum):
     @property
     def ends_with_image(self) -> bool:
         return self in (AnswerForm.IMAGE, AnswerForm.TEXT_IMAGE)
+
+
+def check_form(document: Document, form: AnswerForm | None, num_given: int) -> None:
+    """Raises ValueError where what follows the given beginning of an answer is not of the form."""
+    kinds = [type(segment) for segment in document.segments[num_given:]]
+    wanted = {AnswerForm.IMAGE: [Image], AnswerForm.TEXT_IMAGE: [Text, Image]}
+    if form is AnswerForm.TEXT_IMAGE and num_given and isinstance(document.segments[num_given - 1], Text) and kinds == [Image]:
+        return  # the given text is all of it
+    fits = kinds == wanted[form] if form in wanted else form is not AnswerForm.TEXT or Image not in kinds
+    if not fits:
+        assert form is not None
+        asked = {AnswerForm.IMAGE: "one picture", AnswerForm.TEXT_IMAGE: "a text and a picture", AnswerForm.TEXT: "text alone"}
+        held = ", ".join("picture" if kind is Image else "text" for kind in kinds) or "nothing"
+        raise ValueError(f"its answer holds {held}, and an answer of form {form} is {asked[form]}; mend the answer or the form")
 
 
 class Modality(enum.IntEnum):

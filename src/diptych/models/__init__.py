@@ -2,6 +2,6 @@
 
 from diptych.models.base import UnifiedModel
 from diptych.models.image_spec import ImageSpec
-from diptych.models.loading import FAMILIES, PACKAGED, load_model, open_policy, packaged_folder
+from diptych.models.loading import FAMILIES, PACKAGED, equip, load_model, open_policy, packaged_folder
 
-__all__ = ["FAMILIES", "PACKAGED", "ImageSpec", "UnifiedModel", "load_model", "open_policy", "packaged_folder"]
+__all__ = ["FAMILIES", "PACKAGED", "ImageSpec", "UnifiedModel", "equip", "load_model", "open_policy", "packaged_folder"]

@@ -21,7 +21,7 @@ from diptych.document import NOTHING, STAND_IN, Document, Image, Text
 from diptych.models.attention import Layout
 from diptych.models.image_spec import ImageSpec
 from diptych.models.pixels import to_images, to_pixels
-from diptych.tokens import AnswerForm, TokenBatch, TokenRow, valid_text
+from diptych.tokens import AnswerForm, TokenBatch, TokenRow, check_form, valid_text
 
 T = TypeVar("T")
 
@@ -214,6 +214,11 @@ class UnifiedModel(nn.Module, abc.ABC):
         """`function` of this model. What computes with its weights enters here, so that they are there where they are sharded."""
         return function(self, *arguments, **options)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold parts of the weights."""
+        return self.sharding is not None and not self.sharding.replicated
+
     def gathered(self) -> contextlib.AbstractContextManager[None]:
         """All weights at hand, for many calls of `run`."""
         return contextlib.nullcontext() if self.sharding is None else self.sharding.gathered()
@@ -226,14 +231,17 @@ class UnifiedModel(nn.Module, abc.ABC):
             self._legal = legal.to(self.device)
         return self._legal
 
+    def backward(self, loss: Tensor, *, more: bool = False) -> None:
+        """Gradients of a loss, added to those that are there. `more`: another pass follows before the optimizer's step, and copies of the
+        model in other processes may be heard then."""
+        if self.sharding is not None:
+            self.sharding.sum_copies(now=not more)
+        loss.backward()
+
     def save(self, folder: Path) -> None:
-        """A checkpoint that `load_model` reads: the adapter alone where one is attached, the whole model otherwise. Where weights are
-        sharded every process must call it, and the first one writes."""
+        """A checkpoint that `load_model` reads: the adapter alone where one is attached, the whole model otherwise."""
         write = self.save_pretrained if self.adapter is None else self.adapter.save
-        if self.sharding is None:
-            write(folder)
-        else:
-            self.sharding.save(write, folder)
+        write(folder)
 
     def freeze(self) -> None:
         for module in self.frozen_modules():
@@ -370,20 +378,6 @@ class UnifiedModel(nn.Module, abc.ABC):
                 f"{self.max_positions}; shorten it"
             )
         return row
-
-
-def check_form(document: Document, form: AnswerForm | None, num_given: int) -> None:
-    """Raises ValueError where what follows the given beginning of an answer is not of the form."""
-    kinds = [type(segment) for segment in document.segments[num_given:]]
-    wanted = {AnswerForm.IMAGE: [Image], AnswerForm.TEXT_IMAGE: [Text, Image]}
-    if form is AnswerForm.TEXT_IMAGE and num_given and isinstance(document.segments[num_given - 1], Text) and kinds == [Image]:
-        return  # the given text is all of it
-    fits = kinds == wanted[form] if form in wanted else form is not AnswerForm.TEXT or Image not in kinds
-    if not fits:
-        assert form is not None
-        asked = {AnswerForm.IMAGE: "one picture", AnswerForm.TEXT_IMAGE: "a text and a picture", AnswerForm.TEXT: "text alone"}
-        held = ", ".join("picture" if kind is Image else "text" for kind in kinds) or "nothing"
-        raise ValueError(f"its answer holds {held}, and an answer of form {form} is {asked[form]}; mend the answer or the form")
 
 
 def check_image_size(asked: int | None, own: int, family: str) -> None:

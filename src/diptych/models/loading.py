@@ -128,8 +128,8 @@ def load_model(source: str | Path, *, dtype: str = "auto", load_in_4bit: bool | 
     return family.load(folder, dtype=DTYPES[dtype], load_in_4bit=bool(load_in_4bit), image_size=image_size).eval()
 
 
-def open_policy(config: RunConfig, device: torch.device, checkpoint: Path | None = None) -> UnifiedModel:
-    """The model that a run trains: that of its last checkpoint, or `config.model` with the adapters that the settings ask for.
+def open_policy(config: RunConfig, checkpoint: Path | None = None) -> UnifiedModel:
+    """The model that a run trains, on the CPU: that of its last checkpoint, or `config.model` with the adapters that the settings ask for.
 
     Raises ValueError where 4-bit weights would have to be trained themselves.
     """
@@ -152,7 +152,12 @@ def open_policy(config: RunConfig, device: torch.device, checkpoint: Path | None
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     warn_of_rounding(model, config)
-    model = set_image_decoder(model.to(device), config.image_decoder)
+    return model
+
+
+def equip(model: UnifiedModel, config: RunConfig) -> UnifiedModel:
+    """The same model, on its device, with the picture decoder and the cache of codes that the settings ask for."""
+    set_image_decoder(model, config.image_decoder)
     if config.code_cache is not None:
         model.code_cache = CodeCache(Path(config.code_cache), model)
     return model
@@ -193,7 +198,7 @@ class Reference:
     adapter that it started from, or a copy of its own."""
 
     def __init__(self, policy: UnifiedModel, config: RunConfig, device: torch.device, *, offload: bool = False) -> None:
-        """`offload`: a copy waits in the host's memory. Raises ValueError where there is no copy."""
+        """`offload`: a copy waits in the host's memory, where it is made. Raises ValueError where there is no copy."""
         self.policy, self.copy, self.device = policy, None, device
         self.waits_on = torch.device("cpu") if offload else device
         folder = model_folder(config.model)
@@ -201,7 +206,7 @@ class Reference:
         if policy.adapter is None or policy.adapter.train_in_full:
             four = config.load_in_4bit or None
             copy = load_to_train(folder, dtype=config.dtype, load_in_4bit=four, image_size=config.image_size)
-            self.copy = copy.to(self.waits_on).eval().requires_grad_(False)
+            self.copy = copy.eval().requires_grad_(False)
         elif self.started_from_adapter:
             policy.adapter.add_reference(folder)
         if offload and self.copy is None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diptych.config import GRPOConfig, ModalityConfig, SamplingParams
 from diptych.data import Mixture
-from diptych.models import UnifiedModel, open_policy
+from diptych.models import UnifiedModel, equip, open_policy
 from diptych.models.loading import Reference
 from diptych.rewards import load_reward
 from diptych.rewards.base import about, changeable_options, check_columns
@@ -46,6 +46,7 @@ from diptych.sampling.logprobs import Scores, score
 from diptych.sampling.rollout import Rollout
 from diptych.tokens import TokenBatch, collate
 from diptych.training.admission import admit, note_skipped
+from diptych.training.checkpoints import Checkpoints, restore
 from diptych.training.credit import token_advantages
 from diptych.training.experience import (
     RewardFunctions,
@@ -61,7 +62,7 @@ from diptych.training.experience import (
 )
 from diptych.training.inputs import check_inputs, summary
 from diptych.training.losses import Counts, ModalityTerms, PolicyBatch, policy_loss
-from diptych.training.optim import make_optimizer, move_state, optimizer_step, restore, save_checkpoint
+from diptych.training.optim import make_optimizer, move_state, optimizer_step
 from diptych.training.parallel import parallelize
 from diptych.training.preemption import Preempted, Requests, asked_to_stop, preemptible
 from diptych.training.supervised import encode_batch, example_length, supervised_gradient
@@ -110,15 +111,15 @@ def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progre
     if step:
         folder, state = run.load(step)
     seed_everything(config.seed)  # again: the adapters are the same whatever the rewards drew
-    model = open_policy(config, device, folder).eval()  # no dropout: the policy that is scored is the policy that samples
+    model = open_policy(config, folder).eval()  # no dropout: the policy that is scored is the policy that samples
     agree(weights_checksum(model), "weights (by their checksum)", SHARED_FOLDER)
-    model = parallelize(model, config, device)
-    if config.offload and (model.sharding is not None or device.type == "cpu"):
-        why = "this run is on the CPU" if model.sharding is None else "sharded weights and moments stay where they are (parallel.mode)"
+    model = equip(parallelize(model, config, device), config)
+    if config.offload and (model.is_sharded or device.type == "cpu"):
+        why = "this run is on the CPU" if not model.is_sharded else "sharded weights and moments stay where they are (parallel.mode)"
         raise ValueError(f"offload={list(config.offload)} frees a GPU's memory, and {why}; leave it out")
     reference = Reference(model, config, device, offload="reference" in config.offload) if needs_reference else None
-    if reference is not None and reference.copy is not None:
-        parallelize(reference.copy, config, device)
+    if reference is not None and reference.copy is not None and "reference" not in config.offload:
+        parallelize(reference.copy, config, device, model)
     optimizer, schedule = make_optimizer(model, config.optim, config.max_steps * updates_per_step(config))
     if folder is not None:
         restore(model, optimizer, schedule, state, folder.parent)
@@ -133,6 +134,7 @@ def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progre
     usable = partial(usable_prompt, model, config)
     held_out = held_out_prompts.made(0, config.num_eval_prompts, usable) if held_out_prompts else []
     silence = Silence(config)
+    checkpoints = Checkpoints(run, model, optimizer, schedule)
 
     while step < config.max_steps:
         began = time.perf_counter()
@@ -175,13 +177,16 @@ def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progre
         if step % config.sample_steps == 0 or step == config.max_steps:
             run.save_samples(step, sample_records(experience, config.num_generations))
         signal = asked_to_stop(requests)
-        if step % config.save_steps == 0 or step == config.max_steps or signal:
+        due = step % config.save_steps == 0 or step == config.max_steps or bool(signal)
+        if due:
             note_skipped(run, *mixtures)
-            save_checkpoint(run, step, model, optimizer, schedule)
+        checkpoints.after(step, due=due)
         if progress:
             progress(step, config.max_steps, metrics)
         if signal and step < config.max_steps:
+            checkpoints.finish()
             raise Preempted(f"{signal}: step {step} of {config.max_steps} is saved in {run.path}; the same command goes on")
+    checkpoints.finish()
     return model.eval()
 
 
@@ -263,7 +268,8 @@ def accumulate_gradient(
     counts = global_counts(batch, rows, config.sampling, model)
     total: dict[str, float] = {"loss": 0.0}
     needs_entropy = bool(config.text.entropy_coef or config.image.entropy_coef)
-    for index in micro_batches(rows, config.micro_batch_size):
+    parts = micro_batches(rows, config.micro_batch_size)
+    for number, index in enumerate(parts):
         part = batch[index]
         width = part.text_ids.shape[1]
         scores = score(model, part, config.sampling, guided=config.score_guidance == "exact", entropy_gradient=needs_entropy)
@@ -279,7 +285,7 @@ def accumulate_gradient(
         loss, sums = policy_loss(policy, config.loss_type, terms(config.text), terms(config.image), counts)
         if not torch.isfinite(loss):
             raise FloatingPointError("the loss is not finite; this optimizer step was not taken and earlier checkpoints are intact")
-        loss.backward()
+        model.backward(loss, more=number + 1 < len(parts) or config.ptx is not None)
         total["loss"] += loss.item()
         for name, value in sums.items():
             total[name] = max(total.get(name, 0.0), value) if name.endswith("ratio_gap") else total.get(name, 0.0) + value

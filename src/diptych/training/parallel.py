@@ -1,8 +1,10 @@
-"""How a model is spread over processes while it is trained: applied from outside, on torch's own engine (FSDP2, device meshes, DCP).
+"""How a model is spread over processes while it is trained: applied from outside, on torch's own engine (FSDP2, device meshes).
 
 Under `shard` each process keeps a part of every weight, gradient and moment, in float32; a layer's weights are gathered where it is
 computed, in the type that the model computes in, and its gradients are added up over processes in float32. `shard_size` processes hold
-one copy between them, and copies stand beside each other (HSDP). For a sampling phase all weights are gathered once.
+one copy between them, and copies stand beside each other (HSDP). Under `replicate` copies stand beside each other only: the same engine
+on a mesh whose shards are whole, around what is trained; what is frozen (4 bits, say) it leaves alone. For a sampling phase all weights
+are gathered once.
 
 Only what enters through `UnifiedModel.run` finds the weights: FSDP gathers them where a module's forward is entered.
 """
@@ -11,38 +13,36 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from diptych.config import RunConfig
 from diptych.models import UnifiedModel
 from diptych.runtime import rank, world_size
 
-SHARDS = "shards"  # folder of a checkpoint with what every process has of weights and moments
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
+def parallelize(model: UnifiedModel, config: RunConfig, device: torch.device, policy: UnifiedModel | None = None) -> UnifiedModel:
+    """The same model on the device, spread as the settings say; given on the CPU, the device never holds all of a sharded one.
 
-def parallelize(model: UnifiedModel, config: RunConfig, device: torch.device) -> UnifiedModel:
-    """The same model, spread as the settings say; itself where each process holds all of it.
+    `policy`: of a frozen model, the one that is trained beside it, as which it is sharded or not.
 
     Raises ValueError for a mesh that cannot be, and weights that cannot be sharded.
     """
-    if config.parallel.sharded(_trains_half(model)):
-        model.sharding = Sharding(model, _mesh(config.parallel.shard_size, device))
-    return model
-
-
-def _trains_half(model: UnifiedModel) -> bool:
-    return any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    trains_half = any(p.dtype in (torch.bfloat16, torch.float16) for p in trained)
+    if config.parallel.sharded(trains_half) if policy is None else policy.is_sharded:
+        model.sharding = Sharding(model, _mesh(config.parallel.shard_size, device), replicated=False)
+    elif world_size() > 1 and trained:
+        model.sharding = Sharding(model, _mesh(1, device), replicated=True)
+    return model.to(device)
 
 
 def _mesh(shard_size: int | None, device: torch.device) -> DeviceMesh:
@@ -60,23 +60,29 @@ def _mesh(shard_size: int | None, device: torch.device) -> DeviceMesh:
 
 
 class Sharding:
-    """FSDP2 around a model: its decoder layers one by one, and everything else that is not frozen as a whole."""
+    """FSDP2 around a model: its decoder layers one by one, and everything else that is not frozen as a whole.
 
-    def __init__(self, model: UnifiedModel, mesh: DeviceMesh) -> None:
-        self.model = model
-        if any(type(module).__name__ == "Linear4bit" for module in model.modules()):
+    skeleton: in the first process, the same model without the weights that are spread ("meta"), for `checkpoints.export`.
+    """
+
+    def __init__(self, model: UnifiedModel, mesh: DeviceMesh, *, replicated: bool) -> None:
+        self.model, self.replicated = model, replicated
+        if not replicated and any(type(module).__name__ == "Linear4bit" for module in model.modules()):
             raise ValueError("parallel.mode shard cannot shard 4-bit weights; use replicate, or leave out load_in_4bit")
-        computes = model.dtype
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.data = parameter.data.float()
-        self.computes = computes if model.adapter is None else None  # adapters compute in float32, beside frozen weights in their own type
-        policy = MixedPrecisionPolicy(param_dtype=self.computes, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        units: list[nn.Module] = [*model.language_model.layers, model]  # type: ignore[misc]
-        frozen = {p for module in model.frozen_modules() for p in module.parameters()}
-        for unit in units:
-            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=frozen)
-        self.units = [unit for unit in units if isinstance(unit, FSDPModule)]
+        left_alone = {p for module in model.frozen_modules() for p in module.parameters()}
+        if replicated:
+            left_alone |= {p for p in model.parameters() if not p.requires_grad}
+        # adapters compute in float32, beside frozen weights in their own type
+        computes = model.dtype if model.adapter is None and not replicated else None
+        self.skeleton = _skeleton(model, left_alone, computes) if rank() == 0 else None
+        policy = MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        self.units: list[FSDPModule] = []
+        for unit in (*model.language_model.layers, model):  # type: ignore[misc]
+            for parameter in unit.parameters():
+                if parameter.requires_grad and not replicated and not isinstance(parameter, DTensor):
+                    parameter.data = parameter.data.float()
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=left_alone)
+            self.units.append(unit)
         for unit in self.units:
             unit.set_gradient_divide_factor(1.0)  # losses divide by counts of all processes: a sum, no mean
             unit.set_force_sum_reduction_for_comms(True)  # Gloo knows no other
@@ -85,6 +91,11 @@ class Sharding:
         self.outer = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inner]
         self._depth, self._in_backward = 0, False
         self._used = torch.zeros(len(self.outer), dtype=torch.int64)
+
+    def sum_copies(self, now: bool) -> None:
+        """Whether the next backward pass adds up the gradients of copies too, with those of earlier passes that waited for it."""
+        for unit in self.units:
+            unit.set_requires_all_reduce(now, recurse=False)
 
     def watched(self, *results: Tensor) -> tuple[Tensor, ...]:
         """The same results of the model, whose backward pass ends with gradients for every weight outside the layers.
@@ -140,75 +151,17 @@ class Sharding:
                     unit.reshard()
                     unit.set_reshard_after_forward(True, recurse=False)
 
-    def save(self, write: Callable[[Path], None], folder: Path) -> None:
-        """Has the model written, in the type that it computes in, by the first process, which holds all of it on the CPU while it does.
-        Every process must enter."""
-        whole: dict[int, nn.Parameter] = {}
-        held: list[tuple[nn.Module, str, nn.Parameter]] = []
-        for module in self.model.modules():
-            for name, parameter in list(module._parameters.items()):
-                if not isinstance(parameter, DTensor) or (self.model.adapter is not None and not parameter.requires_grad):
-                    continue
-                if id(parameter) not in whole:
-                    full = parameter.full_tensor().detach()
-                    if rank() == 0:
-                        whole[id(parameter)] = nn.Parameter(full.to("cpu", self.computes or full.dtype), parameter.requires_grad)
-                if rank() == 0:
-                    held.append((module, name, parameter))
-        try:
-            for module, name, parameter in held:
-                module._parameters[name] = whole[id(parameter)]
-            if rank() == 0:
-                write(folder)
-        finally:
-            for module, name, parameter in held:
-                module._parameters[name] = parameter
-
 
 def _nothing(model: UnifiedModel) -> None:
     pass
 
 
-# --- checkpoints ---------------------------------------------------------------------------------------------------------
-
-
-def save_shards(model: UnifiedModel, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """What each process has of weights and moments. Every process must enter."""
-    dcp.save(_tensors(model, optimizer), checkpoint_id=folder / SHARDS)
-
-
-def load_shards(model: UnifiedModel, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Takes up weights and moments, whatever the number of processes that wrote them. Raises ValueError where they are damaged."""
-    found = _tensors(model, optimizer)
-    try:
-        dcp.load(found, checkpoint_id=folder / SHARDS)
-    except Exception as error:
-        raise ValueError(f"checkpoint {folder} is damaged ({str(error)[:200]}). Delete it to resume from the one before.") from error
-    with torch.no_grad():
-        for name, parameter in _trained(model).items():
-            parameter.copy_(found[f"weight/{name}"])
-
-
-def _trained(model: UnifiedModel) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _tensors(model: UnifiedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights in float32 and moments by name; moments that are not there yet are made, as zero."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in _trained(model).items():
-        state = optimizer.state[parameter]
-        if not state:
-            state |= {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        tensors[f"weight/{name}"] = parameter.detach().float()
-        tensors |= {f"{moment}/{name}": state[moment] for moment in MOMENTS}
-    return tensors
-
-
-def spread_state(optimizer: torch.optim.Optimizer) -> None:
-    """Moments that a checkpoint holds whole become those of this process's shards."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(parameter, DTensor) and isinstance(value, Tensor) and not isinstance(value, DTensor) and value.ndim:
-                state[name] = distribute_tensor(value.float(), parameter.device_mesh, parameter.placements)
+def _skeleton(model: UnifiedModel, kept: set[nn.Parameter], dtype: torch.dtype | None) -> UnifiedModel:
+    """A copy that shares buffers and the weights that are kept, and has the others on "meta", what is trained in the type that it is saved
+    in."""
+    memo: dict[int, object] = {id(tensor): tensor for tensor in (*model.buffers(), *kept)}
+    for parameter in model.parameters():
+        if parameter not in kept:
+            empty = torch.empty_like(parameter, dtype=dtype or parameter.dtype, device="meta")
+            memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+    return copy.deepcopy(model, memo)

@@ -63,7 +63,7 @@ def supervised_gradient(
 ) -> dict[str, float]:
     """Backward of text_weight * mean text loss + image_weight * mean image loss; means over the global batch.
 
-    Every process is given the same batch and takes its share of it.
+    Every process is given the same batch and takes its share of it. It is the last that is computed before the optimizer's step.
     """
     choices = batch.choice_mask
     counts = torch.tensor([(choices & batch.text_mask[..., None]).sum(), (choices & batch.image_mask[..., None]).sum()])
@@ -72,11 +72,12 @@ def supervised_gradient(
     most = -(-len(batch) // world_size())  # rows of a process that has most
     parts = list(mine.split(micro_batch_size or most)) if len(mine) else []
     idle = -(-most // (micro_batch_size or most)) - len(parts) if model.sharding is not None else 0
-    for rows in [*parts, *[None] * idle]:  # where weights are gathered together, all must compute as often
+    passes = [*parts, *[None] * idle]  # where gradients are added up layer by layer, all must compute as often
+    for number, rows in enumerate(passes):
         micro = batch[[0] if rows is None else rows].to(model.device)
         text, image = (part if rows is not None else 0 * part for part in negative_log_likelihood(model, micro))
         loss = text_weight * text / max(1, int(counts[0])) + image_weight * image / max(1, int(counts[1]))
-        loss.backward()
+        model.backward(loss, more=number + 1 < len(passes))
         sums += torch.stack([text, image]).detach().cpu()
     sums = sum_over_processes(sums)
     text_loss, image_loss = (sums / counts.clamp(min=1)).tolist()

@@ -17,13 +17,14 @@ import torch
 from diptych.config import WarmupConfig
 from diptych.data import Mixture, Record
 from diptych.document import to_json_blocks
-from diptych.models import UnifiedModel, open_policy
+from diptych.models import UnifiedModel, equip, open_policy
 from diptych.runs import SHARED_FOLDER, RunFolder
 from diptych.runtime import agree, generator, joined_processes, pick_device, seed_everything, set_threads, weights_checksum
 from diptych.sampling.engine import fit_to_context, sample
 from diptych.training.admission import admit, note_skipped
+from diptych.training.checkpoints import Checkpoints, restore
 from diptych.training.inputs import check_inputs, summary
-from diptych.training.optim import make_optimizer, optimizer_step, restore, save_checkpoint
+from diptych.training.optim import make_optimizer, optimizer_step
 from diptych.training.parallel import parallelize
 from diptych.training.preemption import Preempted, Requests, asked_to_stop, preemptible
 from diptych.training.supervised import encode, encode_batch, example_length, negative_log_likelihood, supervised_gradient, usable_example
@@ -56,9 +57,9 @@ def _train(run: RunFolder[WarmupConfig], progress: Progress | None, requests: Re
     folder: Path | None = None
     if step:
         folder, state = run.load(step)
-    model = open_policy(config, device, folder).eval()  # no dropout: resumed and split batches must give the same gradient
+    model = open_policy(config, folder).eval()  # no dropout: resumed and split batches must give the same gradient
     agree(weights_checksum(model), "weights (by their checksum)", SHARED_FOLDER)
-    model = parallelize(model, config, device)
+    model = equip(parallelize(model, config, device), config)
     optimizer, schedule = make_optimizer(model, config.optim, config.max_steps)
     if folder is not None:
         restore(model, optimizer, schedule, state, folder.parent)
@@ -67,6 +68,7 @@ def _train(run: RunFolder[WarmupConfig], progress: Progress | None, requests: Re
         admit(some, partial(example_length, model), model.max_positions, run, name, known)
     note_skipped(run, mixture)
     held_out = validation.made(0, config.num_eval_records, partial(usable_example, model))
+    checkpoints = Checkpoints(run, model, optimizer, schedule)
 
     while step < config.max_steps:
         batch = encode_batch(model, mixture, config.batch_size, config.caption_dropout, config.seed, step)
@@ -83,13 +85,16 @@ def _train(run: RunFolder[WarmupConfig], progress: Progress | None, requests: Re
         if step % config.sample_steps == 0 or step == config.max_steps:
             save_samples(run, model, held_out, config, step)
         signal = asked_to_stop(requests)
-        if step % config.save_steps == 0 or step == config.max_steps or signal:
+        due = step % config.save_steps == 0 or step == config.max_steps or bool(signal)
+        if due:
             note_skipped(run, mixture)
-            save_checkpoint(run, step, model, optimizer, schedule)
+        checkpoints.after(step, due=due)
         if progress:
             progress(step, config.max_steps, metrics)
         if signal and step < config.max_steps:
+            checkpoints.finish()
             raise Preempted(f"{signal}: step {step} of {config.max_steps} is saved in {run.path}; the same command goes on")
+    checkpoints.finish()
     return model.eval()
 
 

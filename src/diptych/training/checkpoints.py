@@ -1,0 +1,174 @@
+"""Checkpoints of both trainings: written while training goes on where the model is spread over processes, and taken up again.
+
+A spread model is written by torch's distributed checkpoints: what each process holds is copied to the host's memory, and written from
+there. From these files the first process then writes the model in its family's layout, through files mapped into memory, so that no
+process ever holds all of it. A folder gets its name when everything is in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from diptych.models import UnifiedModel
+from diptych.runs import RunFolder
+from diptych.runtime import barrier, on_first, rank
+
+SHARDS = "shards"  # folder of a checkpoint with what every process has of weights and moments
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class Checkpoints:
+    """Those of a run. Every process must call the same methods."""
+
+    def __init__(
+        self,
+        run: RunFolder[Any],
+        model: UnifiedModel,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+    ) -> None:
+        self.run, self.model, self.optimizer, self.schedule = run, model, optimizer, schedule
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self._group = dist.new_group(backend="gloo") if model.sharding is not None else None  # training has its own meanwhile
+
+    def after(self, step: int, *, due: bool) -> None:
+        """Behind a step: saves it where that is due. Raises what came up while an earlier one was written."""
+        if self._writing is not None and self._writing.done():
+            self._writing.result()
+        if not due:
+            return
+        state = {"optimizer": None, "schedule": self.schedule.state_dict(), "step": step}
+        if self.model.sharding is None:
+            self.run.save(step, self.model, {**state, "optimizer": self.optimizer.state_dict()})
+            return
+        self.finish()
+        stack = contextlib.ExitStack()
+        folder = on_first(lambda: stack.enter_context(self.run.new_checkpoint(step)))
+        upload = dcp.async_save(
+            _tensors(self.model, self.optimizer), checkpoint_id=folder / SHARDS, process_group=self._group,
+            async_stager=BlockingAsyncStager(),
+        )  # fmt: skip
+        assert isinstance(upload, Future)
+        self._writing = self._pool.submit(self._complete, stack, upload, folder, state)
+
+    def finish(self) -> None:
+        """Waits for what is still being written, and raises what came up."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+            barrier()  # the first process has written more than the others
+
+    def _complete(self, stack: contextlib.ExitStack, upload: Future[Any], folder: Path, state: dict[str, Any]) -> None:
+        with stack:
+            upload.result()
+            if rank() == 0:
+                assert self.model.sharding is not None
+                export(self.model.sharding.skeleton, folder / SHARDS, folder / "model")
+                torch.save(state, folder / "trainer.pt")
+
+
+def export(skeleton: UnifiedModel, shards: Path, folder: Path) -> None:
+    """Writes the model of a checkpoint in shards as its family does (of one with an adapter, the adapter).
+
+    `skeleton`: without the weights that are spread. They are read into files beside `folder`, which are mapped into memory.
+    """
+    stored = dcp.FileSystemReader(shards).read_metadata().state_dict_metadata
+    with contextlib.ExitStack() as stack:
+        wanted = {}
+        for number, (name, parameter) in enumerate(skeleton.named_parameters()):
+            if f"weight/{name}" in stored and parameter.is_meta:
+                path = folder.with_name(f"weight_{number}")
+                stack.callback(path.unlink, missing_ok=True)
+                whole = torch.from_file(str(path), shared=True, size=parameter.numel(), dtype=parameter.dtype)
+                wanted[name] = whole.view(parameter.shape)
+        dcp.load({f"weight/{name}": tensor for name, tensor in wanted.items()}, checkpoint_id=shards, no_dist=True)
+        with _filled(skeleton, wanted):
+            skeleton.save(folder)
+
+
+@contextlib.contextmanager
+def _filled(model: UnifiedModel, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """The weights of a skeleton, under all names of those that have several, for as long as this lasts."""
+    whole = {id(p): nn.Parameter(tensors[name], p.requires_grad) for name, p in model.named_parameters() if name in tensors}
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in whole
+    ]
+    try:
+        for module, name, parameter in places:
+            module._parameters[name] = whole[id(parameter)]
+        yield
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+
+
+# --- going on --------------------------------------------------------------------------------------------------------------
+
+
+def restore(
+    model: UnifiedModel, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR, state: dict[str, Any], folder: Path
+) -> None:
+    """Takes up a checkpoint's moments and its place in the schedule, and of one that was written in shards the weights. The learning rate
+    is that of today's schedule, which is another one where `max_steps` changed. Raises ValueError where it is damaged."""
+    if state["optimizer"] is None:
+        _load_shards(model, optimizer, folder)
+    else:
+        optimizer.load_state_dict(state["optimizer"])
+        _spread(optimizer)
+    schedule.load_state_dict(state["schedule"])
+    rates = [base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
+
+
+def _load_shards(model: UnifiedModel, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Weights and moments, whatever the number of processes that wrote them."""
+    found = _tensors(model, optimizer)
+    try:
+        dcp.load(found, checkpoint_id=folder / SHARDS, no_dist=not dist.is_initialized())
+    except Exception as error:
+        raise ValueError(f"checkpoint {folder} is damaged ({str(error)[:200]}). Delete it to resume from the one before.") from error
+    with torch.no_grad():
+        for name, parameter in _trained(model).items():
+            parameter.copy_(found[f"weight/{name}"])
+
+
+def _trained(model: UnifiedModel) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _tensors(model: UnifiedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights in float32 and moments by name; moments that are not there yet are made, as zero."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in _trained(model).items():
+        state = optimizer.state[parameter]
+        if not state:
+            state |= {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        tensors[f"weight/{name}"] = parameter.detach().float()
+        tensors |= {f"{moment}/{name}": state[moment] for moment in MOMENTS}
+    return tensors
+
+
+def _spread(optimizer: torch.optim.Optimizer) -> None:
+    """Moments that a checkpoint holds whole become those of this process's shards."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(parameter, DTensor) and isinstance(value, Tensor) and not isinstance(value, DTensor) and value.ndim:
+                state[name] = distribute_tensor(value.to(parameter.dtype), parameter.device_mesh, parameter.placements)
