@@ -120,16 +120,17 @@ class Steps:
     def _record(self) -> torch.cuda.CUDAGraph:
         """Two steps to warm up on a stream of their own, as recording asks for, and one that is recorded; none of them counts."""
         started = self.positions.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
+        with torch.cuda.device(started.device):  # streams are of the GPU in use, which is the first where a model was put on another
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    self._step()
+                    self._undo(started)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # rewards may use the GPU in a thread of their own
                 self._step()
-                self._undo(started)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # rewards may use the GPU in a thread of their own
-            self._step()
         self._undo(started)
         return graph
 
