@@ -29,6 +29,7 @@ class ImageLikelihoodOptions(Config):
     per_code: bool = Field(False, description="the geometric mean over the codes of a picture, for pictures that can be drawn in many ways")
     guidance_scale: float = Field(1.0, ge=0, description="1: the plain likelihood; otherwise that of the guided distribution")
     from_pixels: bool = Field(False, description="encode pictures that come without codes; a decoded picture may get other codes")
+    image_size: int | None = Field(None, ge=1, description="pixels a side of the policy's pictures, for families that can choose (Emu3)")
     device: str = Field("auto", description="auto: the GPU where there is one")
     dtype: str = Field("auto", description="auto (the checkpoint's own), float32 or bfloat16")
     batch_size: int = Field(96, ge=1, description="pictures in one forward pass")
@@ -52,7 +53,8 @@ class ImageLikelihood:
     def __init__(self, **options: Any) -> None:
         """Raises ValueError for wrong options and for a model that cannot be loaded."""
         self.options = build(ImageLikelihoodOptions, options)
-        self.model = load_model(self.options.model, dtype=self.options.dtype).to(pick_device(self.options.device)).requires_grad_(False)
+        loaded = load_model(self.options.model, dtype=self.options.dtype, image_size=self.options.image_size)
+        self.model = loaded.to(pick_device(self.options.device)).requires_grad_(False)
         self._faults: Counter[str] = Counter()
         self._told = ""
 

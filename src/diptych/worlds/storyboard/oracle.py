@@ -60,7 +60,8 @@ def read_pictures(pictures: Sequence[PIL.Image.Image]) -> list[Scene | None]:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Rates in 0..1 of one document; `steps` says for each expected step whether its text and its picture are right.
+    """Rates in 0..1 of one document; `steps` says for each expected step whether its text and its picture are right, `steps_given` whether
+    its picture is right given what stands before it (None where that says nothing about it).
 
     format: 1 if text and picture alternate, with exactly the pictures (and the closing text) that were asked for.
     text: share of expected texts (event, scene, closing answer) that are exactly right.
@@ -81,8 +82,13 @@ class Verdict:
     order: float
     document: float
     steps: tuple[tuple[bool, bool], ...]
-    given: float = 0.0
+    steps_given: tuple[bool | None, ...] = ()
     kept: float = 0.0
+
+    @property
+    def given(self) -> float:
+        known = [right for right in self.steps_given if right is not None]
+        return sum(known) / len(known) if known else 0.0
 
     @property
     def score(self) -> float:
@@ -128,25 +134,26 @@ def _judge(document: Document, truth: Truth, seen) -> Verdict:
     image_rate = float(np.mean([image_right for _, image_right in steps]))
     order_rate = _common_subsequence([event for event, _ in told], list(truth.events)) / max(len(told), truth.num_steps)
     whole = float(format_rate == text_rate == image_rate == order_rate == 1)
-    given, kept = _given([shown for _, shown, _ in pairs], told, truth)
-    return Verdict(format_rate, text_rate, image_rate, order_rate, whole, tuple(steps), given, kept)
+    steps_given, kept = _given([shown for _, shown, _ in pairs], told, truth)
+    return Verdict(format_rate, text_rate, image_rate, order_rate, whole, tuple(steps), steps_given, kept)
 
 
-def _given(shown: Sequence[Scene | None], told: Sequence[tuple[Event | None, Scene | None]], truth: Truth) -> tuple[float, float]:
-    """`Verdict.given` and `Verdict.kept`; pictures beyond those that were asked for are not counted."""
-    rights: list[bool] = []
+def _given(
+    shown: Sequence[Scene | None], told: Sequence[tuple[Event | None, Scene | None]], truth: Truth
+) -> tuple[tuple[bool | None, ...], float]:
+    """`Verdict.steps_given` and `Verdict.kept`; pictures beyond those that were asked for are not counted."""
+    rights: list[bool | None] = []
     shares: list[float] = []
     before = truth.start
     for picture, (event, stated) in list(zip(shown, told, strict=True))[: truth.num_steps]:
         after = None if event is None or before is None else outcome(event, before)
         must_show = after if truth.telling == "terse" else stated
-        if must_show is not None:
-            rights.append(picture == must_show)
+        rights.append(None if must_show is None else picture == must_show)
         if after is not None and before is not None and event is not None:
             shares.append(_kept(picture, before, event))
         before = picture
-    rights += [False] * (truth.num_steps - len(shown))
-    return float(np.mean(rights)) if rights else 0.0, float(np.mean(shares)) if shares else 0.0
+    rights += [False] * (truth.num_steps - len(rights))
+    return tuple(rights), float(np.mean(shares)) if shares else 0.0
 
 
 def _kept(picture: Scene | None, before: Scene, event: Event) -> float:

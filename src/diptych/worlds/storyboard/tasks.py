@@ -28,7 +28,7 @@ from diptych.worlds.storyboard.world import FULL, Telling, World
 class Truth:
     """What a right answer contains: after `events[i]` the scene is `scenes[i]`; `answer` closes a reasoning document.
 
-    `start`: the scene before the first event, where the prompt's picture shows it. `telling`: how much a text of the answer says.
+    `start`: the scene before the first event. `telling`: how much a text of the answer says.
     """
 
     events: tuple[Event, ...]
@@ -128,7 +128,7 @@ def make_story(rng: np.random.Generator, world: World) -> Task:
     if world.telling == "terse":
         return _terse("story", "tell the story with pictures .", start, events, scenes)
     prompt = Document((Text("tell the story ."), *_given(rng, start), Text(_then(events))))
-    return Task("story", "story", prompt, start, Truth(events, scenes))
+    return Task("story", "story", prompt, start, Truth(events, scenes, start=start))
 
 
 def make_how_to(rng: np.random.Generator, world: World) -> Task:
@@ -144,7 +144,7 @@ def make_how_to(rng: np.random.Generator, world: World) -> Task:
         return _terse("how_to", "build this with pictures .", start, tuple(events), tuple(scenes))
     shown: list[Text | Image] = [Image(render(target))] if rng.random() < 0.5 else [Text(language.describe(target) + " .")]
     prompt = Document((Text("how do we build this ?"), *shown))
-    return Task("how_to", "how_to", prompt, start, Truth(tuple(events), tuple(scenes)))
+    return Task("how_to", "how_to", prompt, start, Truth(tuple(events), tuple(scenes), start=start))
 
 
 def _terse(family: str, asked: str, start: Scene, events: tuple[Event, ...], scenes: tuple[Scene, ...]) -> Task:
@@ -175,7 +175,7 @@ def make_reasoning(rng: np.random.Generator, world: World) -> Task:
         question = f"which is bigger , the {names[0]} or the {names[1]} ?"
         answer = next(thing.kind for thing in last.things if thing.size == "big")
     prompt = Document((*_given(rng, start), Text(f"{_then(events)} {question}")))
-    return Task("reasoning", kind, prompt, start, Truth(events, scenes, answer))
+    return Task("reasoning", kind, prompt, start, Truth(events, scenes, answer, start))
 
 
 _MAKERS: dict[str, Callable[[np.random.Generator, World], Task]] = {
