@@ -95,7 +95,7 @@ class RunConfig(Config):
     may_change: ClassVar[frozenset[str]] = frozenset(
         {
             "output_dir", "device", "num_threads", "max_steps", "save_steps", "logging_steps", "sample_steps", "report_to",
-            "gradient_checkpointing", "code_cache", "max_skipped_records", "parallel",
+            "gradient_checkpointing", "code_cache", "max_skipped_records", "parallel", "data_workers", "prefetch",
         }
     )  # fmt: skip
 
@@ -120,6 +120,10 @@ class RunConfig(Config):
     )
     code_cache: str | None = Field(None, description="folder for the codes of data sets' pictures; None: encoded at every use")
 
+    data_workers: int | None = Field(
+        None, ge=0, description="threads that read and prepare the next batches meanwhile; 0: none; None: 4 beside a GPU, none on a CPU"
+    )
+    prefetch: int = Field(2, ge=1, description="batches that they are ahead")
     max_skipped_records: float = Field(
         0.0,
         ge=0,

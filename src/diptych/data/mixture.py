@@ -62,20 +62,35 @@ class Mixture:
     def made(self, step: int, size: int, make: Callable[[int, Record], Any], places: Sequence[int] | None = None) -> list[Any]:
         """What `make` makes of each record, given its place in the batch; only of those at `places`, where these are given. A ValueError
         that it raises is about the record."""
+        return [
+            self.taken(*drawn, lambda place, number, at: make(place, self.sources[number][at])) for drawn in self.drawn(step, size, places)
+        ]
+
+    def drawn(self, step: int, size: int, places: Sequence[int] | None = None) -> list[tuple[int, int, int]]:
+        """Place in the batch, source, and index in it, of what stands there if nothing is left out."""
         rng = make_rng(self.seed, 3, step)
         picks = rng.choice(len(self.sources), size=size, p=self.weights)
         drawn = [(place, int(p), int(rng.integers(2**31))) for place, p in enumerate(picks)]
-        return [self._take(*drawn[place], make) for place in (range(size) if places is None else places)]
+        return [drawn[place] for place in (range(size) if places is None else places)]
 
-    def _take(self, place: int, number: int, index: int, make: Callable[[int, Record], Any]) -> Any:
+    def likely(self, number: int, index: int) -> int:
+        """The record of a source that `taken` tries first, as far as is known now."""
+        size, skipped = self.sources[number].size, self.skipped[number]
+        if size is None:
+            return index
+        return next((at % size for at in range(index, index + size) if at % size not in skipped), index % size)
+
+    def taken(self, place: int, number: int, index: int, attempt: Callable[[int, int, int], Any]) -> Any:
+        """What `attempt(place, source, index)` makes of the first record from `index` on that can be used. A ValueError that it raises is
+        about the record."""
         source = self.sources[number]
         if source.size is None:
-            return make(place, source[index])
+            return attempt(place, number, index)
         for at in range(index, index + source.size):
             at %= source.size
             if at not in self.skipped[number]:
                 try:
-                    return make(place, source[at])
+                    return attempt(place, number, at)
                 except ValueError as error:
                     self.skip(number, at, error)
         raise ValueError(f"none of the {source.size} {self.split} records of {source.name} can be used: {self._told(number)}")

@@ -7,9 +7,11 @@ can serve several models and trainings at once, and nothing in it is ever wrong,
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diptych.document import Document
 from diptych.models.base import UnifiedModel
 from diptych.runs import is_disk_full
+from diptych.tokens import TokenRow
 
 
 class CodeCache:
@@ -30,15 +34,27 @@ class CodeCache:
 
     def __call__(self, pixels: Tensor, encode: Callable[[], Tensor]) -> Tensor:
         """(num_positions, D) int64 of a picture as `encode_images` takes it, (3, S, S); `encode` is asked where they are not known yet."""
+        path = self._path(pixels)
+        found = self._read(path)
+        if found is None:
+            found = encode()
+            self._write(path, found.numpy().astype(np.int32))
+        return found
+
+    def known(self, pixels: Tensor) -> Tensor | None:
+        """The codes, where they are known."""
+        return self._read(self._path(pixels))
+
+    def _path(self, pixels: Tensor) -> Path:
         name = _hash(pixels)
-        path = self.folder / name[:2] / f"{name}.npy"
+        return self.folder / name[:2] / f"{name}.npy"
+
+    def _read(self, path: Path) -> Tensor | None:
         with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or cut off when the machine stopped: encoded again
             found = np.load(path, allow_pickle=False)
             if found.shape == self.shape:
                 return torch.from_numpy(found.astype(np.int64))
-        made = encode()
-        self._write(path, made.numpy().astype(np.int32))
-        return made
+        return None
 
     def _write(self, path: Path, codes: np.ndarray) -> None:
         """By a rename, so that other processes see all of a file or nothing."""
@@ -54,6 +70,69 @@ class CodeCache:
                 Path(temporary).unlink(missing_ok=True)
             hint = "no space left" if is_disk_full(error) else str(error)
             raise ValueError(f"cannot write to code_cache {self.folder}: {hint}. Give another folder, or leave code_cache out") from error
+
+
+# --- in other threads ----------------------------------------------------------------------------------------------------
+
+_thread = threading.local()  # `noted`: pictures whose codes this thread leaves out
+
+
+class Deferred:
+    """Stands in the place of a model's `code_cache`, so that rows can be made in threads that leave the device alone (`in_two_parts`)."""
+
+    def __init__(self, cache: CodeCache | None, shape: tuple[int, int]) -> None:
+        self.cache, self.shape = cache, shape
+
+    def __call__(self, pixels: Tensor, encode: Callable[[], Tensor]) -> Tensor:
+        """The codes; where they are not known, in a thread that notes pictures, -1, -2, ... at their positions."""
+        noted: list[Tensor] | None = getattr(_thread, "noted", None)
+        if noted is None:
+            return encode() if self.cache is None else self.cache(pixels, encode)
+        found = None if self.cache is None else self.cache.known(pixels)
+        if found is None:
+            count, depth = self.shape
+            found = (-1 - len(noted) * count - torch.arange(count))[:, None].expand(count, depth)  # (num_positions, D)
+            noted.append(pixels)
+        return found
+
+
+def defer_codes(model: UnifiedModel) -> None:
+    """Lets `in_two_parts` leave codes out, from now on."""
+    if not isinstance(model.code_cache, Deferred):
+        assert model.code_cache is None or isinstance(model.code_cache, CodeCache)
+        model.code_cache = Deferred(model.code_cache, (model.image_spec.num_positions, model.image_spec.depth))
+
+
+def in_two_parts(model: UnifiedModel, prompt: Document, make: Callable[[], TokenRow]) -> Callable[[], TokenRow]:
+    """What `make` gives, in two parts: all that needs no device now, and the codes of pictures in the function that is given back.
+
+    `prompt`: of the record that `make` encodes. All of it is done in the second part for families that find codes of a prompt's pictures
+    in a way of their own, and in the first where nobody called `defer_codes`.
+    """
+    if not isinstance(model.code_cache, Deferred):
+        row = make()
+        return lambda: row
+    own_way = type(model).prompt_image_row is not UnifiedModel.prompt_image_row
+    if own_way and type(model).prompt_image_embeds is UnifiedModel.prompt_image_embeds and prompt.images:
+        return make
+    _thread.noted = noted = list[Tensor]()
+    try:
+        row = make()
+    finally:
+        del _thread.noted
+    return lambda: _with_codes(model, row, noted)
+
+
+def _with_codes(model: UnifiedModel, row: TokenRow, noted: list[Tensor]) -> TokenRow:
+    if not noted:
+        return row
+    known = torch.cat([model.codes_of(pixels) for pixels in noted])  # (P * num_positions, D)
+    missing, codes = row.codes[:, 0] < 0, row.codes.clone()
+    codes[missing] = known[-1 - codes[missing, 0]]
+    return dataclasses.replace(row, codes=codes)
+
+
+# --- names of folders ----------------------------------------------------------------------------------------------------
 
 
 def tokenizer_hash(model: UnifiedModel) -> str:

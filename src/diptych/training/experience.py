@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diptych.config import GRPOConfig, SamplingParams
 from diptych.data import Mixture, Record
+from diptych.data.background import IN_TURN, Reader
 from diptych.document import to_json_blocks
 from diptych.models import UnifiedModel
 from diptych.rewards import RewardBatch, RewardError, call_rewards
@@ -31,6 +32,7 @@ from diptych.sampling.engine import check_room, context_needed, noise_of, sample
 from diptych.sampling.rollout import Rollout
 from diptych.tokens import AnswerForm, Modality, TokenRow
 from diptych.training.credit import document_rewards, of_choices
+from diptych.training.supervised import prepared
 
 logger = logging.getLogger(__name__)
 _EVALUATION = 2**20  # in the place of an attempt: random numbers of its own
@@ -117,14 +119,17 @@ def rearranged(rewards: RewardBatch, places: list[int]) -> RewardBatch:
     )
 
 
-def collect(model: UnifiedModel, prompts: Mixture, reward_functions: RewardFunctions, config: GRPOConfig, step: int) -> Sampled:
+def collect(
+    model: UnifiedModel, prompts: Mixture, reward_functions: RewardFunctions, config: GRPOConfig, step: int, reader: Reader = IN_TURN
+) -> Sampled:
     """Samples this process's share of the step's prompts and has them rewarded; groups without spread are sampled again from
     other prompts, `resample_attempts` times at most. Which documents are sampled does not depend on the number of processes."""
     places = list(range(rank(), config.prompts_per_step, world_size()))
     prompt = functools.partial(_encoded, model, config)
+    prepared_prompt = functools.partial(_prepared, model, config)
     columns = prompts.columns
     with model.gathered(), background(config, model.device) as submit:  # gathered once: processes may sample again more or less often
-        asked = prompts.made(step, config.prompts_per_step, prompt, places)
+        asked = reader.made(prompts, step, config.prompts_per_step, lambda _: prepared_prompt, last=config.max_steps, places=places)
         sampled = _collect_once(model, asked, reward_functions, config, (step, 0), submit, places, columns)
         for attempt in range(1, config.resample_attempts + 1):
             experience = sampled.experience(config)
@@ -145,10 +150,12 @@ Asked = tuple[Record, TokenRow]  # a record, and its prompt in tokens
 
 def _encoded(model: UnifiedModel, config: GRPOConfig, _: int, record: Record) -> Asked:
     """Raises ValueError naming the record where the model cannot take its prompt with the longest possible answer."""
-    try:
-        return record, prompt_row(model, record, config.sampling)
-    except ValueError as error:
-        raise ValueError(f"{record.name}: {error}") from error
+    return _prepared(model, config, 0, record)()
+
+
+def _prepared(model: UnifiedModel, config: GRPOConfig, _: int, record: Record) -> Callable[[], Asked]:
+    finish = prepared(model, record, functools.partial(prompt_row, model, record, config.sampling))
+    return lambda: (record, finish())
 
 
 def usable_prompt(model: UnifiedModel, config: GRPOConfig, place: int, record: Record) -> Record:

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from diptych.config import GRPOConfig, ModalityConfig, SamplingParams
 from diptych.data import Mixture
+from diptych.data.background import IN_TURN, Reader
 from diptych.models import UnifiedModel, equip, open_policy
+from diptych.models.codes import defer_codes
 from diptych.models.loading import Reference
 from diptych.rewards import load_reward
 from diptych.rewards.base import about, changeable_options, check_columns
@@ -86,12 +88,15 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
         seed_everything(config.seed)  # for rewards that draw while they are made
         reward_functions = [(reward, load_reward(reward.name)) for reward in config.rewards]
         told = [{"name": reward.key, "about": about(reward, function)} for reward, function in reward_functions]  # refuses wrong options
-        with RunFolder(config.output_dir, config, changeable_options(reward_functions)) as run, preemptible() as requests:
+        folder = RunFolder(config.output_dir, config, changeable_options(reward_functions))
+        with folder as run, preemptible() as requests, Reader.of(config) as reader:
             run.describe("rewards.json", told)
-            return _train(run, [(reward, load_reward(reward.name)) for reward in run.config.rewards], progress, requests)
+            return _train(run, [(reward, load_reward(reward.name)) for reward in run.config.rewards], progress, requests, reader)
 
 
-def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progress: Progress | None, requests: Requests) -> UnifiedModel:
+def _train(
+    run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progress: Progress | None, requests: Requests, reader: Reader
+) -> UnifiedModel:
     config = run.config
     set_threads(config.num_threads)
     device = pick_device(config.device)
@@ -134,13 +139,15 @@ def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progre
     usable = partial(usable_prompt, model, config)
     held_out = held_out_prompts.made(0, config.num_eval_prompts, usable) if held_out_prompts else []
     silence = Silence(config)
+    if reader.is_ahead:
+        defer_codes(model)
     checkpoints = Checkpoints(run, model, optimizer, schedule)
 
     while step < config.max_steps:
         began = time.perf_counter()
         if "optimizer" in config.offload:
             move_state(optimizer, torch.device("cpu"))
-        sampled = collect(model, prompts, reward_functions, config, step)
+        sampled = collect(model, prompts, reward_functions, config, step, reader)
         sampling_ended = time.perf_counter()
         batch = collate([r.row for r in sampled.rollouts]).to(device)  # (B, T)
         guided = config.score_guidance == "exact"
@@ -162,7 +169,7 @@ def _train(run: RunFolder[GRPOConfig], reward_functions: RewardFunctions, progre
         for update, rows in enumerate(minibatches(config, len(batch), step)):
             sums.append(accumulate_gradient(model, batch, rows, old.logprobs, ref_logprobs, advantages, config))
             if old_skills is not None:
-                metrics |= add_supervised_gradient(model, old_skills, config, step * updates_per_step(config) + update)
+                metrics |= add_supervised_gradient(model, old_skills, config, step * updates_per_step(config) + update, reader)
             metrics |= optimizer_step(model, optimizer, schedule, config.optim)
         step += 1
         metrics |= update_metrics(sums) | reward_metrics(seen, config)
@@ -292,11 +299,14 @@ def accumulate_gradient(
     return total
 
 
-def add_supervised_gradient(model: UnifiedModel, old_skills: Mixture, config: GRPOConfig, update: int) -> dict[str, float]:
+def add_supervised_gradient(
+    model: UnifiedModel, old_skills: Mixture, config: GRPOConfig, update: int, reader: Reader = IN_TURN
+) -> dict[str, float]:
     """Backward of ptx.coef * (text loss + image loss) on examples of the old skills."""
     ptx = config.ptx
     assert ptx is not None
-    batch = encode_batch(model, old_skills, ptx.batch_size, ptx.caption_dropout, config.seed, update)
+    last = config.max_steps * updates_per_step(config)
+    batch = encode_batch(model, old_skills, ptx.batch_size, ptx.caption_dropout, config.seed, update, reader, last)
     weights = {"text_weight": ptx.coef * ptx.text_weight, "image_weight": ptx.coef * ptx.image_weight}
     losses = supervised_gradient(model, batch, **weights, micro_batch_size=config.micro_batch_size)
     return {"ptx/loss/text": losses["loss/text"], "ptx/loss/image": losses["loss/image"]}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from diptych.data import Mixture, Record
+from diptych.data.background import IN_TURN, Prepare, Reader
 from diptych.models import UnifiedModel
+from diptych.models.codes import in_two_parts
 from diptych.runtime import generator, rank, sum_over_processes, world_size
 from diptych.sampling.logprobs import score
 from diptych.tokens import TokenBatch, TokenRow, collate
@@ -20,22 +23,46 @@ def encode(model: UnifiedModel, records: Sequence[Record], caption_dropout: floa
     Raises ValueError for a record without an answer, and one that the model cannot take, with its place.
     """
     draws = _draws(len(records), seed, step)
-    return collate([_named_row(model, draws, caption_dropout, place, record) for place, record in enumerate(records)])
+    return collate([_prepared(model, draws, caption_dropout, place, record)() for place, record in enumerate(records)])
 
 
-def encode_batch(model: UnifiedModel, mixture: Mixture, size: int, caption_dropout: float, seed: int, step: int) -> TokenBatch:
-    """`encode` of a batch of a mixture, which leaves out what cannot be encoded, as far as it may."""
-    row = functools.partial(_named_row, model, _draws(size, seed, step), caption_dropout)
-    return collate(mixture.made(step, size, row))
+def encode_batch(
+    model: UnifiedModel, mixture: Mixture, size: int, caption_dropout: float, seed: int, step: int, reader: Reader = IN_TURN, last: int = 0
+) -> TokenBatch:
+    """`encode` of a batch of a mixture, which leaves out what cannot be encoded, as far as it may. `reader`: makes it, and those that
+    follow before step `last`."""
+
+    def prepare(of: int) -> Prepare:
+        return functools.partial(_prepared, model, _draws(size, seed, of), caption_dropout)
+
+    return collate(reader.made(mixture, step, size, prepare, last=last))
 
 
 def _draws(size: int, seed: int, step: int) -> list[float]:
     return torch.rand(size, generator=generator(seed, 4, step)).tolist()
 
 
-def _named_row(model: UnifiedModel, draws: Sequence[float], caption_dropout: float, place: int, record: Record) -> TokenRow:
+def _prepared(model: UnifiedModel, draws: Sequence[float], caption_dropout: float, place: int, record: Record) -> Callable[[], TokenRow]:
+    unconditional = record.is_drawing and draws[place] < caption_dropout
+    return prepared(model, record, functools.partial(example_row, model, record, unconditional=unconditional))
+
+
+def prepared(model: UnifiedModel, record: Record, make: Callable[[], TokenRow]) -> Callable[[], TokenRow]:
+    """A record's row in two parts (`in_two_parts`). A ValueError of either names the record."""
+    with _named(record):
+        finish = in_two_parts(model, record.prompt, make)
+
+    def finished() -> TokenRow:
+        with _named(record):
+            return finish()
+
+    return finished
+
+
+@contextlib.contextmanager
+def _named(record: Record) -> Iterator[None]:
     try:
-        return example_row(model, record, unconditional=record.is_drawing and draws[place] < caption_dropout)
+        yield
     except ValueError as error:
         raise ValueError(f"{record.name}: {error}") from error
 
@@ -49,7 +76,7 @@ def example_row(model: UnifiedModel, record: Record, *, unconditional: bool = Fa
 
 def usable_example(model: UnifiedModel, _: int, record: Record) -> Record:
     """The record itself, if it can be encoded with its pictures."""
-    _named_row(model, [1.0], 0.0, 0, record)
+    prepared(model, record, functools.partial(example_row, model, record))()
     return record
 
 

@@ -16,8 +16,10 @@ import torch
 
 from diptych.config import WarmupConfig
 from diptych.data import Mixture, Record
+from diptych.data.background import Reader
 from diptych.document import to_json_blocks
 from diptych.models import UnifiedModel, equip, open_policy
+from diptych.models.codes import defer_codes
 from diptych.runs import SHARED_FOLDER, RunFolder
 from diptych.runtime import agree, generator, joined_processes, pick_device, seed_everything, set_threads, weights_checksum
 from diptych.sampling.engine import fit_to_context, sample
@@ -38,11 +40,11 @@ def warmup(config: WarmupConfig, progress: Progress | None = None) -> UnifiedMod
     Raises ValueError for settings, data or checkpoints that cannot be used, and Preempted behind a step that is saved, where the process
     was asked to stop (SIGTERM, SIGUSR1).
     """
-    with joined_processes(), RunFolder(config.output_dir, config) as run, preemptible() as requests:
-        return _train(run, progress, requests)
+    with joined_processes(), RunFolder(config.output_dir, config) as run, preemptible() as requests, Reader.of(config) as reader:
+        return _train(run, progress, requests, reader)
 
 
-def _train(run: RunFolder[WarmupConfig], progress: Progress | None, requests: Requests) -> UnifiedModel:
+def _train(run: RunFolder[WarmupConfig], progress: Progress | None, requests: Requests, reader: Reader) -> UnifiedModel:
     config = run.config
     set_threads(config.num_threads)
     seed_everything(config.seed)
@@ -70,8 +72,11 @@ def _train(run: RunFolder[WarmupConfig], progress: Progress | None, requests: Re
     held_out = validation.made(0, config.num_eval_records, partial(usable_example, model))
     checkpoints = Checkpoints(run, model, optimizer, schedule)
 
+    if reader.is_ahead:
+        defer_codes(model)
+
     while step < config.max_steps:
-        batch = encode_batch(model, mixture, config.batch_size, config.caption_dropout, config.seed, step)
+        batch = encode_batch(model, mixture, config.batch_size, config.caption_dropout, config.seed, step, reader, config.max_steps)
         metrics = supervised_gradient(
             model, batch, text_weight=config.text_weight, image_weight=config.image_weight, micro_batch_size=config.micro_batch_size
         )
