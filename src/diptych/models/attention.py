@@ -43,6 +43,13 @@ def accept_layouts(config: Any) -> None:
         config._attn_implementation = _NAME
 
 
+class CausalAttention:
+    """A few positions, each after those before it. Given no layout, transformers asks the device whether sequences are packed."""
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)[0]
+
+
 class Slots:
     """Keys and values of B rows that share slots: row b has something in slot s where `taken[b, s]`.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 from diptych.config import ImageSampling, SamplingParams
-from diptych.models.attention import Layout
+from diptych.models.attention import CausalAttention, Layout
 from diptych.models.base import UnifiedModel, check_image_size
 from diptych.models.hf import decode
 from diptych.models.image_spec import ImageSpec
@@ -122,7 +122,7 @@ class StoryboardModel(UnifiedModel):
         inputs += [self.depth_code_embeddings[d][code_prefix[:, d]] for d in range(code_prefix.shape[1])]
         stacked = torch.stack(inputs, dim=1)
         positions = torch.arange(stacked.shape[1], device=hidden.device)[None]
-        return self.depth_model(inputs_embeds=stacked, position_ids=positions, use_cache=False).last_hidden_state
+        return decode(self.depth_model, stacked, positions, CausalAttention())
 
     def image_logits(self, hidden: Tensor, codes: Tensor) -> Tensor:
         return torch.einsum("ndi,dki->ndk", self._depth_hidden(hidden, codes[:, :-1]), self._depth_outputs())
