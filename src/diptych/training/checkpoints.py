@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -51,13 +52,15 @@ class Checkpoints:
             return
         state = {"optimizer": None, "schedule": self.schedule.state_dict(), "step": step}
         if self.model.sharding is None:
-            self.run.save(step, self.model, {**state, "optimizer": self.optimizer.state_dict()})
+            of_torch = isinstance(self.optimizer, torch.optim.AdamW)
+            moments = {"optimizer": self.optimizer.state_dict()} if of_torch else {"moments": _moments(self.model, self.optimizer)}
+            self.run.save(step, self.model, state | moments)
             return
         self.finish()
         stack = contextlib.ExitStack()
         folder = on_first(lambda: stack.enter_context(self.run.new_checkpoint(step)))
         upload = dcp.async_save(
-            _tensors(self.model, self.optimizer), checkpoint_id=folder / SHARDS, process_group=self._group,
+            {**_weights(self.model), **_moments(self.model, self.optimizer)}, checkpoint_id=folder / SHARDS, process_group=self._group,
             async_stager=BlockingAsyncStager(),
         )  # fmt: skip
         assert isinstance(upload, Future)
@@ -72,7 +75,10 @@ class Checkpoints:
 
     def _complete(self, stack: contextlib.ExitStack, upload: Future[Any], folder: Path, state: dict[str, Any]) -> None:
         with stack:
-            upload.result()
+            try:
+                upload.result()
+            except CheckpointException as error:  # is no Exception
+                raise ValueError(f"the checkpoint of step {state['step']} could not be written: {_said(error)}") from error
             if rank() == 0:
                 assert self.model.sharding is not None
                 export(self.model.sharding.skeleton, folder / SHARDS, folder / "model")
@@ -126,43 +132,80 @@ def restore(
     """Takes up a checkpoint's moments and its place in the schedule, and of one that was written in shards the weights. The learning rate
     is that of today's schedule, which is another one where `max_steps` changed. Raises ValueError where it is damaged."""
     if state["optimizer"] is None:
-        _load_shards(model, optimizer, folder)
+        _take_up(model, optimizer, folder, state.get("moments"))
     else:
         optimizer.load_state_dict(state["optimizer"])
         _spread(optimizer)
     schedule.load_state_dict(state["schedule"])
-    rates = [base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    rates: list[float | Tensor] = [
+        float(base) * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
     schedule._last_lr = rates
 
 
-def _load_shards(model: UnifiedModel, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Weights and moments, whatever the number of processes that wrote them."""
-    found = _tensors(model, optimizer)
+def _take_up(model: UnifiedModel, optimizer: torch.optim.Optimizer, folder: Path, stored: dict[str, Tensor] | None) -> None:
+    """Moments that are `stored`, or weights and moments in shards, whatever the number of processes that wrote them."""
+    moments = _moments(model, optimizer)
     try:
+        if stored is not None:
+            for name, tensor in moments.items():
+                tensor.copy_(stored[name])
+            return
+        found = {**_weights(model), **moments}
         dcp.load(found, checkpoint_id=folder / SHARDS, no_dist=not dist.is_initialized())
-    except Exception as error:
-        raise ValueError(f"checkpoint {folder} is damaged ({str(error)[:200]}). Delete it to resume from the one before.") from error
+    except (Exception, CheckpointException) as error:
+        said = _said(error)
+        if not isinstance(optimizer, torch.optim.AdamW):
+            raise ValueError(
+                f"the moments in {folder} are not those of adamw_8bit with this parallel.shard_size ({said}): blocks of 8 bits cannot be "
+                "divided anew. Go on with as many processes and the optim.name with which it was written"
+            ) from error
+        raise ValueError(f"checkpoint {folder} is damaged ({said}). Delete it to resume from the one before.") from error
     with torch.no_grad():
         for name, parameter in _trained(model).items():
             parameter.copy_(found[f"weight/{name}"])
+
+
+def _said(error: BaseException) -> str:
+    """What came up first, of an error that torch has gathered from several processes."""
+    first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) and error.failures else error
+    return f"{first}"[:200]
 
 
 def _trained(model: UnifiedModel) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _tensors(model: UnifiedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights in float32 and moments by name; moments that are not there yet are made, as zero."""
+def _weights(model: UnifiedModel) -> dict[str, Tensor]:
+    """In float32, by name."""
+    return {f"weight/{name}": parameter.detach().float() for name, parameter in _trained(model).items()}
+
+
+def _moments(model: UnifiedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Those of the optimizer themselves, by name; what is not there yet is made, as zero. Those in 8 bits are named by the part of the
+    weight that they belong to, because their blocks are those of the part."""
     tensors: dict[str, Tensor] = {}
+    eight_bits = getattr(optimizer, "_new_buffer", None)
     for name, parameter in _trained(model).items():
         state = optimizer.state[parameter]
         if not state:
-            state |= {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        tensors[f"weight/{name}"] = parameter.detach().float()
-        tensors |= {f"{moment}/{name}": state[moment] for moment in MOMENTS}
+            for moment, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+                state[moment] = torch.zeros_like(parameter) if eight_bits is None else eight_bits(parameter, signed)
+            state["step"] = torch.zeros((), device=parameter.device if eight_bits is None else "cpu")
+        for moment in MOMENTS:
+            value = state[moment]
+            if eight_bits is None or moment == "step":
+                tensors[f"{moment}/{name}"] = value
+                continue
+            local: Any
+            local, part = (value.to_local(), value.device_mesh.get_local_rank("shard")) if isinstance(value, DTensor) else (value, 0)
+            fields = {"": local} if not hasattr(local, "codes") else {".codes": local.codes, ".scale": local.scale}
+            tensors |= {f"{moment}{field}/{name}/{part}": tensor for field, tensor in fields.items() if tensor.numel()}
     return tensors
 
 

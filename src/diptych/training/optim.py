@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,14 +16,20 @@ from diptych.config import OptimConfig
 from diptych.models import UnifiedModel
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig, max_steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW, fused, over what is trainable (weight decay on matrices only), and linear warm-up, then the chosen decay to 0."""
+def make_optimizer(
+    model: nn.Module, config: OptimConfig, max_steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW over what is trainable (weight decay on matrices only), and linear warm-up, then the chosen decay to 0.
+
+    Raises ValueError where the library for moments of 8 bits is not installed.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+    make = partial(torch.optim.AdamW, fused=True) if config.name == "adamw" else _adamw_8bit()
+    optimizer = make([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
 
     def factor(step: int) -> float:
         if step < config.warmup_steps:
@@ -32,6 +42,15 @@ def make_optimizer(model: nn.Module, config: OptimConfig, max_steps: int) -> tup
         return 1.0
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of optional kernels at import
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError("optim.name: adamw_8bit needs the extra: pip install 'diptych[gpu]'") from error
+    return AdamW8bit
 
 
 def move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -60,7 +79,9 @@ def optimizer_step(
             "log-probabilities of the last step; earlier checkpoints are intact"
         )
     rate = float(schedule.get_last_lr()[0])
-    optimizer.step()
+    # on a CPU the 8-bit step is not worth compiling
+    with torch.compiler.set_stance("force_eager") if model.device.type == "cpu" else contextlib.nullcontext():
+        optimizer.step()
     schedule.step()
     optimizer.zero_grad(set_to_none=True)
     return {"grad_norm": float(norm), "learning_rate": rate}
