@@ -54,7 +54,7 @@ class SamplingParams(Config):
 
 
 class OptimConfig(Config):
-    """AdamW. `adamw_8bit` keeps its moments in 8 bits, by blocks of 256 (torchao; arXiv:2110.02861)."""
+    """AdamW. `adamw_8bit` keeps its moments in 8 bits, by blocks of 256 (bitsandbytes; arXiv:2110.02861)."""
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"
     lr: float = Field(gt=0)

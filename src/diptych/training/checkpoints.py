@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from diptych.models import UnifiedModel
 from diptych.runs import RunFolder
 from diptych.runtime import barrier, on_first, rank
+from diptych.training.eight_bit import EightBitAdamW
 
 SHARDS = "shards"  # folder of a checkpoint with what every process has of weights and moments
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -52,8 +53,8 @@ class Checkpoints:
             return
         state = {"optimizer": None, "schedule": self.schedule.state_dict(), "step": step}
         if self.model.sharding is None:
-            of_torch = isinstance(self.optimizer, torch.optim.AdamW)
-            moments = {"optimizer": self.optimizer.state_dict()} if of_torch else {"moments": _moments(self.model, self.optimizer)}
+            eight_bits = isinstance(self.optimizer, EightBitAdamW)
+            moments = {"moments": _moments(self.model, self.optimizer)} if eight_bits else {"optimizer": self.optimizer.state_dict()}
             self.run.save(step, self.model, state | moments)
             return
         self.finish()
@@ -137,30 +138,25 @@ def restore(
         optimizer.load_state_dict(state["optimizer"])
         _spread(optimizer)
     schedule.load_state_dict(state["schedule"])
-    rates: list[float | Tensor] = [
-        float(base) * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
+    rates = [base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+        group["lr"] = rate
     schedule._last_lr = rates
 
 
 def _take_up(model: UnifiedModel, optimizer: torch.optim.Optimizer, folder: Path, stored: dict[str, Tensor] | None) -> None:
     """Moments that are `stored`, or weights and moments in shards, whatever the number of processes that wrote them."""
     moments = _moments(model, optimizer)
+    found = dict(moments) if stored is not None else {**_weights(model), **moments}
     try:
-        if stored is not None:
-            for name, tensor in moments.items():
+        if stored is None:
+            dcp.load(found, checkpoint_id=folder / SHARDS, no_dist=not dist.is_initialized())
+        else:
+            for name, tensor in found.items():
                 tensor.copy_(stored[name])
-            return
-        found = {**_weights(model), **moments}
-        dcp.load(found, checkpoint_id=folder / SHARDS, no_dist=not dist.is_initialized())
     except (Exception, CheckpointException) as error:
         said = _said(error)
-        if not isinstance(optimizer, torch.optim.AdamW):
+        if isinstance(optimizer, EightBitAdamW):
             raise ValueError(
                 f"the moments in {folder} are not those of adamw_8bit with this parallel.shard_size ({said}): blocks of 8 bits cannot be "
                 "divided anew. Go on with as many processes and the optim.name with which it was written"
@@ -168,7 +164,11 @@ def _take_up(model: UnifiedModel, optimizer: torch.optim.Optimizer, folder: Path
         raise ValueError(f"checkpoint {folder} is damaged ({said}). Delete it to resume from the one before.") from error
     with torch.no_grad():
         for name, parameter in _trained(model).items():
-            parameter.copy_(found[f"weight/{name}"])
+            if stored is None:
+                parameter.copy_(found[f"weight/{name}"])
+            if isinstance(optimizer, EightBitAdamW):
+                steps = [int(value) for key, value in found.items() if key.startswith(f"step/{name}/")]
+                optimizer.set_step(parameter, max(steps, default=0))
 
 
 def _said(error: BaseException) -> str:
@@ -190,22 +190,16 @@ def _moments(model: UnifiedModel, optimizer: torch.optim.Optimizer) -> dict[str,
     """Those of the optimizer themselves, by name; what is not there yet is made, as zero. Those in 8 bits are named by the part of the
     weight that they belong to, because their blocks are those of the part."""
     tensors: dict[str, Tensor] = {}
-    eight_bits = getattr(optimizer, "_new_buffer", None)
     for name, parameter in _trained(model).items():
+        if isinstance(optimizer, EightBitAdamW):
+            part = parameter.device_mesh.get_local_rank("shard") if isinstance(parameter, DTensor) else 0
+            tensors |= {f"{moment}/{name}/{part}": value for moment, value in optimizer.moments(parameter).items()}
+            continue
         state = optimizer.state[parameter]
         if not state:
-            for moment, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-                state[moment] = torch.zeros_like(parameter) if eight_bits is None else eight_bits(parameter, signed)
-            state["step"] = torch.zeros((), device=parameter.device if eight_bits is None else "cpu")
-        for moment in MOMENTS:
-            value = state[moment]
-            if eight_bits is None or moment == "step":
-                tensors[f"{moment}/{name}"] = value
-                continue
-            local: Any
-            local, part = (value.to_local(), value.device_mesh.get_local_rank("shard")) if isinstance(value, DTensor) else (value, 0)
-            fields = {"": local} if not hasattr(local, "codes") else {".codes": local.codes, ".scale": local.scale}
-            tensors |= {f"{moment}{field}/{name}/{part}": tensor for field, tensor in fields.items() if tensor.numel()}
+            state |= {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        tensors |= {f"{moment}/{name}": state[moment] for moment in MOMENTS}
     return tensors
 
 

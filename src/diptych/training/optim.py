@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from diptych.config import OptimConfig
 from diptych.models import UnifiedModel
+from diptych.training.eight_bit import EightBitAdamW
 
 
 def make_optimizer(
@@ -28,7 +26,7 @@ def make_optimizer(
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    make = partial(torch.optim.AdamW, fused=True) if config.name == "adamw" else _adamw_8bit()
+    make = partial(torch.optim.AdamW, fused=True) if config.name == "adamw" else EightBitAdamW
     optimizer = make([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
 
     def factor(step: int) -> float:
@@ -44,18 +42,9 @@ def make_optimizer(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of optional kernels at import
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError("optim.name: adamw_8bit needs the extra: pip install 'diptych[gpu]'") from error
-    return AdamW8bit
-
-
 def move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """The optimizer's moments to another device, e.g. out of a GPU's memory while documents are sampled."""
-    for state in optimizer.state.values():
+    for state in (optimizer.inner if isinstance(optimizer, EightBitAdamW) else optimizer).state.values():
         for name, value in state.items():
             if isinstance(value, torch.Tensor):
                 state[name] = value.to(device)
@@ -79,9 +68,7 @@ def optimizer_step(
             "log-probabilities of the last step; earlier checkpoints are intact"
         )
     rate = float(schedule.get_last_lr()[0])
-    # on a CPU the 8-bit step is not worth compiling
-    with torch.compiler.set_stance("force_eager") if model.device.type == "cpu" else contextlib.nullcontext():
-        optimizer.step()
+    optimizer.step()
     schedule.step()
     optimizer.zero_grad(set_to_none=True)
     return {"grad_norm": float(norm), "learning_rate": rate}
