@@ -608,8 +608,11 @@ def reference(name: str, folder: Path) -> UnifiedModel:
             emu3 = Emu3ForConditionalGeneration(Emu3Config(vocabulary_map=emu3_map))
         return Emu3Model(emu3, words, None, folder)
     codes = {"IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z": code for code in range(8192)}
+    large: dict[str, Any] = {"hidden_size": 8192, "intermediate_size": 22_016, "num_hidden_layers": 48, "num_attention_heads": 64,
+                             "num_key_value_heads": 8, "swin_norm": True}  # fmt: skip
     with torch.device("meta"):
-        chameleon = ChameleonForConditionalGeneration(ChameleonConfig(vq_config={}, vocabulary_map=codes))
+        config = ChameleonConfig(vq_config={}, vocabulary_map=codes, **large if name.endswith("34B") else {})
+        chameleon = ChameleonForConditionalGeneration(config)
     return ChameleonModel(chameleon, words, None, folder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -111,25 +111,56 @@ def merge(
     say(f"saved: {out}")
 
 
-@app.command(epilog="Example: diptych doctor --model deepseek-community/Janus-Pro-7B")
+@app.command(epilog="Examples: diptych doctor deepseek-community/Janus-Pro-7B; diptych doctor Janus-Pro-7B --gpus 8 --gpu-memory 80")
 def doctor(
-    model: Annotated[str | None, typer.Option(help="packaged name, checkpoint or adapter folder; left out: this machine")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="packaged name, checkpoint or adapter folder, or hub id; with --gpus also a released size such as Janus-Pro-7B; "
+            "left out: this machine, or all released sizes",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="the same as MODEL")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of a machine that train it together: memory and traffic of each")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB of one of these GPUs; left out: of this machine's")] = None,
+    nodes: Annotated[int | None, typer.Option(help="machines with so many GPUs; left out: 1")] = None,
+    shard_size: Annotated[int | None, typer.Option(help="parallel.shard_size; left out: the GPUs of one machine")] = None,
+    adamw_8bit: Annotated[bool, typer.Option("--adamw-8bit", help="with --gpus: optim.name adamw_8bit, moments of 8 bits")] = False,
+    kl: Annotated[bool, typer.Option("--kl", help="with a KL term (beta not 0): full training then keeps a frozen copy")] = False,
     num_images: Annotated[int, typer.Option(min=0, help="pictures of one document")] = 3,
     num_generations: Annotated[int, typer.Option(min=1, help="G, the documents of one prompt")] = 8,
     text_tokens: Annotated[int, typer.Option(min=1, help="text tokens of one document")] = 256,
+    num_prompts: Annotated[int, typer.Option(min=1, help="prompts of one GPU, sampled together")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """What a checkpoint is, the memory it needs, and what is wrong with its folder. Weights are not read. Exits with 1 on problems."""
     import dataclasses
 
-    from diptych.doctor import DocumentSize, examine, machine, render, render_machine
+    from diptych.doctor import DocumentSize, examine, fleet, machine, plans, released, render, render_machine, render_plans
 
-    sizes = {"num_images": num_images, "num_generations": num_generations, "text_tokens": text_tokens}
-    if model is None:
-        found = machine(DocumentSize(**sizes))
-        console.print_json(json.dumps(found)) if as_json else console.print(render_machine(found), markup=True)
+    if name is not None and model is not None:
+        raise ValueError(f"the model is given twice, as {name!r} and as --model {model!r}; leave one out")
+    model, asked = model or name, fleet(gpus, gpu_memory, nodes, shard_size)
+    if adamw_8bit and asked is None:
+        raise ValueError("--adamw-8bit is about several GPUs, or one: say how many each machine has: --gpus 8")
+    document = DocumentSize(num_images, num_generations, text_tokens, num_prompts)
+    size = None if model is None or Path(model).is_dir() else released(model)
+
+    def show(found: Any, rendered: Any) -> None:
+        console.print_json(json.dumps(found, default=str)) if as_json else console.print(rendered, markup=True)
+
+    if asked is not None and (model is None or size is not None):
+        found = plans(asked, document, kl=kl, adamw_8bit=adamw_8bit, only=size)
+        show({name: dataclasses.asdict(plan) for name, plan in found.items()}, render_plans(found))
         return
-    diagnosis = examine(model, **sizes)
-    console.print_json(json.dumps(dataclasses.asdict(diagnosis), default=str)) if as_json else console.print(render(diagnosis), markup=True)
+    if model is None:
+        here = machine(document)
+        show(here, render_machine(here))
+        return
+    if size is not None:
+        raise ValueError(f"there is no folder {model}; the released size of that name is known with --gpus, e.g. --gpus 1 --gpu-memory 80")
+    diagnosis = examine(model, **dataclasses.asdict(document), fleet=asked, kl=kl, adamw_8bit=adamw_8bit)
+    show(dataclasses.asdict(diagnosis), render(diagnosis))
     if any(not problem.startswith("warning: ") for problem in diagnosis.problems):
         raise typer.Exit(1)

@@ -11,6 +11,7 @@ from diptych.doctor.adapter import Adapter, check_fit, read_adapter
 from diptych.doctor.files import read_json_object
 from diptych.doctor.hardware import Gpu, gpus
 from diptych.doctor.memory import MODES, DocumentSize, Memory, Sizes, estimate, stored_tensors
+from diptych.doctor.scale import Fleet, Plan, plan
 from diptych.doctor.skeleton import Skeleton, build_skeleton
 from diptych.models.base import UnifiedModel
 from diptych.models.loading import PACKAGED, family_of, packaged_folder
@@ -33,7 +34,7 @@ class Diagnosis:
     image: positions, depth, codebook_size, pixel_size, length (sequence positions with begin and forced tokens).
     defaults: how the release samples. prompt_pictures: "codes" or "features". decodes: whether codes become pictures.
     document: what memory was computed for, `positions` it takes and whether it `fits` the context. memory: by mode, GiB.
-    fits: by mode, for each of `gpus`.
+    fits: by mode, for each of `gpus`. scale: what several GPUs need, where it was asked for.
     """
 
     source: str
@@ -54,28 +55,44 @@ class Diagnosis:
     memory: dict[str, Memory] | None = None
     gpus: list[Gpu] = dataclasses.field(default_factory=list)
     fits: dict[str, list[bool]] | None = None
+    scale: Plan | None = None
 
 
-def examine(source: str, *, num_images: int = 3, num_generations: int = 8, text_tokens: int = 256, num_prompts: int = 1) -> Diagnosis:
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What memory is computed for. `fleet`: None: one process on one GPU. `kl`: with a KL term. `adamw_8bit`: of a fleet."""
+
+    document: DocumentSize
+    fleet: Fleet | None = None
+    kl: bool = False
+    adamw_8bit: bool = False
+
+
+def examine(
+    source: str, *, num_images: int = 3, num_generations: int = 8, text_tokens: int = 256, num_prompts: int = 1, fleet: Fleet | None = None,
+    kl: bool = False, adamw_8bit: bool = False,
+) -> Diagnosis:  # fmt: skip
     """Looks into a packaged model, a checkpoint or adapter folder, or a hub id that was downloaded before. Loads no weights.
 
     Args:
-        num_images, text_tokens: of the document that memory is computed for; num_generations, num_prompts: sampled together.
+        num_images, text_tokens: of the document that memory is computed for; num_generations, num_prompts: sampled together on a GPU.
+        fleet: GPUs that train it together; what each of them needs is in `scale`. kl: with a KL term (`beta` not 0). adamw_8bit: with
+        moments of 8 bits, of a fleet.
     Raises:
         ValueError for a number below 1 (num_images: below 0). What is wrong with the folder is in `problems`.
     """
     document = DocumentSize(num_images, num_generations, text_tokens, num_prompts)
-    return _examine(str(source), document)[0]
+    return _examine(str(source), Asked(document, fleet, kl, adamw_8bit))[0]
 
 
-def _examine(source: str, document: DocumentSize) -> tuple[Diagnosis, UnifiedModel | None]:
+def _examine(source: str, asked: Asked) -> tuple[Diagnosis, UnifiedModel | None]:
     found = Diagnosis(source)
     folder = _find(source, found.problems)
     if folder is None:
         return found, None
     found.folder = str(folder)
     if (folder / DESCRIPTION).is_file():
-        return _examine_adapter(source, folder, document)
+        return _examine_adapter(source, folder, asked)
     family = _family(folder, found.problems)
     if family is None:
         return found, None
@@ -84,11 +101,11 @@ def _examine(source: str, document: DocumentSize) -> tuple[Diagnosis, UnifiedMod
     numbers: Counter[str] = sum((stored.numbers_by_dtype() for stored in skeleton.stored), Counter())
     found.dtypes = dict(numbers.most_common()) or None
     if skeleton.model is not None:
-        _describe(found, skeleton, document)
+        _describe(found, skeleton, asked)
     return found, skeleton.model
 
 
-def _examine_adapter(source: str, folder: Path, document: DocumentSize) -> tuple[Diagnosis, UnifiedModel | None]:
+def _examine_adapter(source: str, folder: Path, asked: Asked) -> tuple[Diagnosis, UnifiedModel | None]:
     """The base's diagnosis under the adapter's name, with the problems of both."""
     problems: list[str] = []
     adapter, shapes, targets = read_adapter(folder, problems)
@@ -97,7 +114,7 @@ def _examine_adapter(source: str, folder: Path, document: DocumentSize) -> tuple
     if Path(adapter.base).is_dir() and Path(adapter.base).resolve() == folder.resolve():
         problems.append(f"{folder / DESCRIPTION} names the adapter's own folder as its base model; write the base's folder there")
         return Diagnosis(source, str(folder), problems=problems, adapter=adapter), None
-    base, model = _examine(adapter.base, document)
+    base, model = _examine(adapter.base, asked)
     if model is not None and base.adapter is None:
         check_fit(folder, adapter, shapes, targets, model, problems)
     problems += [said if said.startswith("warning: ") else f"the base model: {said}" for said in base.problems]
@@ -140,8 +157,8 @@ def _family(folder: Path, problems: list[str]) -> type[UnifiedModel] | None:
     return None
 
 
-def _describe(found: Diagnosis, skeleton: Skeleton, document: DocumentSize) -> None:
-    model = skeleton.model
+def _describe(found: Diagnosis, skeleton: Skeleton, asked: Asked) -> None:
+    model, document = skeleton.model, asked.document
     assert model is not None
     sizes, spec, sampling = Sizes.of(model), model.image_spec, model.default_sampling
     found.parameters = count_parts(model)
@@ -164,10 +181,13 @@ def _describe(found: Diagnosis, skeleton: Skeleton, document: DocumentSize) -> N
     found.lora_targets = sizes.layers * len(sizes.matrices)
     positions = sizes.answer(document)
     found.document = {**dataclasses.asdict(document), "positions": positions, "fits": positions <= sizes.context}
-    modes = [mode for mode in MODES if mode != "qlora" or not isinstance(model, StoryboardModel)]  # which has no 4-bit form
-    found.memory = {mode: estimate(sizes, document, mode) for mode in modes}
+    four_bits = not isinstance(model, StoryboardModel)  # which has no 4-bit form
+    modes = [mode for mode in MODES if mode != "qlora" or four_bits]
+    found.memory = {mode: estimate(sizes, document, mode, kl=asked.kl) for mode in modes}
     found.gpus = gpus()
     found.fits = {mode: [memory.fits(gpu.gib) for gpu in found.gpus] for mode, memory in found.memory.items()}
+    if asked.fleet is not None:
+        found.scale = plan(sizes, asked.fleet, document, kl=asked.kl, adamw_8bit=asked.adamw_8bit, four_bits=four_bits)
 
 
 def count_parts(model: UnifiedModel) -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diptych.config import LoraConfig
 from diptych.models.base import UnifiedModel
+from diptych.sampling.logprobs import CHUNK_LOGITS
 
 GIB = 2**30
 MODES = ("sampling", "lora", "qlora", "full")
@@ -95,6 +96,16 @@ class Sizes:
         """Parameters of the decoder layers' matrices: what 4 bits quantise."""
         return self.layers * sum(a * b for a, b in self.matrices)
 
+    @property
+    def outer(self) -> int:
+        """Trained parameters outside the decoder layers' matrices: embeddings, heads, projectors, norms."""
+        return self.trained - self.linear
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Image tokenizer, vision encoder and saved buffers: what full training does not train."""
+        return self.weight_bytes - 2 * self.trained
+
     def lora(self, rank: int = _RANK) -> int:
         """Adapter parameters on all matrices: r * (in + out) each. Source: arXiv:2106.09685, Sec. 4.1."""
         return self.layers * sum(rank * (a + b) for a, b in self.matrices)
@@ -120,6 +131,20 @@ class Sizes:
         if not self.keeps_images:
             return self.branches * self.length * bool(num_images), self.branches * self.length * num_images
         return self.branches * self.length * num_images, self.branches * self.length * (num_images * (num_images + 1) // 2)
+
+    def sampling_bytes(self, document: DocumentSize) -> tuple[int, int]:
+        """Keys and values of the documents sampled together, and the logits of one step of theirs."""
+        longest, _ = self.branch_positions(document.num_images)
+        choices = max(self.vocab, self.codebook * (1 + self.branches) * bool(document.num_images))
+        return self.kv_bytes(document.rows * (self.answer(document) + longest)), document.rows * choices * _SAMPLING_BYTES
+
+    def scoring_bytes(self, document: DocumentSize, lora: bool, rows: int = 1) -> tuple[int, int, int]:
+        """Of a micro-batch of so many documents, gradient checkpointing and exact guidance included: the inputs of all layers, one layer
+        anew, and logits, of which at most CHUNK_LOGITS of text and as many of codes exist at once."""
+        positions = rows * (self.answer(document) + self.branch_positions(document.num_images)[1])
+        codes = document.num_images * self.positions * self.depth * self.codebook * (1 + self.branches)
+        logits = sum(min(rows * one, CHUNK_LOGITS) for one in (document.text_tokens * self.vocab, codes))
+        return positions * self.layers * 2 * self.hidden, positions * self.layer_bytes(lora), logits * _SCORING_BYTES
 
     def kept_bytes(self, lora: bool) -> int:
         """What autograd keeps of one decoder layer per position in bf16 with scaled-dot-product attention: 20 H + 4 H_kv + 8 I;
@@ -164,7 +189,7 @@ def estimate(sizes: Sizes, document: DocumentSize, mode: str, *, kl: bool = Fals
     lora      bf16 weights, float32 adapters of rank 16 on all decoder matrices (4 bytes), their gradients (4), Adam's moments (8)
               + activations of a micro-batch of one row with gradient checkpointing, exact guidance included:
                 (T + `Sizes.branch_positions`) * (layers * 2 H bytes, and one layer anew: `Sizes.layer_bytes`)
-              + logits: (text * V + images * positions * D * K * branches) * 20 bytes
+              + logits: (text * V + images * positions * D * K * branches) * 20 bytes, of each at most CHUNK_LOGITS
     qlora     the same with the decoder matrices in NF4 (`Sizes.nf4_bytes`)
     full      bf16 weights, gathered from those in float32 that are trained (4 bytes), their gradients (4), Adam's moments (8): 18 bytes a
               parameter in one process (`parallel.mode` auto or shard); with `kl`, for a run whose `beta` is not 0, a frozen copy of
@@ -178,10 +203,8 @@ def estimate(sizes: Sizes, document: DocumentSize, mode: str, *, kl: bool = Fals
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; allowed are {', '.join(MODES)}")
-    adapted, branches = mode in ("lora", "qlora"), 1 + sizes.branches
-    sampled, scored = sizes.branch_positions(document.num_images)
-    kv_cache = sizes.kv_bytes(document.rows * (sizes.answer(document) + sampled))
-    drawing = document.rows * max(sizes.vocab, sizes.codebook * branches * bool(document.num_images)) * _SAMPLING_BYTES
+    adapted = mode in ("lora", "qlora")
+    kv_cache, drawing = sizes.sampling_bytes(document)
     weights = sizes.weight_bytes
     if mode == "sampling":
         return _in_gib(weights=weights, kv_cache=kv_cache, logits=drawing, total=weights + kv_cache + drawing)
@@ -194,10 +217,7 @@ def estimate(sizes: Sizes, document: DocumentSize, mode: str, *, kl: bool = Fals
     trained = sizes.lora() if adapted else sizes.trained
     gradients, optimizer = 4 * trained, 8 * trained
     reference = sizes.weight_bytes if kl and not adapted else 0
-    inputs = (sizes.answer(document) + scored) * sizes.layers * 2 * sizes.hidden
-    layer = (sizes.answer(document) + scored) * sizes.layer_bytes(adapted)
-    codes = document.num_images * sizes.positions * sizes.depth
-    logits = (document.text_tokens * sizes.vocab + codes * sizes.codebook * branches) * _SCORING_BYTES
+    inputs, layer, logits = sizes.scoring_bytes(document, adapted)
     phases = [kv_cache + drawing, gradients + inputs + max(layer, logits)]
     total = weights + optimizer + reference + max(phases)
     return _in_gib(

@@ -11,20 +11,30 @@ from rich.text import Text
 
 from diptych.doctor.diagnosis import TOTAL, Diagnosis
 from diptych.doctor.hardware import REFERENCE_MODES
-from diptych.doctor.memory import USABLE
+from diptych.doctor.memory import USABLE, DocumentSize
+from diptych.doctor.scale import Fleet, Link, Plan
 
 _TERMS = {
     "weights": "weights", "gradients": "gradients", "optimizer": "Adam", "kv_cache": "KV cache", "activations": "activations",
     "logits": "logits", "total": "total",
 }  # fmt: skip
 _MEANING = {"sampling": "sampling", "lora": "LoRA", "qlora": "QLoRA", "full": "full GRPO"}
+_GPU_TERMS = {
+    "weights": "weights", "frozen": "frozen", "moments": "Adam", "reference": "copy", "gathered": "gathered", "kv_cache": "KV cache",
+    "drawing": "logits", "sampling": "sampling", "gradients": "gradients", "units": "gathered", "activations": "activ.",
+    "training": "training",
+}  # fmt: skip
+_PEAKS = ("sampling", "training")
+_WAYS = {"full": "full", "lora": "LoRA", "lora_shard": "LoRA, sharded", "qlora": "QLoRA"}
 _WARNING = "warning: "
 
 
 def render(diagnosis: Diagnosis) -> RenderableType:
     """Facts, memory, then what is wrong and what to do."""
     parts: list[RenderableType] = [_facts(diagnosis)]
-    if diagnosis.memory is not None:
+    if diagnosis.scale is not None:
+        parts += [Text(), *_too_long(diagnosis), _plan(diagnosis.scale)]
+    elif diagnosis.memory is not None:
         parts += [Text(), _memory(diagnosis)]
     parts += [Text(), _verdict(diagnosis)]
     return Group(*parts)
@@ -51,6 +61,82 @@ def render_machine(found: dict[str, Any]) -> RenderableType:
     for name, needs in found["models"].items():
         models.add_row(name, str(needs["num_images"]), *(_need(needs[mode]["gib"], needs[mode]["fits"]) for mode in REFERENCE_MODES))
     return Group(table, Text(), models, Text(), Text(_legend(bool(found["gpus"])), style="dim"))
+
+
+def render_plans(found: dict[str, Plan]) -> RenderableType:
+    """What `plans` returns: of one size in full, of several the ways that fit, and which is chosen."""
+    if len(found) == 1:
+        (one,) = found.values()
+        return _plan(one)
+    some = next(iter(found.values()))
+    table = Table(title=f"Peak in GiB on each of {_fleet(some.fleet)}", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for name in ("model", "pictures", *_WAYS.values(), "choose", "micro-batch", "GB within", "GB between"):
+        table.add_column(name, justify="left" if name in ("model", "choose") else "right", no_wrap=True)
+    settings = _grid()
+    for name, plan in found.items():
+        ways = [plan.ways.get(way) for way in _WAYS]
+        peaks = ["" if way is None else f"{_amount(way.memory.total)} {_yes(way.fits, 'red')}" for way in ways]
+        row = [name, str(plan.document.num_images), *peaks]
+        if plan.choice is None:
+            table.add_row(*row, "[red]nothing fits[/]")
+            continue
+        way = plan.ways[plan.choice]
+        sent = way.traffic.sampling + way.traffic.scoring + way.traffic.update
+        table.add_row(*row, _WAYS[plan.choice], str(way.micro_batch_size), _sent(sent.within), _sent(sent.between))
+        settings.add_row(name, way.settings)
+    told = (
+        f"{_documents(some.document, pictures=False)}. yes: fits, at most {USABLE:.0%} of a GPU's memory. GB: what each GPU sends in one "
+        "step, sampling, scoring and update together, within its machine and between machines."
+    )
+    return Group(table, Text(), settings, Text(), Text(f"{told} {some.counted} {some.sent}", style="dim"))
+
+
+def _plan(plan: Plan) -> RenderableType:
+    unit, times = ("GiB", 1) if max(way.memory.total for way in plan.ways.values()) >= 0.1 else ("MiB", 1024)
+    title = f"Memory in {unit} on each of {_fleet(plan.fleet)}: {_documents(plan.document)}"
+    memory = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    terms = {term: name for term, name in _GPU_TERMS.items() if plan.kl or term != "reference"}
+    memory.add_column("", no_wrap=True)
+    for term, name in terms.items():
+        memory.add_column(name, justify="right", style="bold" if term in _PEAKS else "")
+    memory.add_column(f"fits {plan.fleet.gpu_gib:.0f}?", justify="right")
+    title = "GB that each GPU sends, within its machine + between machines"
+    sent = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("", "sampling phase", "scoring", "update", "micro-batches of"):
+        sent.add_column(name, justify="right" if name else "left")
+    for name, way in plan.ways.items():
+        memory.add_row(_WAYS[name], *(_amount(times * getattr(way.memory, term)) for term in terms), _yes(way.fits, "red"))
+        parts = (way.traffic.sampling, way.traffic.scoring, way.traffic.update)
+        sent.add_row(_WAYS[name], *(_link(part) for part in parts), str(way.micro_batch_size))
+    if plan.choice is None:
+        choice = Text("Nothing fits. Fewer or shorter documents together, or GPUs with more memory.", style="red")
+    else:
+        choice = Text(f"Choose {_WAYS[plan.choice]}: {plan.ways[plan.choice].settings}", style="green")
+    judged = (
+        "Columns up to the bold one are there together: what is always there, and what sampling or training adds. It fits if the larger is "
+        f"at most {USABLE:.0%} of a GPU's memory."
+    )
+    return Group(memory, Text(), sent, Text(), choice, Text(), Text(f"{judged} {plan.counted} {plan.sent}", style="dim"))
+
+
+def _fleet(fleet: Fleet) -> str:
+    machines = f"{fleet.nodes} machines of {fleet.gpus}" if fleet.nodes > 1 else "one machine"
+    shard = f", a copy on {fleet.shard}" if fleet.processes > 1 else ""
+    return f"{fleet.processes} GPU{'s' * (fleet.processes > 1)} of {fleet.gpu_gib:.0f} GiB ({machines}{shard})"
+
+
+def _documents(document: DocumentSize, pictures: bool = True) -> str:
+    some = f"{document.num_images} picture{'s' * (document.num_images != 1)} and " if pictures else ""
+    return f"{document.rows} documents of {some}{document.text_tokens} text tokens on each GPU"
+
+
+def _sent(count: float) -> str:
+    gigabytes = count / 1e9
+    return "0" if count == 0 else f"{gigabytes:.2g}" if gigabytes < 1 else f"{gigabytes:.1f}" if gigabytes < 10 else f"{gigabytes:.0f}"
+
+
+def _link(link: Link) -> str:
+    return f"{_sent(link.within)} + {_sent(link.between)}"
 
 
 def _facts(diagnosis: Diagnosis) -> Table:
@@ -114,11 +200,15 @@ def _memory(diagnosis: Diagnosis) -> RenderableType:
         table.add_row(_MEANING[mode], *(_amount(times * getattr(memory, term)) for term in _TERMS), *fits)
     present = ", ".join(f"{name} ({gib:.0f} GiB)" for name, gib in kinds)
     notes = [Text(f"{_legend(bool(kinds))}{f' Here: {present}.' if present else ''}", style="dim")]
-    if not document["fits"]:
-        positions, context = document["positions"], diagnosis.architecture["context"]
-        told = f"Such a document takes {positions} positions, more than the context of {context}: give it fewer pictures."
-        notes.insert(0, Text(told, style="yellow"))
-    return Group(table, *notes)
+    return Group(table, *_too_long(diagnosis), *notes)
+
+
+def _too_long(diagnosis: Diagnosis) -> list[Text]:
+    if diagnosis.document is None or diagnosis.architecture is None or diagnosis.document["fits"]:
+        return []
+    positions, context = diagnosis.document["positions"], diagnosis.architecture["context"]
+    told = f"Such a document takes {positions} positions, more than the context of {context}: give it fewer pictures."
+    return [Text(told, style="yellow")]
 
 
 def _verdict(diagnosis: Diagnosis) -> RenderableType:
