@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 from diptych.cli import app
-from diptych.config import GRPOConfig, build
+from diptych.config import GRPOConfig, OptimConfig, build
 from diptych.doctor import DocumentSize, Fleet, Sizes, fleet, plan, plans, released
 from diptych.doctor import hardware as hardware_module
 from diptych.doctor.hardware import REFERENCES, Gpu
@@ -199,15 +199,14 @@ def test_memory_by_hand():
 
 
 def test_moments_of_8_bits_are_counted():
-    optim = pytest.importorskip("torchao.optim")
-    weight = torch.nn.Parameter(torch.randn(1024, 512))
-    optimizer = optim.AdamW8bit([weight])
-    weight.grad = torch.randn_like(weight)
-    with torch.compiler.set_stance("force_eager"):
-        optimizer.step()
-    moments = [value for name, value in optimizer.state[weight].items() if name.startswith("exp_avg")]
-    stored = sum(getattr(moment, part).nbytes for moment in moments for part in ("codes", "scale"))
-    sizes = dataclasses.replace(SMALL, trained=weight.numel(), weight_bytes=2 * weight.numel())
+    pytest.importorskip("bitsandbytes")
+    module = torch.nn.Linear(1024, 512, bias=False)
+    optimizer, _ = make_optimizer(module, OptimConfig(lr=1e-4, name="adamw_8bit"), 1)
+    module.weight.grad = torch.randn_like(module.weight)
+    optimizer.step()
+    (state,) = optimizer.inner.state.values()
+    stored = sum(state[name].nbytes for name in ("state1", "state2", "absmax1", "absmax2"))
+    sizes = dataclasses.replace(SMALL, trained=module.weight.numel(), weight_bytes=2 * module.weight.numel())
     assert bytes_of(gpu_memory("full", sizes, Fleet(1, 80), LITTLE, 1, adamw_8bit=True))["moments"] == stored
 
 
