@@ -179,6 +179,10 @@ class Lock:
         except (OSError, ValueError, TypeError):
             return False
 
+    def let_others_in(self) -> None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._stream, fcntl.LOCK_UN)
+
     def release(self, *, useless: bool) -> None:
         """`useless`: nothing is kept, so the file may go."""
         if useless:

@@ -196,7 +196,7 @@ def open_index(files: list[Path], known: Any, make: Make) -> Index:
             lock.note(began)
             return found
         if lock.waited and found is None:  # the other one found it not worth keeping, or failed: now all make it at once
-            lock.release(useless=False)
+            lock.let_others_in()
         try:
             return _made(path, files, before, make, lock, began)
         except cache.Unwritable as error:

@@ -2,7 +2,8 @@
 
 Every record is gone through, without opening a picture: its text must be one that the model has tokens for, and it must fit the context
 with an answer behind it. Most texts are so short that they fit however they are cut into tokens; the others are encoded, several at a time.
-What was found is remembered in the run's folder, for the same data, model and lengths.
+What was found is remembered in the run's folder, for the same data, model and lengths, and in the cache for other runs with these and
+equal settings.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import metadata
 from typing import Any
 
-from diptych.data import Mixture
+from diptych.data import Mixture, cache
 from diptych.data.conversation import Record
 from diptych.data.records import Source
 from diptych.document import Document, Image, Text
 from diptych.runs import RunFolder, atomic_text
 from diptych.runtime import on_first
 
+WORTH = 1.0  # seconds: what takes less is found again by another run
+_NO_MATTER = {"seed", "optim"}  # settings that decide nothing here; and those that a run may change
 WAITING = 256  # records that are read before the first of them is measured
 JOINTS = 4  # tokens that a template or a tokenizer may put around a text
 Length = Callable[[Record], int]
@@ -54,9 +58,15 @@ def _remembered(mixture: Mixture, length: Length, limit: int, run: RunFolder[Any
             return stored["refused"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    refused = [list(_refused(source, length, limit)) if source.file is not None else [] for source in mixture.sources]
+    settings = run.config.model_dump(mode="json", exclude=_NO_MATTER | run.config.may_change)
+    everything = [purpose, known, limit, settings, cache.rules(""), [metadata.version(name) for name in ("transformers", "tokenizers")]]
+    refused = cache.remembered("admitted", everything, lambda: _gone_through(mixture, length, limit), worth=WORTH)
     atomic_text(path, json.dumps({"known": known, "refused": refused}) + "\n")
     return refused
+
+
+def _gone_through(mixture: Mixture, length: Length, limit: int) -> list[Any]:
+    return [list(_refused(source, length, limit)) if source.file is not None else [] for source in mixture.sources]
 
 
 def _refused(source: Source, length: Length, limit: int) -> Iterator[tuple[int, str]]:

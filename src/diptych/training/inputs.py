@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import hashlib
 import importlib.machinery
 import itertools
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.config import RewardConfig, RunConfig
-from diptych.data import Mixture
+from diptych.data import Mixture, cache
 from diptych.data.hub import PREFIX
 from diptych.data.records import Source, record_files
 from diptych.models.fingerprint import digest, of_file, of_model
@@ -27,8 +28,8 @@ from diptych.runs import RunFolder, atomic_text
 from diptych.runtime import gather, on_first, rank
 from diptych.userfiles import read_json
 
-WHOLE = 2**20  # blocks of a file: all of it, up to some TB
-BLOCK = 2**22
+BLOCK = 2**22  # bytes that are read at once
+WORTH = 1.0  # seconds: a hash that takes less is taken again
 MOST_FILES = 1000  # of a folder that an option names: one with more is no part of a reward
 _WRITTEN = re.compile("log|cache|out|save|dump|tmp", re.IGNORECASE)  # names of options for what a reward writes
 
@@ -98,9 +99,25 @@ def of_source(source: Source) -> dict[str, Any] | None:
     paths = record_files(source.name)
     above = Path(os.path.commonpath([path.parent for path in paths]))  # what is moved as a whole stays the same
     with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1)), "hash") as pool:  # hashing lets other threads run
-        hashes = list(pool.map(lambda path: of_file(path, WHOLE, BLOCK), paths))
+        hashes = list(pool.map(_of_all, paths))
     files = {path.relative_to(above).as_posix(): value for path, value in zip(paths, hashes, strict=True)}
     return {"rows": source.file.num_rows, "pictures": source.file.pictures, "files": files}
+
+
+def _of_all(path: Path) -> str:
+    """`of_file` of all bytes, a block at a time; remembered for as long as the file is the same (`data/cache.py`)."""
+    before = cache.file_facts(path)
+
+    def find() -> str:
+        with path.open("rb") as stream:
+            found = hashlib.blake2b(f"{os.fstat(stream.fileno()).st_size} ".encode(), digest_size=16)
+            while part := stream.read(BLOCK):
+                found.update(part)
+        return found.hexdigest()
+
+    return cache.remembered(
+        "hashes", before, find, worth=WORTH, good=lambda: before == cache.file_facts(path) and cache.is_settled(before[3])
+    )
 
 
 # --- rewards -------------------------------------------------------------------------------------------------------------
