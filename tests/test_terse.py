@@ -130,6 +130,8 @@ def test_no_single_turn_mixes_words_and_pictures():
         ({"things": (2, 4)}, "things is"),
         ({"things": (3, 2)}, "things is"),
         ({"events": (0, 2)}, "events is"),
+        ({"colours": ("red", "pink")}, "colours has 'pink', for which there are no words and no drawing"),
+        ({"places": ("left", "right")}, "pictures have left, middle, right"),
     ],
 )
 def test_worlds_that_cannot_be(settings, message):

@@ -24,6 +24,7 @@ class World:
     scene was must be read from the pictures before.
     families: which tasks there are; `reasoning` is told in full only.
     kinds, colours, sizes, places, backgrounds: what pictures hold. Each name needs words (`language.py`) and a drawing (`render.py`).
+        Places are those of the pictures: a world with others needs another layout there and in the oracle first.
     things: fewest and most in the first scene of a story, and in what a how-to builds.
     events: fewest and most of a story, each with a picture.
     verbs: what can happen in a story.
@@ -46,6 +47,12 @@ class World:
             raise ValueError(f"unknown task family {min(unknown)!r}; known are {', '.join(FAMILIES)}")
         if self.telling == "terse" and "reasoning" in self.families:
             raise ValueError("the family 'reasoning' has no terse telling; leave it out of `families`, or tell in full")
+        known = {"kinds": KINDS, "colours": COLOURS, "sizes": SIZES, "backgrounds": BACKGROUNDS, "verbs": (*STORY_VERBS, "add")}
+        for name, names in known.items():
+            if unknown := set(getattr(self, name)) - set(names):
+                raise ValueError(f"{name} has {min(unknown)!r}, for which there are no words and no drawing; known are {', '.join(names)}")
+        if self.places != PLACES:
+            raise ValueError(f"places is {self.places}, and pictures have {', '.join(PLACES)}")
         fewest, most = self.things
         if not 1 <= fewest <= most <= min(len(self.places), len(self.kinds)):
             raise ValueError(f"things is {self.things}; it must be from 1 to the number of places and kinds, fewest first")
