@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
 import diptych.training.experience as experience
 import diptych.training.grpo as grpo
+from diptych import runtime
 from diptych.cli import main
 from diptych.training.grpo import ParityError
 
@@ -24,7 +29,28 @@ def raises(error: Exception) -> Any:
 
 
 def not_finite(*arguments: Any, right: Any = grpo.token_advantages) -> torch.Tensor:
+    note_time()
     return right(*arguments) * float("nan")
+
+
+def note_time() -> None:
+    """When the fault came up, as the age of a file."""
+    if "FAULT_AT" in os.environ:
+        Path(os.environ["FAULT_AT"]).touch()
+
+
+def full_disk(writer: Any, *arguments: Any, right: Any = FileSystemWriter.write_data, calls: list[int] = []) -> Any:  # noqa: B006
+    """At the second checkpoint."""
+    calls.append(1)
+    if len(calls) < 2:
+        return right(writer, *arguments)
+    note_time()
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def other_code() -> str:
+    note_time()
+    return "other"
 
 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
@@ -33,6 +59,8 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "bad record": (experience, "prompt_row", raises(ValueError("half of a character"))),
     "bug": (grpo, "optimizer_step", raises(KeyError("a fault of ours"))),
     "bug while sampling": (grpo, "collate", raises(KeyError("a fault of ours"))),
+    "full disk": (FileSystemWriter, "write_data", full_disk),
+    "other code": (runtime, "_code", other_code),
     "none": (grpo, "world_size", grpo.world_size),
 }
 
@@ -41,6 +69,8 @@ if __name__ == "__main__":
     fault, recipe = sys.argv[1:3]
     if SECOND and fault in FAULTS:
         setattr(*FAULTS[fault])
+    if SECOND and fault == "late":
+        time.sleep(60)
     changes = ["--output_dir", os.environ["OTHER_FOLDER"]] if SECOND and fault == "other folder" else []
     if SECOND and fault == "other machine":
         os.environ["LOCAL_RANK"] = "0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from diptych.config import GRPOConfig, OptimConfig, WarmupConfig, build, to_yaml
 from diptych.data import Mixture
 from diptych.models import load_model, open_policy
+from diptych.models.storyboard import StoryboardModel
 from diptych.runs import read_jsonl
 from diptych.training import checkpoints
 from diptych.training.grpo import grpo
@@ -281,3 +283,34 @@ def test_4_bit_weights_are_not_sharded(folders, records, tmp_path):
     values = settings(folders["janus"], records, "janus", lora={"r": 4}, load_in_4bit=True, parallel={"mode": "shard"})["warmup"]
     with pytest.raises(ValueError, match="cannot shard 4-bit weights; use replicate"):
         alone("warmup", values, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_model_trains_that_one_process_could_not_hold(tmp_path):
+    """Weights, gradients and moments in float32 exceed what a process may take; a quarter of them does not."""
+    base = load_model("storyboard")
+    wide = {"hidden_size": 640, "num_heads": 5, "intermediate_size": 2560, "num_layers": 8}
+    model = StoryboardModel(dataclasses.replace(base.config, **wide), base.tokenizer)
+    model.save_pretrained(tmp_path / "model")
+    state = 16 * sum(p.numel() for p in model.parameters()) / 2**20
+    limit = int(0.75 * state)
+    environment = {**ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}  # what is freed is given back
+    config = build(
+        WarmupConfig,
+        {
+            "model": str(tmp_path / "model"), "output_dir": str(tmp_path / "run"), "max_steps": 2, "batch_size": 4, "micro_batch_size": 1,
+            "num_eval_records": 1, "save_steps": 1, "sample_steps": 100, "num_threads": 1, "optim": {"lr": 1e-4},
+            "parallel": {"mode": "shard"},
+            "sources": [{"name": "storyboard:text_to_image"}], "sampling": {"max_images": 1, "max_text_tokens": 1}, "device": "cpu",
+        },
+    )  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(to_yaml(config))
+    for count in (1, 4):
+        command = [*LAUNCH, str(count), str(TESTS / "limited_memory.py"), str(tmp_path / "recipe.yaml"), str(limit)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        if count == 1:
+            assert done.returncode != 0
+            assert "memory" in done.stderr
+        else:
+            assert done.returncode == 0, done.stderr[-3000:]
+    assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 2

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -81,6 +82,41 @@ def test_a_fault_in_one_process_ends_all(tiny_folder, tmp_path, fault, told):  #
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [("not finite", "is not finite"), ("full disk", "no space left"), ("other code", "the processes do not have the same code of diptych")],
+)
+def test_a_fault_in_one_of_four_sharded_processes_ends_all(tiny_folder, tmp_path, fault, told):  # noqa: F811
+    """Within half a minute, and nothing of a checkpoint is left; of those that were complete, all."""
+    changes = {"max_steps": 300, "num_minibatches": 1, "prompts_per_step": 4, "num_generations": 2, "save_steps": 1}
+    config = grpo_config(tiny_folder, tmp_path / "run", parallel={"mode": "shard", "shard_size": 2}, **changes)
+    process = launched(fault, config, tmp_path / "grpo.yaml", 4, FAULT_AT=str(tmp_path / "at"))
+    said = ended(process)
+    assert time.time() - (tmp_path / "at").stat().st_mtime < PATIENCE
+    assert process.returncode != 0
+    assert told in said
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*")] == (["step_1"] if fault == "full disk" else [])
+
+
+def test_a_process_that_does_not_come_is_named(tiny_folder, tmp_path):  # noqa: F811
+    process = launched("late", grpo_config(tiny_folder, tmp_path / "run"), tmp_path / "grpo.yaml", DIPTYCH_JOIN_SECONDS="2")
+    said = ended(process)
+    assert process.returncode != 0
+    assert "of 2 processes 1 did not come within 2 s (DIPTYCH_JOIN_SECONDS)" in said
+
+
+def test_processes_that_do_not_meet_are_told_where(tiny_folder, tmp_path):  # noqa: F811
+    """Without torchrun, which would keep the place where they meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "diptych", "grpo", recipe(grpo_config(tiny_folder, tmp_path / "run"), tmp_path / "grpo.yaml")]
+    done = subprocess.run(command, env={**ENVIRONMENT, **alone, "DIPTYCH_JOIN_SECONDS": "2"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert f"the 3 processes did not meet at 127.0.0.1:{port} within 2 s (DIPTYCH_JOIN_SECONDS)" in done.stderr
+
+
 def test_all_end_soon_when_one_does_or_is_interrupted(tiny_folder, tmp_path):  # noqa: F811
     """The time counts from the interruption: Ctrl-C reaches the launcher alone, as in a job's script."""
     config = grpo_config(tiny_folder, tmp_path / "run", max_steps=3000, save_steps=1, num_minibatches=1)
@@ -106,7 +142,8 @@ def test_processes_with_other_folders_do_not_train_different_models(tiny_folder,
     process = launched("other folder", longer, tmp_path / "grpo.yaml", OTHER_FOLDER=str(tmp_path / "elsewhere"))
     said = ended(process)
     assert process.returncode != 0
-    assert "the processes do not have the same last checkpoint: process 0 has 2, process 1 has 0. output_dir must be a folder" in said
+    assert "the processes do not have the same run folder" in said
+    assert "output_dir must be a folder that all of them see" in said
 
 
 @pytest.mark.parametrize("what", ["mine.py", "d.jsonl"])

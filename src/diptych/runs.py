@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,7 @@ import yaml
 
 from diptych.config import RunConfig
 from diptych.resumption import resumed_settings, set_keys
-from diptych.runtime import barrier, on_first, rank, versions
+from diptych.runtime import agree, barrier, on_first, rank, versions
 from diptych.userfiles import dump_yaml
 
 logger = logging.getLogger(__name__)
@@ -113,7 +115,11 @@ class RunFolder(Generic[ConfigT]):
     def __enter__(self) -> RunFolder[ConfigT]:
         """Opens or makes the folder. Raises ValueError where another process trains in it, or it holds a run with other settings."""
         try:
+            mine = self.config.model_dump(mode="json", exclude={"output_dir"})
+            agree(hashlib.blake2b(json.dumps(mine).encode(), digest_size=8).hexdigest(), "settings (by their hash)", "Give all one command")
             settings = on_first(self._open)
+            lock = self.path / "lock"
+            agree(lock.read_text() if lock.is_file() else "none", "run folder (by what its lock says)", SHARED_FOLDER)
         except BaseException:
             self._release()
             raise
@@ -134,6 +140,8 @@ class RunFolder(Generic[ConfigT]):
             raise ValueError(f"another process is training in {self.path}; wait for it, or choose another output_dir") from None
         except OSError as error:
             logger.warning("%s cannot be locked (%s): start no other run in it", self.path, error)
+        self._lock.truncate(0)
+        print(f"process {os.getpid()} since {time.time_ns()}", file=self._lock, flush=True)
         settings = self._settled()
         for leftover in self.checkpoints.glob(".tmp-*"):  # of a killed process
             shutil.rmtree(leftover, ignore_errors=True)

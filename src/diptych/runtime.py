@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import datetime
 import functools
 import hashlib
 import os
@@ -133,18 +134,55 @@ def joined_processes() -> Iterator[None]:
 
     Counts are summed on the CPU and gradients on the device, so both have a backend. A process that leaves by an exception does not wait
     for the others at its end: it ends at once, and whoever launched them ends the others.
+
+    Raises ValueError where one does not come within DIPTYCH_JOIN_SECONDS (600), or has other code.
     """
     global _failed
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(_leave)
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            store, number, count = _meet(float(os.environ.get("DIPTYCH_JOIN_SECONDS", "600")))
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=number, world_size=count)
+            atexit.register(_leave)
+            agree(_code(), "code of diptych (by its hash)", "Install one version on all machines")
         yield
     except BaseException:
         _failed = True
         raise
+
+
+def _meet(seconds: float) -> tuple[dist.Store, int, int]:
+    """The store that all share, once all have come to it; this process's number, and how many there are."""
+    limit = datetime.timedelta(seconds=seconds)
+    try:
+        store, number, count = next(dist.rendezvous("env://", timeout=limit))
+    except (RuntimeError, ValueError) as error:
+        where, said = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the {os.environ['WORLD_SIZE']} processes did not meet at {where} within {seconds:g} s (DIPTYCH_JOIN_SECONDS): {said}"
+        ) from error
+    names = [f"diptych/{one}" for one in range(count)]
+    store.set(names[number], "here")
+    try:
+        store.wait(names, limit)
+    except RuntimeError as error:
+        missing = [str(one) for one, name in enumerate(names) if not store.check([name])]
+        raise ValueError(
+            f"of {count} processes {', '.join(missing[:8])} did not come within {seconds:g} s (DIPTYCH_JOIN_SECONDS). Look at the log of "
+            "the machine that should run them"
+        ) from error
+    return store, number, count
+
+
+def _code() -> str:
+    """A hash of this package's files."""
+    found = hashlib.blake2b(digest_size=8)
+    root = Path(__file__).resolve().parent
+    for path in sorted(root.rglob("*.py")):
+        found.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def _leave() -> None:
