@@ -107,6 +107,14 @@ def test_a_file_is_gone_through_once(tmp_path, kept, passes, monkeypatch, broken
             open_file(str(name), problems=Problems(strict=True))
 
 
+@pytest.mark.parametrize(("content", "message"), [("\n", "is empty; at least one"), ('{"a": 1}\n', "none of the 1 rows .* is a record")])
+def test_files_without_records(tmp_path, kept, content, message):
+    (tmp_path / "d.jsonl").write_text(content)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            open_file(str(tmp_path / "d.jsonl"), problems=Problems())
+
+
 def test_the_share_that_may_be_left_out_counts_what_is_remembered(tmp_path, kept, passes):
     name = written(tmp_path / "data", 40, broken=(0, 5, 10, 15))
     for _ in range(2):

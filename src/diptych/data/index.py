@@ -143,7 +143,7 @@ class Writer:
         self._flush()
         lines = np.array(self._lines)
         held_out = lines % VALIDATION == VALIDATION - 1
-        if not held_out.any():
+        if len(lines) and not held_out.any():
             held_out = lines == lines[-1]
         train, rest = np.flatnonzero(held_out if held_out.all() else ~held_out), np.flatnonzero(held_out)
         self.header.counts = (len(lines), self._num_pictures, len(train), len(rest))
