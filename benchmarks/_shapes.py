@@ -138,7 +138,7 @@ def documents_of(model: UnifiedModel, images: int, words: int) -> Iterator[None]
     head = model.text_logits
 
     def decided(hidden: torch.Tensor) -> torch.Tensor:
-        return head(hidden).index_fill(-1, torch.tensor([next(plan)], device=hidden.device), 1e4)
+        return head(hidden).index_fill(-1, torch.full((1,), next(plan), device=hidden.device), 1e4)  # an upload would wait for the GPU
 
     model.text_logits = decided  # type: ignore[method-assign]
     try:
@@ -164,6 +164,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, width: int, rows: int)
         for _ in range(10):
             torch.nn.functional.linear(states, weight)
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         best = min(best, (time.perf_counter() - began) / 10)
     return 2 * states.numel() * 4 * width / best

@@ -40,13 +40,13 @@ GIB = 2**30
 def timed(device: torch.device, run: Callable[[], Any]) -> tuple[Any, float, float]:
     """Result, seconds, and peak memory in GiB on the device (0 on a CPU)."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
     began = time.perf_counter()
     result = run()
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        return result, time.perf_counter() - began, torch.cuda.max_memory_allocated() / GIB
+        torch.cuda.synchronize(device)
+        return result, time.perf_counter() - began, torch.cuda.max_memory_allocated(device) / GIB
     return result, time.perf_counter() - began, 0.0
 
 

@@ -155,7 +155,7 @@ def main() -> None:
         began = time.perf_counter()
         run()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
     def sample_ours(seed: int) -> None:
