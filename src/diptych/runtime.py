@@ -8,12 +8,15 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import json
 import os
 import platform
 import random
 import subprocess
 import sys
 import threading
+import time
+import uuid
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -154,26 +157,48 @@ def joined_processes() -> Iterator[None]:
 
 
 def _meet(seconds: float) -> tuple[dist.Store, int, int]:
-    """The store that all share, once all have come to it; this process's number, and how many there are."""
-    limit = datetime.timedelta(seconds=seconds)
+    """A store that is new to all processes, once all have come; this process's number, and how many there are."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    late = f"the {os.environ['WORLD_SIZE']} processes did not meet at {where} within {seconds:g} s (DIPTYCH_JOIN_SECONDS)"
     try:
-        store, number, count = next(dist.rendezvous("env://", timeout=limit))
-    except (RuntimeError, ValueError) as error:
-        where, said = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"the {os.environ['WORLD_SIZE']} processes did not meet at {where} within {seconds:g} s (DIPTYCH_JOIN_SECONDS): {said}"
-        ) from error
-    names = [f"diptych/{one}" for one in range(count)]
-    store.set(names[number], "here")
-    try:
-        store.wait(names, limit)
-    except RuntimeError as error:
-        missing = [str(one) for one, name in enumerate(names) if not store.check([name])]
-        raise ValueError(
-            f"of {count} processes {', '.join(missing[:8])} did not come within {seconds:g} s (DIPTYCH_JOIN_SECONDS). Look at the log of "
-            "the machine that should run them"
-        ) from error
-    return store, number, count
+        store, number, count = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=seconds)))
+        return dist.PrefixStore(session(store, number, count, seconds), store), number, count
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        raise ValueError(f"{late}: {' '.join(str(error).split())[:200]}") from error
+
+
+def session(store: dist.Store, number: int, count: int, seconds: float) -> str:
+    """A name that all processes have, and none had before, once all have come. Raises TimeoutError where one does not.
+
+    When torchrun starts processes again it gives them the store of those that died, where addresses stand at which nobody listens, and
+    the count of starts is not the same on all machines. So each comes with a name of its own, the first process proposes a session of the
+    names that it finds, and all go when each has found its own name in it.
+    """
+
+    def said(key: str) -> str | None:
+        return store.get(key).decode() if store.check([key]) else None
+
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + seconds
+    store.set(f"name/{number}", mine)
+    proposed, proposal = "", ""
+    while True:
+        missing: list[str] = []
+        if number == 0:
+            names = json.dumps([said(f"name/{one}") for one in range(count)])
+            if names != proposed:
+                proposed, proposal = names, uuid.uuid4().hex
+                store.set("session", json.dumps([proposal, json.loads(names)]))
+            missing = [str(one) for one in range(1, count) if not store.check([f"{proposal}/{one}"])]
+            if not missing:
+                store.set(f"{proposal}/go", "")
+        found, those = json.loads(said("session") or '["", []]')
+        if those and those[number] == mine:
+            store.set(f"{found}/{number}", "")
+            if store.check([f"{found}/go"]):
+                return found
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{', '.join(missing[:8]) or 'some'} did not come. Look at the logs of the machines that should run them")
+        time.sleep(0.05)
 
 
 def _code() -> str:
