@@ -83,12 +83,14 @@ def alone(kind: str, values: dict[str, Any], out: Path) -> None:
     warmup(config) if isinstance(config, WarmupConfig) else grpo(config)
 
 
-def together(count: int, shard_size: int, jobs: list[tuple[str, dict[str, Any], Path]], **environment: str) -> str:
+def together(count: int, shard_size: int | None, jobs: list[tuple[str, dict[str, Any], Path]], **environment: str) -> str:
+    """`shard_size` None: each process holds all of the model."""
     recipes = []
+    parallel = {"mode": "replicate"} if shard_size is None else {"mode": "shard", "shard_size": shard_size}
     for number, (kind, values, out) in enumerate(jobs):
         path = out.parent / f"{number}_{count}_{kind}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_yaml(built(kind, {**values, "parallel": {"mode": "shard", "shard_size": shard_size}}, out)))
+        path.write_text(to_yaml(built(kind, {**values, "parallel": parallel}, out)))
         recipes.append(str(path))
     done = subprocess.run(
         [*LAUNCH, str(count), str(TESTS / "several_trainings.py"), *recipes], env={**ENVIRONMENT, **environment}, capture_output=True,
@@ -143,16 +145,19 @@ def assert_same_run(one: Path, other: Path) -> None:
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=2e-5, nan_ok=True), name
 
 
+REPLICATED = ("storyboard grpo", "janus warmup lora", "vila_u grpo", "emu3 grpo lora")
 IN_TWO = ("storyboard warmup", "storyboard grpo", "janus grpo", "janus grpo lora", "vila_u grpo", "emu3 grpo lora", "chameleon grpo")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "trainings"), [(2, IN_TWO), (4, ("storyboard grpo", "janus warmup"))], ids=["2 processes", "2 x 2 processes"]
+    ("count", "shard_size", "trainings"),
+    [(2, 2, IN_TWO), (4, 2, ("storyboard grpo", "janus warmup")), (2, None, REPLICATED)],
+    ids=["2 processes", "2 x 2 processes", "2 whole ones"],
 )
-def test_sharded_trainings_are_those_of_one_process(folders, records, tmp_path, count, trainings):
+def test_trainings_of_several_processes_are_those_of_one(folders, records, tmp_path, count, shard_size, trainings):
     """Of every family; GRPO's with supervised examples beside it."""
-    jobs, shard_size = [], 2
+    jobs = []
     for training in trainings:
         name, kind, *adapts = training.split()
         values = settings(folders.get(name, name), records, name, lora={"r": 4} if adapts else None)[kind]
