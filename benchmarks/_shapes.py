@@ -134,17 +134,27 @@ def documents_of(model: UnifiedModel, images: int, words: int) -> Iterator[None]
     """Inside, every sampled document has `images` times `words` text tokens and a picture, then ends: random weights would not
     decide so. The head is computed all the same; only which text token comes is decided."""
     plain = model.encode_text("a")[-1]
-    plan = iter(([plain] * words + [model.image_spec.begin_id]) * images + [model.eos_id])
-    head = model.text_logits
+    texts = [iter([plain] * words + [model.image_spec.begin_id]) for _ in range(images)] + [iter([model.eos_id])]
+    token, drawn = model.eos_id, False
+    head, draw = model.text_logits, model.image_step
 
     def decided(hidden: torch.Tensor) -> torch.Tensor:
-        return head(hidden).index_fill(-1, torch.full((1,), next(plan), device=hidden.device), 1e4)  # an upload would wait for the GPU
+        nonlocal token, drawn
+        if drawn:
+            del texts[0]
+        token, drawn = next(texts[0], token), False  # again where all rows are done: on a GPU the sampler asks only now and then
+        return head(hidden).index_fill(-1, torch.full((1,), token, device=hidden.device), 1e4)  # an upload would wait for the GPU
 
-    model.text_logits = decided  # type: ignore[method-assign]
+    def drawing(*states: torch.Tensor) -> torch.Tensor:
+        nonlocal drawn
+        drawn = True
+        return draw(*states)
+
+    model.text_logits, model.image_step = decided, drawing  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del model.text_logits
+        del model.text_logits, model.image_step
 
 
 def prompts(model: UnifiedModel, count: int, length: int) -> list[TokenRow]:
