@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 from diptych.config import RunConfig
 from diptych.data.conversation import Record
 from diptych.data.mixture import Mixture
-from diptych.runtime import pick_device
 
 Prepare = Callable[[int, Record], Callable[[], Any]]
 """What is made of a record, given its place in the batch, in two parts: the call itself may be in any thread, and what it gives back is
@@ -36,7 +37,8 @@ class Reader:
         """As a training's settings say. Without them: threads where a GPU computes; on a CPU they would take its cores away."""
         if config.data_workers is not None:
             return cls(config.data_workers, config.prefetch)
-        return cls(GPU_WORKERS if pick_device(config.device).type == "cuda" else 0, config.prefetch)
+        on_gpu = torch.cuda.is_available() if config.device == "auto" else config.device.startswith("cuda")
+        return cls(GPU_WORKERS if on_gpu else 0, config.prefetch)
 
     def __enter__(self) -> Reader:
         if self.workers:
