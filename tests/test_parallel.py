@@ -16,6 +16,7 @@ from test_processes import ENVIRONMENT, LAUNCH, TESTS
 from test_training import tiny_folder  # noqa: F401 - a fixture
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.tensor import DTensor
+from toy_checkpoints import make_emu3_5
 
 from diptych.config import GRPOConfig, OptimConfig, WarmupConfig, build, to_yaml
 from diptych.data import Mixture
@@ -146,7 +147,10 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 REPLICATED = ("storyboard grpo", "janus warmup lora", "vila_u grpo", "emu3 grpo lora")
-IN_TWO = ("storyboard warmup", "storyboard grpo", "janus grpo", "janus grpo lora", "vila_u grpo", "emu3 grpo lora", "chameleon grpo")
+IN_TWO = (
+    "storyboard warmup", "storyboard grpo", "janus grpo", "janus grpo lora", "vila_u grpo", "emu3 grpo lora", "chameleon grpo",
+    "emu3_5 grpo",
+)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -158,9 +162,10 @@ IN_TWO = ("storyboard warmup", "storyboard grpo", "janus grpo", "janus grpo lora
 def test_trainings_of_several_processes_are_those_of_one(folders, records, tmp_path, count, shard_size, trainings):
     """Of every family; GRPO's with supervised examples beside it."""
     jobs = []
+    toys = {**folders, "emu3_5": make_emu3_5(tmp_path / "emu3_5"), "storyboard": "storyboard"}
     for training in trainings:
         name, kind, *adapts = training.split()
-        values = settings(folders.get(name, name), records, name, lora={"r": 4} if adapts else None)[kind]
+        values = settings(toys[name], records, name, lora={"r": 4} if adapts else None)[kind]
         jobs.append((kind, values, tmp_path / "one" / training.replace(" ", "_")))
     together(count, shard_size, [(kind, values, tmp_path / "many" / out.name) for kind, values, out in jobs])
     for kind, values, out in jobs:
