@@ -110,8 +110,9 @@ def operations(update: Update) -> float:
     return 6.0 * (decoder * sum(seen) + text_head * int((batch.completion_mask & batch.text_mask).sum()))
 
 
-def compare(sides: dict[str, Callable[[], float]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each side, interleaved; the first round warms up."""
+def compare(sides: dict[str, Callable[[], float]], repeats: int, device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:
+    """Seconds of each side, interleaved; the first round warms up. Their losses, of the order of 0.1, agree as far as the dtype goes."""
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
     found: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(-1, repeats):
         losses = {}
@@ -119,11 +120,11 @@ def compare(sides: dict[str, Callable[[], float]], repeats: int, device: torch.d
             began = time.perf_counter()
             losses[name] = run()
             if device.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
             if repeat >= 0:
                 found[name].append(time.perf_counter() - began)
         first, *others = losses.values()
-        assert all(abs(first - other) <= 1e-4 for other in others), losses
+        assert all(abs(first - other) <= tolerance for other in others), losses
     return found
 
 
@@ -182,7 +183,7 @@ def main() -> None:
     shape = (arguments.prompts, arguments.group, arguments.images, arguments.words, arguments.prompt_length)
     update = Update(model, documents(model, *shape), config)
     baseline, theirs = ("TRL", trl_update(update, arguments.checkpointing)) if arguments.trl else ("padded, whole logits", update.plain)
-    seconds = compare({"diptych": update.ours, baseline: theirs}, arguments.repeats, device)
+    seconds = compare({"diptych": update.ours, baseline: theirs}, arguments.repeats, device, model.dtype)
     report(arguments, update, seconds, baseline)
 
 

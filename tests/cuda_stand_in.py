@@ -65,9 +65,9 @@ class CudaTensor(torch.Tensor):
 
     device = property(lambda self: self.gpu)
     is_cuda = property(lambda self: True)
-
-    def get_device(self) -> int:
-        return self.gpu.index
+    get_device = property(lambda self: lambda: self.gpu.index)
+    data_ptr = property(lambda self: self.inner.data_ptr)
+    untyped_storage = property(lambda self: self.inner.untyped_storage)
 
     def numpy(self, **_: Any) -> Any:
         raise TypeError(f"can't convert {self.gpu} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
@@ -80,15 +80,6 @@ class CudaTensor(torch.Tensor):
 
     def new_tensor(self, data: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype, device=device or self.gpu)
-
-    def pin_memory(self, *_: Any) -> Tensor:
-        raise RuntimeError(f"cannot pin '{self.gpu}' only dense CPU tensors can be pinned")
-
-    def data_ptr(self) -> int:
-        return self.inner.data_ptr()
-
-    def untyped_storage(self) -> Any:
-        return self.inner.untyped_storage()
 
     def _set_data(self, value: Tensor) -> None:
         assert isinstance(value, CudaTensor), "a parameter changes its device only through Module.to"
@@ -322,12 +313,6 @@ def _graph(graph: Graph, pool: Any = None, stream: Any = None, capture_error_mod
 # --- the machine -------------------------------------------------------------------------------------------------------
 
 
-class _Stream:
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def wait_stream(self, other: _Stream) -> None: ...
-
-
 def _synchronize(device: Any = None) -> None:
     assert MACHINE is not None
     MACHINE.wait("synchronize")
@@ -389,7 +374,7 @@ def stand_in(num_gpus: int = 2) -> Iterator[Machine]:
         "reset_peak_memory_stats": nothing(), "empty_cache": nothing(), "synchronize": _synchronize,
         "get_rng_state": lambda *_: torch.get_rng_state(), "set_rng_state": nothing(), "manual_seed": nothing(),
         "manual_seed_all": nothing(), "CUDAGraph": Graph, "graph": _graph,
-        "Stream": _Stream, "current_stream": lambda *_: _Stream(), "stream": lambda *_: contextlib.nullcontext(),
+        "Stream": mock.Mock, "current_stream": mock.Mock, "stream": lambda *_: contextlib.nullcontext(),
     }  # fmt: skip
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     threads = torch.autograd.is_multithreading_enabled()

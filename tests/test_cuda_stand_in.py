@@ -3,17 +3,18 @@ meet, the numbers are those of a CPU, and no step of the decode loop waits for t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cuda_stand_in import CudaTensor, Machine, stand_in
+from cuda_stand_in import Machine, stand_in
 from family_data import SIZE, eager, params, prompts, write_records
 from toy_checkpoints import MAKERS, make_emu3_5
 from toy_scorers import write_clip
@@ -75,22 +76,17 @@ C0, C1 = torch.device("cuda:0"), torch.device("cuda:1")
         (lambda a: a + a.to(C1), "found at least two devices: cuda:0, cuda:1"),
         (lambda a: torch.cat([a, torch.ones(1)]), "found at least two devices: cpu, cuda:0"),
         (lambda a: a.index_select(0, torch.tensor([1])), "found at least two devices: cpu, cuda:0"),
-        (lambda a: a.gather(0, torch.tensor([1])), "found at least two devices: cpu, cuda:0"),
         (lambda a: a.masked_fill(torch.tensor([True, False, True]), 0), "found at least two devices: cpu, cuda:0"),
         (lambda a: torch.nn.Linear(3, 3)(a), "found at least two devices: cpu, cuda:0"),
         (lambda a: torch.nn.functional.embedding(torch.tensor([1]), a[:, None]), "found at least two devices: cpu, cuda:0"),
         (lambda a: torch.ones(3)[a.long()], "indices should be either on cpu or on the same device as the indexed tensor"),
-        (lambda a: a.__setitem__(0, torch.ones(1)), None),
         (lambda a: a.__setitem__(torch.tensor([0, 1]), torch.ones(2)), "found at least two devices: cpu, cuda:0"),
         (lambda a: torch.rand(2, device=C0, generator=torch.Generator()), "Expected a 'cuda' device type for generator"),
         (lambda a: a.numpy(), "Use Tensor.cpu"),
         (lambda a: np.asarray(a), "Use Tensor.cpu"),
-        (lambda a: a.pin_memory(), "only dense CPU tensors can be pinned"),
         (lambda a: a.to("cuda:2"), "invalid device ordinal 2"),
-        (lambda a: a + torch.tensor(1.0), None),
-        (lambda a: a[torch.tensor([0, 2])], None),
-        (lambda a: torch.where(a > 0, a, torch.tensor(0.0)), None),
-        (lambda a: torch.ones(3).copy_(a), None),
+        (lambda a: a[torch.tensor([0, 2])] + torch.where(a > 0, a, torch.tensor(0.0))[:2] + torch.tensor(1.0), None),
+        (lambda a: a.__setitem__(0, torch.ones(1).copy_(a[:1])), None),
         (lambda a: torch.arange(3, device=C0) + a.new_tensor([1, 2, 3]) + torch.eye(3).cuda(), None),
     ],
 )
@@ -114,9 +110,9 @@ def test_times_that_the_host_waits_are_counted(machine):
     costs += [torch.cuda.synchronize, lambda: a.repeat_interleave(a.long()), lambda: float(a[0]), lambda: torch.unique(a)]
     counts = []
     for run in (*free, *costs):
-        before = len(machine.waits)
+        machine.waits.clear()
         run()
-        counts.append(len(machine.waits) - before)
+        counts.append(len(machine.waits))
     assert counts == [0] * (len(free) - 1) + [1] + [1] * len(costs)  # the last of `free` uploads its repeats
 
 
@@ -128,7 +124,6 @@ def test_autograd_and_fused_adamw_give_the_numbers_of_a_cpu(machine):
     tied, inputs = moved[0].weight, torch.randn(5, 3)
     moved.to(C1)
     assert moved[2].weight is moved[0].weight is tied
-    assert isinstance(tied, torch.nn.Parameter)
     for model in (plain, moved):
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         for _ in range(3):
@@ -161,25 +156,27 @@ def test_a_graph_repeats_what_the_device_did_and_no_python(machine):
         torch.zeros(2, device=C1)
 
 
+def elsewhere(run: Callable[[], None]) -> None:
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+
+
 def test_a_recording_forbids_other_threads_to_wait_unless_it_says_otherwise(machine):
     value, told = torch.zeros(1, device=C0), []
 
     def ask() -> None:
-        try:
+        with contextlib.suppress(RuntimeError):
             told.append(value.item())
-        except RuntimeError as error:
-            told.append(str(error).split(" (")[0])
 
     for mode in ("global", "thread_local"):
         with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode=mode):
-            thread = threading.Thread(target=ask)
-            thread.start()
-            thread.join()
-    assert told == ["CUDA error: operation not permitted when stream is capturing", 0.0]
+            elsewhere(ask)
+        told.append(mode)
+    assert told == ["global", 0.0, "thread_local"]
 
 
 def test_each_thread_has_a_current_device(machine):
-    torch.cuda.set_device(1)
     found = []
 
     def look() -> None:
@@ -191,9 +188,8 @@ def test_each_thread_has_a_current_device(machine):
         ]
         found.append([one.device for one in made])
 
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
+    torch.cuda.set_device(1)
+    elsewhere(look)
     look()
     assert found == [[C0] * 4, [C1] * 4]
 
@@ -201,9 +197,10 @@ def test_each_thread_has_a_current_device(machine):
 # --- sampling and scoring ----------------------------------------------------------------------------------------------
 
 
-def rolled(
-    model: UnifiedModel, settings: SamplingParams, forms: list[AnswerForm | None], group: int = 1
-) -> tuple[list[Rollout], torch.Tensor]:  # fmt: skip
+Told = tuple[list[Rollout], torch.Tensor]
+
+
+def rolled(model: UnifiedModel, settings: SamplingParams, forms: list[AnswerForm | None], group: int = 1) -> Told:
     """Documents, and what the scorer says of them."""
     asked = prompts()[:1] if model.family == "storyboard" else prompts()
     rows = [model.encode_prompt(asked[i % len(asked)], form) for i, form in enumerate(forms)]
@@ -240,7 +237,7 @@ def test_every_family_samples_and_scores_as_on_a_cpu(all_folders, family, monkey
             found = [rolled(model, *case) for case in cases]
     assert machine.num_replays > 30
     for (documents, logprobs), (others, values) in zip(expected, found, strict=True):
-        assert any(document.document.images for document in documents)
+        assert any(rollout.document.images for rollout in documents)
         same(documents, others)
         torch.testing.assert_close(logprobs, values, atol=5e-5, rtol=0)
 
@@ -264,10 +261,10 @@ def test_a_fault_in_the_decode_loop_is_seen(machine, tiny_model, monkeypatch, fa
 
 
 def waits_of(machine: Machine, model: UnifiedModel, settings: SamplingParams, form: AnswerForm, graphs: bool) -> Counter[str]:
-    before = len(machine.waits)
+    machine.waits.clear()
     row = model.encode_prompt(Document((Text("a ball"),)), form)
     sample(model, [row], settings, num_generations=3, generator=torch.Generator().manual_seed(0), graphs=graphs)
-    return Counter(machine.waits[before:])
+    return Counter(machine.waits)
 
 
 @pytest.mark.parametrize("graphs", [True, False])
@@ -276,11 +273,7 @@ def test_no_code_of_a_picture_waits_for_the_device(machine, all_folders, family,
     """A picture of many codes costs as many waits as one of few: with the loop cut short, the same."""
     model = load_model(all_folders[family], image_size=SIZE.get(family)).to(C0)
     drawn, plain = [], engine._Lockstep._draw_position
-
-    def counted(self, twins, chance):
-        drawn.append(len(machine.waits))
-        return plain(self, twins, chance)
-
+    counted = lambda *given: (drawn.append(len(machine.waits)), plain(*given))[1]  # noqa: E731
     monkeypatch.setattr(engine._Lockstep, "_draw_position", counted)
     waits_of(machine, model, params(2.0), AnswerForm.IMAGE, graphs)
     assert len(drawn) == model.image_spec.num_positions
@@ -305,6 +298,20 @@ def test_text_waits_for_the_device_once_every_few_tokens(machine, tiny_model, gr
     assert all(line.startswith("aten._local_scalar_dense") for line in more)
 
 
+def test_documents_of_benchmarks_have_their_shape_on_a_gpu_too(machine, tiny_model, monkeypatch):
+    """`benchmarks/_shapes.py` says which token comes; a GPU is asked for a few more, after all rows have begun their pictures."""
+    monkeypatch.syspath_prepend(str(TESTS.parent / "benchmarks"))
+    from _shapes import documents_of
+
+    model = copy.deepcopy(tiny_model).to(C0)
+    settings = build(SamplingParams, {"max_text_tokens": 9, "max_images": 2})
+    with documents_of(model, images=2, words=3):
+        found = rolled(model, settings, [None])[0][0]
+    ids = found.row.text_ids[found.prompt_length :].tolist()
+    begins = [place for place, token in enumerate(ids) if token == model.image_spec.begin_id]
+    assert (begins, ids[-1]) == ([3, 3 + 1 + len(model.image_spec.layout) + 3], model.eos_id)
+
+
 # --- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -321,16 +328,15 @@ def sources_of(family: str, records: Path) -> dict:
 
 def same_training(ours: Path, theirs: Path) -> None:
     """Metrics and moments of the last step."""
-    lines = [read_jsonl(folder / "metrics.jsonl")[-1] for folder in (ours, theirs)]
-    timed = {name for name in lines[0] if "seconds" in name or "time" in name}
-    a, b = ({name: value for name, value in line.items() if name not in timed} for line in lines)
-    assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
-    files = [max(folder.glob("checkpoints/*/trainer.pt")) for folder in (ours, theirs)]
-    states = [torch.load(file, weights_only=True)["optimizer"]["state"] for file in files]
+    lines, states = [], []
+    for folder in (ours, theirs):
+        line = read_jsonl(folder / "metrics.jsonl")[-1].items()
+        lines.append({name: value for name, value in line if "seconds" not in name and "time" not in name})
+        states.append(torch.load(max(folder.glob("checkpoints/*/trainer.pt")), weights_only=True)["optimizer"]["state"])
+    assert lines[0] == pytest.approx(lines[1], rel=1e-4, abs=1e-5)
     assert states[0].keys() == states[1].keys()
-    for number, state in states[0].items():
-        mean = state["exp_avg"]
-        torch.testing.assert_close(mean, states[1][number]["exp_avg"], atol=float(1e-6 + 1e-4 * mean.norm()), rtol=0)
+    for one, two in zip(states[0].values(), states[1].values(), strict=True):
+        torch.testing.assert_close(one["exp_avg"], two["exp_avg"], atol=float(1e-6 + 1e-4 * one["exp_avg"].norm()), rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -396,11 +402,8 @@ def test_rewards_in_a_thread_of_their_own_use_the_gpu_of_their_process(all_folde
 
 
 def test_nothing_of_the_stand_in_is_left_behind():
-    assert not torch.cuda.is_available()
-    with pytest.raises((RuntimeError, AssertionError), match="CUDA"):
-        torch.zeros(1, device="cuda")
     with stand_in():
         kept = torch.zeros(1, device="cuda")
-    assert isinstance(kept, CudaTensor)
     with pytest.raises(AssertionError, match="outlived"):
         kept + 1
+    assert not torch.cuda.is_available()
