@@ -46,6 +46,8 @@ def parallelize(model: UnifiedModel, config: RunConfig, device: torch.device, po
 
 
 def _mesh(shard_size: int | None, device: torch.device) -> DeviceMesh:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # FSDP takes the GPU in use, which is the first where the settings name another
     if not dist.is_initialized():  # one process by itself
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
