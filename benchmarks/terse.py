@@ -37,6 +37,7 @@ ARMS: dict[str, list[str]] = {
     "base": [],
     "warmup": [],
     "without": [f"{VISUAL}.weight=0"],  # it watches
+    "without, format on texts": [f"{VISUAL}.weight=0", "--rewards.0.modality=text"],  # nothing speaks of codes but KL and ptx
     "likelihood": [],
     "likelihood, no memory": [f"{VISUAL}.options.memory=0"],
     "image_text": [f"{VISUAL}.name=image_text", f"{VISUAL}.options={{}}"],

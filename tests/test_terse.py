@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -269,3 +273,15 @@ def test_the_oracle_is_exact_on_pictures_with_known_mistakes(kind):
     assert len(flat) > 500
     assert {right for _, right in flat} == {True, False, None}
     assert np.mean([a == b for a, b in flat]) >= 0.995
+
+
+def test_the_benchmark_runs_at_its_quick_size():
+    command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "terse.py"), "--quick", "--threads", "1"]
+    found = subprocess.run([*command, "--arms", "warmup", "without"], capture_output=True, text=True, timeout=280)
+    assert found.returncode == 0, found.stderr[-2000:]
+    lines = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
+    assert [(line["arm"], line["steps"]) for line in lines] == [("warmup", 2), ("without", 2)]
+    for line in lines:
+        assert len(line["prompts"]["greedy"]["given"]) == 12
+        assert set(line["skills"]) == {"text_to_image", "understanding", "editing"}
+    assert len(lines[1]["training"]["rewards/format/mean"]) == 2
