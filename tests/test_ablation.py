@@ -230,7 +230,7 @@ def second(name: str = "b", **settings) -> dict:
     ("updates", "message"),
     [
         (changed_base(grpo__max_stepz=3), r"variant 'packaged': wrong configuration .*grpo\.max_stepz: unknown key; allowed are: model, "),
-        (second(changes={"grpo.optim.lrr": 1}), r"variant 'b'.*grpo\.optim\.lrr: unknown key; allowed are: lr"),
+        (second(changes={"grpo.optim.lrr": 1}), r"variant 'b'.*grpo\.optim\.lrr: unknown key; allowed are: name, lr"),
         (second(changes={"grpo.rewards.7.weight": 1}), "allowed are 0 to 2"),
         (second(changes={"grpo.rewards.0.name": "no"}), "unknown reward 'no'"),
         (second(), "'packaged' and 'b' have the same settings"),

@@ -28,9 +28,10 @@ from diptych.models import load_model
 from diptych.resumption import leaves, set_keys
 from diptych.rewards import base
 from diptych.runs import RunFolder, read_jsonl
+from diptych.training.checkpoints import restore
 from diptych.training.grpo import grpo
 from diptych.training.inputs import own_code
-from diptych.training.optim import make_optimizer, restore
+from diptych.training.optim import make_optimizer
 from diptych.training.warmup import warmup
 
 WORDS = "the small red ball grows at night"

@@ -29,7 +29,7 @@ from diptych.training import experience as experience_module
 from diptych.training import grpo as grpo_module
 from diptych.training.experience import collect, groups_without_spread, seen_by_all
 from diptych.training.grpo import ParityError, accumulate_gradient, check_parity, grpo, minibatches, replay
-from diptych.training.supervised import encode, supervised_gradient
+from diptych.training.supervised import encode, encode_batch, supervised_gradient
 from diptych.training.warmup import warmup
 
 TESTS = Path(__file__).parent
@@ -155,14 +155,19 @@ def test_warmup_micro_batches_cannot_change_the_gradient(tiny_folder, tmp_path):
 
 
 def test_a_process_without_rows_adds_nothing(tiny_folder, monkeypatch):
-    """Three processes, two rows: the third one's share is empty, and the losses are those of the whole batch."""
+    """Three processes, two rows: each has its share of the batch, and the third has none."""
     model = load_model(tiny_folder)
     config = warmup_config(tiny_folder, Path("unused"))
-    batch = encode(model, Mixture(config.sources, 0).batch(0, 2), 0.0, 0, 0)
-    monkeypatch.setattr("diptych.training.supervised.rank", lambda: 2)
+    whole = encode(model, Mixture(config.sources, 0).batch(0, 2), 0.0, 0, 0)
     monkeypatch.setattr("diptych.training.supervised.world_size", lambda: 3)
+    for number in range(3):
+        monkeypatch.setattr("diptych.training.supervised.rank", lambda number=number: number)
+        batch = encode_batch(model, Mixture(config.sources, 0), 2, 0.0, 0, 0)
+        if number < 2:
+            assert batch.text_ids.tolist() == whole[[number]].text_ids.tolist()
+    assert batch is None
     found = supervised_gradient(model, batch, text_weight=1.0, image_weight=1.0)
-    assert (found["loss/text"], found["loss/image"]) == (0.0, 0.0)
+    assert found == {"loss/text": 0.0, "loss/image": 0.0, "num_tokens": 0.0}
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

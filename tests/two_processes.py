@@ -14,7 +14,7 @@ from diptych.data import Mixture
 from diptych.models import UnifiedModel, load_model
 from diptych.runtime import generator, joined_processes, rank, world_size
 from diptych.sampling.engine import sample
-from diptych.tokens import collate
+from diptych.tokens import TokenBatch, collate
 from diptych.training.grpo import accumulate_gradient, add_supervised_gradient, replay
 from diptych.training.parallel import parallelize
 from diptych.training.supervised import encode, supervised_gradient
@@ -31,6 +31,10 @@ def gradient(model: UnifiedModel) -> tuple[torch.Tensor, list[str]]:
     return torch.cat([value.flatten() for value in values]), [name for name, value in found.items() if value is None]
 
 
+def share(batch: TokenBatch) -> TokenBatch:
+    return batch[torch.arange(rank(), len(batch), world_size())]
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -40,11 +44,11 @@ def gradients(folder: Path) -> dict[str, tuple[torch.Tensor, list[str]]]:
     config = warmup_config(folder, Path("unused"))
     model = parallelize(load_model(folder), config, torch.device("cpu"))
     batch = encode(model, Mixture(config.sources, 0).batch(0, 7), 0.1, 0, 0)
-    supervised_gradient(model, batch, text_weight=1.0, image_weight=0.5, micro_batch_size=2)
+    supervised_gradient(model, share(batch), text_weight=1.0, image_weight=0.5, micro_batch_size=2)
     found = {"warmup": gradient(model)}
     model.zero_grad()
     words = Mixture([MixtureSource(name="storyboard:understanding")], 0).batch(0, 4)  # whose answers have no pictures
-    supervised_gradient(model, encode(model, words, 0.0, 0, 0), text_weight=1.0, image_weight=1.0)
+    supervised_gradient(model, share(encode(model, words, 0.0, 0, 0)), text_weight=1.0, image_weight=1.0)
     found["words"] = gradient(model)
 
     changes = {"text": {"beta": 0.1, "entropy_coef": 0.01}, "image": {"beta": 0.2, "weight": 0.5}, "micro_batch_size": 2}

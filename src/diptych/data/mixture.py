@@ -17,6 +17,7 @@ from diptych.config import MixtureSource
 from diptych.data.conversation import Record
 from diptych.data.problems import Problem, Problems
 from diptych.data.records import Source, open_source, split_of
+from diptych.runtime import gather, world_size
 from diptych.runtime import rng as make_rng
 from diptych.worlds.storyboard.scene import Split
 
@@ -105,6 +106,15 @@ class Mixture:
         if count:
             self.check_share(number)
             logger.warning("left out: %s: %s", where, error)
+
+    def share_skipped(self) -> None:
+        """What any process left out of its share, all leave out. Raises ValueError, in all of them, where it is too much."""
+        if world_size() > 1:
+            for part in gather(self.skipped):
+                for skipped, others in zip(self.skipped, part, strict=True):
+                    skipped |= others
+            for number in range(len(self.skipped)):
+                self.check_share(number)
 
     def check_share(self, number: int) -> None:
         """Raises ValueError where more rows of a source are left out, with any of their answers, than is allowed."""

@@ -175,7 +175,8 @@ def _train(
         metrics |= update_metrics(sums) | reward_metrics(seen, config)
         metrics |= {"seconds/rollout": sampling_ended - began, "step_time": time.perf_counter() - began}
         metrics["num_tokens"] = float(sum(gather(int(batch.attention_mask.sum()))))
-        share_skipped(mixtures)
+        for mixture in mixtures:
+            mixture.share_skipped()
         evaluates = config.eval_steps is not None and (step % config.eval_steps == 0 or step == config.max_steps)
         if evaluates:
             metrics |= held_out_rewards(model, held_out, prompts.columns, reward_functions, config, step)
@@ -310,15 +311,6 @@ def add_supervised_gradient(
     weights = {"text_weight": ptx.coef * ptx.text_weight, "image_weight": ptx.coef * ptx.image_weight}
     losses = supervised_gradient(model, batch, **weights, micro_batch_size=config.micro_batch_size)
     return {"ptx/loss/text": losses["loss/text"], "ptx/loss/image": losses["loss/image"]}
-
-
-def share_skipped(mixtures: list[Mixture]) -> None:
-    """What any process left out of its prompts, all leave out. Raises ValueError, in all of them, where it is too much."""
-    for mixture, parts in ((m, gather(m.skipped)) for m in mixtures if world_size() > 1):
-        for number, skipped in enumerate(mixture.skipped):
-            for part in parts:
-                skipped |= part[number]
-            mixture.check_share(number)
 
 
 def global_counts(batch: TokenBatch, rows: Tensor, sampling: SamplingParams, model: UnifiedModel) -> Counts:

@@ -12,7 +12,7 @@ from diptych.data import Mixture, Record
 from diptych.data.background import IN_TURN, Prepare, Reader
 from diptych.models import UnifiedModel
 from diptych.models.codes import in_two_parts
-from diptych.runtime import generator, rank, sum_over_processes, world_size
+from diptych.runtime import gather, generator, rank, sum_over_processes, world_size
 from diptych.sampling.logprobs import score
 from diptych.tokens import TokenBatch, TokenRow, collate
 
@@ -28,14 +28,15 @@ def encode(model: UnifiedModel, records: Sequence[Record], caption_dropout: floa
 
 def encode_batch(
     model: UnifiedModel, mixture: Mixture, size: int, caption_dropout: float, seed: int, step: int, reader: Reader = IN_TURN, last: int = 0
-) -> TokenBatch:
-    """`encode` of a batch of a mixture, which leaves out what cannot be encoded, as far as it may. `reader`: makes it, and those that
-    follow before step `last`."""
+) -> TokenBatch | None:
+    """This process's share of `encode` of a batch of a mixture, which leaves out what cannot be encoded, as far as it may; None where there
+    are more processes than rows. `reader`: makes it, and those that follow before step `last`."""
 
     def prepare(of: int) -> Prepare:
         return functools.partial(_prepared, model, _draws(size, seed, of), caption_dropout)
 
-    return collate(reader.made(mixture, step, size, prepare, last=last))
+    places = range(rank(), size, world_size())
+    return collate(reader.made(mixture, step, size, prepare, last=last, places=places)) if places else None
 
 
 def _draws(size: int, seed: int, step: int) -> list[float]:
@@ -86,29 +87,55 @@ def example_length(model: UnifiedModel, record: Record) -> int:
 
 
 def supervised_gradient(
-    model: UnifiedModel, batch: TokenBatch, *, text_weight: float, image_weight: float, micro_batch_size: int | None = None
+    model: UnifiedModel, batch: TokenBatch | None, *, text_weight: float, image_weight: float, micro_batch_size: int | None = None
 ) -> dict[str, float]:
-    """Backward of text_weight * mean text loss + image_weight * mean image loss; means over the global batch.
+    """Backward of text_weight * mean text loss + image_weight * mean image loss; means over the batches of all processes.
 
-    Every process is given the same batch and takes its share of it. It is the last that is computed before the optimizer's step.
+    `batch`: this process's share (`encode_batch`). It is the last that is computed before the optimizer's step.
     """
-    choices = batch.choice_mask
-    counts = torch.tensor([(choices & batch.text_mask[..., None]).sum(), (choices & batch.image_mask[..., None]).sum()])
-    mine = torch.arange(len(batch))[rank() :: world_size()]  # none, where there are more processes than rows
+    mine = choices_of(batch)
+    counts = sum_over_processes(mine)
     sums = torch.zeros(2)
-    most = -(-len(batch) // world_size())  # rows of a process that has most
-    parts = list(mine.split(micro_batch_size or most)) if len(mine) else []
-    idle = -(-most // (micro_batch_size or most)) - len(parts) if model.sharding is not None else 0
-    passes = [*parts, *[None] * idle]  # where gradients are added up layer by layer, all must compute as often
-    for number, rows in enumerate(passes):
-        micro = batch[[0] if rows is None else rows].to(model.device)
-        text, image = (part if rows is not None else 0 * part for part in negative_log_likelihood(model, micro))
+    passes = micro_batches(model, batch, micro_batch_size)
+    for number, (micro, counted) in enumerate(passes):
+        text, image = (part if counted else 0 * part for part in negative_log_likelihood(model, micro.to(model.device)))
         loss = text_weight * text / max(1, int(counts[0])) + image_weight * image / max(1, int(counts[1]))
         model.backward(loss, more=number + 1 < len(passes))
         sums += torch.stack([text, image]).detach().cpu()
-    sums = sum_over_processes(sums)
-    text_loss, image_loss = (sums / counts.clamp(min=1)).tolist()
-    return {"loss/text": text_loss, "loss/image": image_loss, "num_tokens": float(batch.attention_mask.sum())}
+    text_loss, image_loss = (sum_over_processes(sums) / counts.clamp(min=1)).tolist()
+    num_tokens = 0 if batch is None else int(batch.attention_mask.sum())
+    return {"loss/text": text_loss, "loss/image": image_loss, "num_tokens": float(sum(gather(num_tokens)))}
+
+
+@torch.no_grad()
+def supervised_loss(model: UnifiedModel, batch: TokenBatch, micro_batch_size: int | None = None) -> tuple[float, float]:
+    """Mean text loss and mean image loss of a batch that all processes have: each computes its share."""
+    mine = torch.arange(len(batch))[rank() :: world_size()]
+    sums = torch.zeros(2)
+    for micro, counted in micro_batches(model, batch[mine] if len(mine) else None, micro_batch_size):
+        sums += counted * torch.stack(negative_log_likelihood(model, micro.to(model.device))).cpu()
+    text, image = (sum_over_processes(sums) / choices_of(batch).clamp(min=1)).tolist()
+    return text, image
+
+
+def choices_of(batch: TokenBatch | None) -> torch.Tensor:
+    """(2,) int64: choices of text tokens and of image codes."""
+    if batch is None:
+        return torch.zeros(2, dtype=torch.long)
+    return torch.stack([(batch.choice_mask & mask[..., None]).sum() for mask in (batch.text_mask, batch.image_mask)])
+
+
+def micro_batches(model: UnifiedModel, batch: TokenBatch | None, size: int | None) -> list[tuple[TokenBatch, bool]]:
+    """Parts of `size` rows (None: as many as a process has at most), and whether they count. Where gradients are added up layer by layer
+    all processes must compute as often: those with fewer parts compute a row that does not count."""
+    number = 0 if batch is None else len(batch)
+    if model.sharding is None:
+        return [] if batch is None else [(batch[rows], True) for rows in torch.arange(number).split(size or number)]
+    most = max(gather(number))
+    parts = [] if batch is None else [(batch[rows], True) for rows in torch.arange(number).split(size or most)]
+    idle = collate([TokenRow.concat([TokenRow.text([model.eos_id], model.image_spec.depth, chosen=False, step=-1),
+                                     TokenRow.text([model.eos_id], model.image_spec.depth, chosen=True, step=0)])])  # fmt: skip
+    return parts + [(idle if batch is None else batch[[0]], False)] * (-(-most // (size or most)) - len(parts))
 
 
 def negative_log_likelihood(model: UnifiedModel, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:

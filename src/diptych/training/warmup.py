@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diptych.config import WarmupConfig
 from diptych.data import Mixture, Record
 from diptych.data.background import Reader
@@ -29,7 +27,7 @@ from diptych.training.inputs import check_inputs, summary
 from diptych.training.optim import make_optimizer, optimizer_step
 from diptych.training.parallel import parallelize
 from diptych.training.preemption import Preempted, Requests, asked_to_stop, preemptible
-from diptych.training.supervised import encode, encode_batch, example_length, negative_log_likelihood, supervised_gradient, usable_example
+from diptych.training.supervised import encode, encode_batch, example_length, supervised_gradient, supervised_loss, usable_example
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -82,6 +80,7 @@ def _train(run: RunFolder[WarmupConfig], progress: Progress | None, requests: Re
         )
         metrics |= optimizer_step(model, optimizer, schedule, config.optim)
         step += 1
+        mixture.share_skipped()
         evaluates = step % config.eval_steps == 0 or step == config.max_steps
         if evaluates:
             metrics |= validation_loss(model, held_out, config)
@@ -103,18 +102,10 @@ def _train(run: RunFolder[WarmupConfig], progress: Progress | None, requests: Re
     return model.eval()
 
 
-@torch.no_grad()
 def validation_loss(model: UnifiedModel, records: list[Record], config: WarmupConfig) -> dict[str, float]:
     batch = encode(model, records, 0.0, config.seed, 0)
-    sums = torch.zeros(2)
-    for rows in torch.arange(len(batch)).split(config.micro_batch_size or len(batch)):
-        sums += torch.stack(negative_log_likelihood(model, batch[rows].to(model.device))).cpu()
-    text, image = sums
-    choices = batch.choice_mask
-    return {
-        "eval/loss/text": float(text / (choices & batch.text_mask[..., None]).sum().clamp(min=1)),
-        "eval/loss/image": float(image / (choices & batch.image_mask[..., None]).sum().clamp(min=1)),
-    }
+    text, image = supervised_loss(model, batch, config.micro_batch_size)
+    return {"eval/loss/text": text, "eval/loss/image": image}
 
 
 def save_samples(run: RunFolder, model: UnifiedModel, records: list[Record], config: WarmupConfig, step: int) -> None:
