@@ -72,6 +72,8 @@ if __name__ == "__main__":
     if SECOND and fault == "late":
         time.sleep(60)
     changes = ["--output_dir", os.environ["OTHER_FOLDER"]] if SECOND and fault == "other folder" else []
+    if SECOND and fault == "other settings":
+        changes = ["--optim.lr", "0.5"]
     if SECOND and fault == "other machine":
         os.environ["LOCAL_RANK"] = "0"
         os.chdir(os.environ["OTHER_FOLDER"])

@@ -175,6 +175,14 @@ def test_processes_with_other_folders_do_not_train_different_models(tiny_folder,
     assert "output_dir must be a folder that all of them see" in said
 
 
+def test_processes_with_other_settings_do_not_train_one_model(tiny_folder, tmp_path):  # noqa: F811
+    process = launched("other settings", grpo_config(tiny_folder, tmp_path / "run", num_minibatches=1), tmp_path / "grpo.yaml")
+    said = ended(process)
+    assert process.returncode != 0
+    assert "the processes do not have the same settings (by their hash)" in said
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 @pytest.mark.parametrize("what", ["mine.py", "d.jsonl"])
 def test_machines_with_other_inputs_do_not_train_one_model(tiny_folder, tmp_path, monkeypatch, what):  # noqa: F811
     for name in ("here", "there"):
