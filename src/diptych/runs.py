@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -109,6 +109,7 @@ class RunFolder(Generic[ConfigT]):
         self.path, self.config = Path(path), config
         self.checkpoints = self.path / "checkpoints"
         self._may_change = {*config.may_change, *may_change}
+        self.ending = ExitStack()  # what is done before the lock is given up
         self._writer: Any = None
         self._lock: Any = None
 
@@ -127,9 +128,12 @@ class RunFolder(Generic[ConfigT]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        self._release()
+        try:
+            self.ending.close()
+            if self._writer is not None:
+                self._writer.close()
+        finally:
+            self._release()
 
     def _open(self) -> dict[str, Any]:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -142,10 +146,9 @@ class RunFolder(Generic[ConfigT]):
             logger.warning("%s cannot be locked (%s): start no other run in it", self.path, error)
         self._lock.truncate(0)
         print(f"process {os.getpid()} since {time.time_ns()}", file=self._lock, flush=True)
-        settings = self._settled()
-        for leftover in self.checkpoints.glob(".tmp-*"):  # of a killed process
+        for leftover in self.checkpoints.glob(".tmp-*"):  # of a killed process; first, where they fill the disk
             shutil.rmtree(leftover, ignore_errors=True)
-        return settings
+        return self._settled()
 
     def _release(self) -> None:
         if self._lock is not None:

@@ -8,6 +8,9 @@ process ever holds all of it. A folder gets its name when everything is in it.
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,11 +26,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diptych.models import UnifiedModel
 from diptych.runs import RunFolder
-from diptych.runtime import barrier, on_first, rank
+from diptych.runtime import barrier, on_first, rank, world_size
 from diptych.training.eight_bit import EightBitAdamW
 
 SHARDS = "shards"  # folder of a checkpoint with what every process has of weights and moments
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+logger = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # `export` reads by itself, at each checkpoint
 
 
 class Checkpoints:
@@ -44,6 +49,7 @@ class Checkpoints:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._group = dist.new_group(backend="gloo") if model.sharding is not None else None  # training has its own meanwhile
+        run.ending.callback(self._end)
 
     def after(self, step: int, *, due: bool) -> None:
         """Behind a step: saves it where that is due. Raises what came up while an earlier one was written."""
@@ -74,6 +80,14 @@ class Checkpoints:
             self._writing = None
             barrier()  # the first process has written more than the others
 
+    def _end(self) -> None:
+        """One process completes the checkpoint that is being written, whatever ends the training: the folder is its own until then. Several
+        do not: where one fails, none waits for the others."""
+        alone = world_size() == 1
+        if alone and self._writing is not None and not self._writing.done():
+            logger.warning("the last checkpoint is still being written; Ctrl-C gives it up")
+        self._pool.shutdown(wait=alone)
+
     def _complete(self, stack: contextlib.ExitStack, upload: Future[Any], folder: Path, state: dict[str, Any]) -> None:
         with stack:
             try:
@@ -98,11 +112,17 @@ def export(skeleton: UnifiedModel, shards: Path, folder: Path) -> None:
             if f"weight/{name}" in stored and parameter.is_meta:
                 path = folder.with_name(f"weight_{number}")
                 stack.callback(path.unlink, missing_ok=True)
-                whole = torch.from_file(str(path), shared=True, size=parameter.numel(), dtype=parameter.dtype)
-                wanted[name] = whole.view(parameter.shape)
+                wanted[name] = _mapped(path, parameter)
         dcp.load({f"weight/{name}": tensor for name, tensor in wanted.items()}, checkpoint_id=shards, no_dist=True)
         with _filled(skeleton, wanted):
             skeleton.save(folder)
+
+
+def _mapped(path: Path, like: Tensor) -> Tensor:
+    """A tensor in a file of its own, for which there is room: a full disk would end the process (SIGBUS) where it is written to."""
+    with path.open("wb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, max(1, like.numel() * like.itemsize))
+    return torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
 
 
 @contextlib.contextmanager

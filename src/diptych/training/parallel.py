@@ -16,6 +16,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,12 +72,20 @@ class Sharding:
         self.model, self.replicated = model, replicated
         if not replicated and any(type(module).__name__ == "Linear4bit" for module in model.modules()):
             raise ValueError("parallel.mode shard cannot shard 4-bit weights; use replicate, or leave out load_in_4bit")
-        left_alone = {p for module in model.frozen_modules() for p in module.parameters()}
+        tokenizers = {p for module in model.frozen_modules() for p in module.parameters()}
+        left_alone = set(tokenizers)
         if replicated:
             left_alone |= {p for p in model.parameters() if not p.requires_grad}
-        # adapters compute in float32, beside frozen weights in their own type
-        computes = model.dtype if model.adapter is None and not replicated else None
-        self.skeleton = _skeleton(model, left_alone, computes) if rank() == 0 else None
+        touched = [name for name, p in model.named_parameters() if p.requires_grad and p in tokenizers]
+        if touched:
+            raise ValueError(
+                f"lora.train_in_full matches {len(touched)} weights of the image tokenizer or the vision encoder ({touched[0]}, ...), "
+                "which stay as they are where the model is spread over processes; write names that match others only"
+            )
+        # adapters by themselves compute in float32, beside frozen weights in their own type; what is trained in full beside them cannot
+        alone = model.adapter is not None and not model.adapter.train_in_full
+        computes = None if replicated or alone else model.dtype
+        self.skeleton = _skeleton(model, left_alone, None if model.adapter is not None else computes) if rank() == 0 else None
         policy = MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=torch.float32, cast_forward_inputs=False)
         self.units: list[FSDPModule] = []
         for unit in (*model.language_model.layers, model):  # type: ignore[misc]
@@ -91,6 +100,9 @@ class Sharding:
         register_fsdp_forward_method(model, "run")
         inner = {id(p) for layer in model.language_model.layers for p in layer.parameters()}  # type: ignore[union-attr]
         self.outer = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inner]
+        if self.outer:
+            first: Any = model.language_model.layers[0]  # type: ignore[index]
+            first.register_forward_pre_hook(_with_gradient, prepend=True, with_kwargs=True)  # before FSDP's own
         self._depth, self._in_backward = 0, False
         self._used = torch.zeros(len(self.outer), dtype=torch.int64)
 
@@ -156,6 +168,19 @@ class Sharding:
 
 def _nothing(model: UnifiedModel) -> None:
     pass
+
+
+def _with_gradient(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The first layer's input asks for a gradient in every process, else FSDP adds up the layer's gradients earlier in those whose
+    embeddings are trained and used (pictures, say, beside adapters) than in the others, which wait for something else then."""
+
+    def asking(value: Any) -> Any:
+        plain = isinstance(value, Tensor) and value.is_floating_point() and torch.is_grad_enabled() and not value.requires_grad
+        return value.detach().requires_grad_() if plain else value
+
+    if arguments:
+        return (asking(arguments[0]), *arguments[1:]), options
+    return arguments, {name: asking(value) if name == "hidden_states" else value for name, value in options.items()}
 
 
 def _skeleton(model: UnifiedModel, kept: set[nn.Parameter], dtype: torch.dtype | None) -> UnifiedModel:
