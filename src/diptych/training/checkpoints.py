@@ -8,6 +8,7 @@ process ever holds all of it. A folder gets its name when everything is in it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import warnings
@@ -121,7 +122,12 @@ def export(skeleton: UnifiedModel, shards: Path, folder: Path) -> None:
 def _mapped(path: Path, like: Tensor) -> Tensor:
     """A tensor in a file of its own, for which there is room: a full disk would end the process (SIGBUS) where it is written to."""
     with path.open("wb") as stream:
-        os.posix_fallocate(stream.fileno(), 0, max(1, like.numel() * like.itemsize))
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            try:
+                os.posix_fallocate(stream.fileno(), 0, max(1, like.numel() * like.itemsize))
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # what file systems say that cannot
+                    raise
     return torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
 
 
