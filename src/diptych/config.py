@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from diptych.forms import AnswerForm
 from diptych.overrides import parse_overrides, set_leaf
-from diptych.tokens import AnswerForm
 from diptych.userfiles import dump_yaml, load_yaml, read_text
 
 ConfigT = TypeVar("ConfigT", bound="Config")

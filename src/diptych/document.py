@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
-import torch
 
 from diptych.pictures import image_data_address, open_image
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Image:
             raise ValueError("an Image needs pixels or codes; neither was given")
 
 
-STAND_IN = Image(codes=torch.zeros(1, 1, dtype=torch.long))  # for a picture that nobody opened, where lengths alone are asked for
+STAND_IN = Image(PIL.Image.new("RGB", (1, 1)))  # for a picture that nobody opened, where lengths alone are asked for
 Segment = Text | Image
 
 
@@ -130,3 +132,15 @@ def to_json_blocks(document: Document) -> list[dict[str, Any]]:
 
 def join(documents: Iterable[Document]) -> Document:
     return Document(tuple(segment for document in documents for segment in document))
+
+
+def valid_text(text: str) -> str:
+    """The text itself. Raises ValueError for a lone surrogate: Python keeps one in a string, but no tokenizer or file can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text holds a lone surrogate ({text[error.start]!r}) at character {error.start} of {len(text)}: half of a character "
+            "(of an emoji, say), as a string that was cut leaves it; mend the text"
+        ) from None
+    return text

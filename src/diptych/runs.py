@@ -19,7 +19,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import torch
 import yaml
 
 from diptych.config import RunConfig
@@ -201,6 +200,8 @@ class RunFolder(Generic[ConfigT]):
 
     def save(self, step: int, model: Any, state: dict[str, Any], *, keep: int = 2) -> None:
         """Writes model and trainer state for `step`, in the first process."""
+        import torch
+
         if rank() == 0:
             with self.new_checkpoint(step, keep) as folder:
                 model.save(folder / "model")
@@ -209,6 +210,8 @@ class RunFolder(Generic[ConfigT]):
 
     def load(self, step: int) -> tuple[Path, dict[str, Any]]:
         """The model folder and the trainer state of a checkpoint. Raises ValueError where it is damaged."""
+        import torch
+
         folder = self.checkpoints / f"step_{step}"
         try:
             state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")

@@ -21,12 +21,13 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -34,16 +35,24 @@ T = TypeVar("T")
 def generator(seed: int, *stream: int) -> torch.Generator:
     """A torch generator for one purpose at one step: the same (seed, stream) always gives the same draws, so a run
     that is resumed at a step draws what the uninterrupted run drew."""
+    import numpy as np
+    import torch
+
     state = int(np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(state & (2**63 - 1))
 
 
 def rng(seed: int, *stream: int) -> np.random.Generator:
     """The NumPy counterpart of `generator`."""
+    import numpy as np
+
     return np.random.default_rng([seed, *stream])
 
 
 def seed_everything(seed: int) -> None:
+    import numpy as np
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries may use the global state
     torch.manual_seed(seed)
@@ -51,6 +60,8 @@ def seed_everything(seed: int) -> None:
 
 def set_threads(num_threads: int | None) -> int:
     """Fixes the number of CPU threads, on which bitwise repeatability depends. Returns the number in force."""
+    import torch
+
     if num_threads is not None:
         if num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}; at least 1 is needed")
@@ -60,6 +71,8 @@ def set_threads(num_threads: int | None) -> int:
 
 def pick_device(name: str = "auto") -> torch.device:
     """A GPU by its number: that of this process, where none is named. Threads have a GPU of their own in use, and it is the first."""
+    import torch
+
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but no CUDA device is available; use 'cpu' or 'auto'")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
@@ -68,6 +81,8 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def versions() -> dict[str, Any]:
     """Versions and hardware, for run folders and results."""
+    import torch
+
     found: dict[str, Any] = {"python": platform.python_version(), "cpu_threads": torch.get_num_threads()}
     for name in ("diptych", "torch", "transformers", "numpy", "vector-quantize-pytorch"):
         try:
@@ -142,7 +157,10 @@ def joined_processes() -> Iterator[None]:
     """
     global _failed
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _joined():
+            import torch
+            import torch.distributed as dist
+
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             store, number, count = _meet(float(os.environ.get("DIPTYCH_JOIN_SECONDS", "600")))
@@ -158,6 +176,8 @@ def joined_processes() -> Iterator[None]:
 
 def _meet(seconds: float) -> tuple[dist.Store, int, int]:
     """A store that is new to all processes, once all have come; this process's number, and how many there are."""
+    import torch.distributed as dist
+
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     late = f"the {os.environ['WORLD_SIZE']} processes did not meet at {where} within {seconds:g} s (DIPTYCH_JOIN_SECONDS)"
     try:
@@ -212,6 +232,8 @@ def _code() -> str:
 
 def _leave() -> None:
     """Waits for the others and leaves the group: a process that just ends may make another abort."""
+    import torch.distributed as dist
+
     if dist.is_initialized() and not _failed:
         with contextlib.suppress(RuntimeError):  # another process died: nothing to wait for
             dist.barrier()
@@ -222,7 +244,7 @@ def end_process(code: int) -> NoReturn:
     """Ends the program. One of several processes first leaves the others in order; one that failed does not. Then it ends at once: it waits
     for no thread, and takes nothing of torch apart, where it would abort now and then (a mesh still holds its group of processes).
     """
-    if not dist.is_initialized():
+    if not _joined():
         sys.exit(code)
     if not _failed:
         atexit._run_exitfuncs()
@@ -232,18 +254,34 @@ def end_process(code: int) -> NoReturn:
     os._exit(code or int(_failed))
 
 
+def _joined() -> bool:
+    """Whether this is one of several processes that have met; torch is loaded then."""
+    loaded = sys.modules.get("torch.distributed")
+    return loaded is not None and bool(loaded.is_initialized())
+
+
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    if not _joined():
+        return 0
+    import torch.distributed as dist
+
+    return dist.get_rank()
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    if not _joined():
+        return 1
+    import torch.distributed as dist
+
+    return dist.get_world_size()
 
 
 def gather(value: T) -> list[T]:
     """What every process has, in their order: small things that pickle."""
     if world_size() == 1:
         return [value]
+    import torch.distributed as dist
+
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value)
     return found
@@ -253,6 +291,8 @@ def on_first(function: Callable[[], T]) -> T:
     """What the function gives in the first process, in all of them. A ValueError there is raised in all of them."""
     if world_size() == 1:
         return function()
+    import torch.distributed as dist
+
     said: list[Any] = [None]
     if rank() == 0:
         try:
@@ -277,6 +317,8 @@ def agree(value: Any, what: str, remedy: str) -> None:
 def sum_over_processes(value: Tensor) -> Tensor:
     """The sum of a tensor over all processes; the tensor itself where there is one."""
     if world_size() > 1:
+        import torch.distributed as dist
+
         value = value.clone()
         dist.all_reduce(value)
     return value
@@ -284,6 +326,8 @@ def sum_over_processes(value: Tensor) -> Tensor:
 
 def weights_checksum(model: nn.Module) -> str:
     """Of what is trained: the sum of each tensor's bits, which no order of adding changes."""
+    import torch
+
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -296,4 +340,6 @@ def weights_checksum(model: nn.Module) -> str:
 
 def barrier() -> None:
     if world_size() > 1:
+        import torch.distributed as dist
+
         dist.barrier()

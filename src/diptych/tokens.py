@@ -21,24 +21,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diptych.document import Document, Image, Segment, Text
+from diptych.document import Document, Image, Segment, Text, valid_text
+from diptych.forms import AnswerForm
 
-
-class AnswerForm(enum.StrEnum):
-    """What an answer may hold. What a form prescribes is in the sequence, but forced: it is no choice, and in no loss.
-
-    FREE: texts and pictures, as the model chooses. IMAGE: one picture, begun at once, and the end. TEXT: no picture. TEXT_IMAGE: a text
-    and then a picture, begun where the model ends its text (in whichever way, these are one choice) or at its greatest length.
-    """
-
-    FREE = "free"
-    IMAGE = "image"
-    TEXT = "text"
-    TEXT_IMAGE = "text_image"
-
-    @property
-    def ends_with_image(self) -> bool:
-        return self in (AnswerForm.IMAGE, AnswerForm.TEXT_IMAGE)
+__all__ = ["AnswerForm", "Modality", "TokenBatch", "TokenRow", "check_form", "collate", "valid_text"]
 
 
 def check_form(document: Document, form: AnswerForm | None, num_given: int) -> None:
@@ -271,15 +257,3 @@ def collate(rows: Sequence[TokenRow]) -> TokenBatch:
         pixels=tuple(r.pixels for r in rows) if any(r.pixels for r in rows) else (),
         forms=tuple(r.form for r in rows) if any(r.form is not None for r in rows) else (),
     )
-
-
-def valid_text(text: str) -> str:
-    """The text itself. Raises ValueError for a lone surrogate: Python keeps one in a string, but no tokenizer or file can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text holds a lone surrogate ({text[error.start]!r}) at character {error.start} of {len(text)}: half of a character "
-            "(of an emoji, say), as a string that was cut leaves it; mend the text"
-        ) from None
-    return text

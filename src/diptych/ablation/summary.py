@@ -10,13 +10,14 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diptych.ablation.cells import warmup_cell
 from diptych.ablation.measures import MEASURES
-from diptych.ablation.runner import Entry
 from diptych.ablation.suite import Suite
 from diptych.statistics import Estimate, estimate, holm, paired
+
+if TYPE_CHECKING:
+    from diptych.ablation.runner import Entry
 
 Record = dict[str, Any]
 DIGITS = 6
@@ -56,6 +57,8 @@ def _points(entry: Entry, summary: dict[str, Any], root: Path) -> dict[int, dict
     """step -> measures of a cell; step 0 of a GRPO cell is its warm-up, and parity stands at the last step."""
     points: dict[int, dict[str, float]] = {int(step): values for step, values in summary["points"].items()}
     if entry.cell.stage == "grpo":
+        from diptych.ablation.cells import warmup_cell
+
         before = warmup_cell(entry.cell).summary(root)
         points |= {0: before["points"]["0"]} if before else {}
         points[max(points)] |= {f"parity/{name}": value for name, value in summary["parity"].items()}

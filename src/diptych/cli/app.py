@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from diptych.config import SamplingParams
+from diptych.forms import AnswerForm
 from diptych.runtime import end_process
-from diptych.tokens import AnswerForm
 from diptych.training.preemption import EXIT_CODE, Preempted
 
 app = typer.Typer(

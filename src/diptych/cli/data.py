@@ -66,13 +66,16 @@ def inspect(
 ) -> None:
     """What is in a data set and what is wrong with it; every picture is opened. Exits with 1 on problems."""
     from diptych.data.inspect import inspect_records, render_lines, summary
-    from diptych.models import load_model
     from diptych.report.records import records_page
     from diptych.runs import atomic_text
 
     if out is not None and out.suffix != ".html":
         raise ValueError(f"--out is {str(out)!r}; the allowed ending is .html")
-    loaded = load_model(model) if model else None
+    loaded = None
+    if model:
+        from diptych.models import load_model
+
+        loaded = load_model(model)
     found = inspect_records(file, loaded, num_samples=num_samples, seed=seed, max_lines=max_lines)
     if as_json:
         console.print_json(json.dumps(summary(found)))

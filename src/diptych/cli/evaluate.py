@@ -34,6 +34,7 @@ def storyboard(
     device: Device = "auto",
 ) -> None:
     """Storyboard's benchmark: held-out documents and retention of old skills, judged by the oracle."""
+    config = load_config(EvaluateConfig, None, context.args)
     from diptych.cli.figures import show_storyboard
     from diptych.evaluation.storyboard import evaluate_documents, held_out_tasks, old_skills, rates, rates_by_kind, retention_rates, sheet
     from diptych.models import load_model
@@ -41,7 +42,6 @@ def storyboard(
     from diptych.runs import atomic_text
     from diptych.runtime import pick_device
 
-    config = load_config(EvaluateConfig, None, context.args)
     known = of_model(model, fetch=True)
     loaded = load_model(model, dtype=dtype, load_in_4bit=load_in_4bit or None).to(pick_device(device))
     tasks = held_out_tasks(config)
@@ -90,12 +90,12 @@ def benchmark(
 ) -> None:
     """Answers a published benchmark, writes what its scorer reads, and makes the table. See docs/evaluation.md."""
     from diptych.cli.figures import show_benchmark
+    from diptych.document import valid_text
     from diptych.evaluation.jobs import Job, Settings, nothing_scored
     from diptych.models import UnifiedModel, load_model
     from diptych.models.image_decoder import set_image_decoder
     from diptych.rewards.judges.options import JudgeOptions
     from diptych.runtime import pick_device
-    from diptych.tokens import valid_text
 
     for text in (prefix, suffix):
         valid_text(text)

@@ -39,18 +39,19 @@ def generate(
 ) -> None:
     """Writes one illustrated document, or what else `--form` asks for."""
     from diptych.document import Document, Image, Text, to_json_blocks
-    from diptych.models import load_model
-    from diptych.models.image_decoder import set_image_decoder
+    from diptych.forms import AnswerForm
     from diptych.pictures import open_image
-    from diptych.report.pages import answer_html, blocks_html, page
-    from diptych.runs import atomic_text
-    from diptych.runtime import generator, pick_device
-    from diptych.sampling.engine import fit_to_context, sample
-    from diptych.tokens import AnswerForm
 
     if out.suffix not in (".html", ".json"):
         raise ValueError(f"--out is {str(out)!r}; allowed endings are .html and .json")
     asked = Document((*(Image(open_image(path)) for path in image or []), Text(prompt)))
+    from diptych.models import load_model  # torch, which a mistake in the arguments need not wait for
+    from diptych.models.image_decoder import set_image_decoder
+    from diptych.report.pages import answer_html, blocks_html, page
+    from diptych.runs import atomic_text
+    from diptych.runtime import generator, pick_device
+    from diptych.sampling.engine import fit_to_context, sample
+
     loaded = load_model(model, dtype=dtype, load_in_4bit=load_in_4bit or None, image_size=image_size).to(pick_device(device))
     set_image_decoder(loaded, image_decoder)
     given = _beginning(begin)

@@ -42,12 +42,12 @@ def try_reward(
     """What a reward says of one document: what was sent, what came back, the value of each step. Exits with 1 if a value is missing."""
     from diptych.config import RewardConfig, build
     from diptych.document import Text
+    from diptych.forms import AnswerForm
     from diptych.overrides import parse_pairs
     from diptych.rewards import call_rewards, load_reward
     from diptych.rewards.base import about, check_columns, configured, option_kind
     from diptych.rewards.judges import Judge, transcript
     from diptych.rewards.scorers.base import ImageScorer
-    from diptych.tokens import AnswerForm
 
     asked, answer = transcript.read_document(document, prompt)
     options = parse_pairs("option", option or [], lambda key: option_kind(load_reward(name), key))

@@ -15,21 +15,22 @@ from diptych.config import DemoConfig, GRPOConfig, WarmupConfig, load_config
 @app.command(context_settings=PASS_ON, epilog="Example: diptych demo --output_dir runs/demo --seed 1")
 def demo(context: typer.Context, recipe: Recipe = "demo") -> None:
     """The whole method on the packaged model: warm-up, GRPO, evaluation, report. Resumes where it stopped."""
-    from diptych.demo import run_demo
-
     overrides = context.args
     if recipe.startswith("--"):  # no recipe was named; click then takes the first override for it
         recipe, overrides = "demo", [recipe, *overrides]
-    run_demo(load_config(DemoConfig, recipe, overrides), console)
+    config = load_config(DemoConfig, recipe, overrides)
+    from diptych.demo import run_demo  # torch, which a mistake in the settings need not wait for
+
+    run_demo(config, console)
 
 
 @app.command(context_settings=PASS_ON, epilog="Example: diptych warmup warmup --output_dir runs/warmup --optim.lr 1e-4")
 def warmup(context: typer.Context, recipe: Recipe = "warmup") -> None:
     """Stage 1: supervised fine-tuning on a hybrid mixture. Resumes where it stopped."""
+    config = load_config(WarmupConfig, recipe, context.args)
     from diptych.training.warmup import checkpoint_of
     from diptych.training.warmup import warmup as run
 
-    config = load_config(WarmupConfig, recipe, context.args)
     with Progress(console=console) as bars:
         run(config, _bar(bars, "warm-up", config.max_steps))
     say(f"saved: {checkpoint_of(config)}")
@@ -38,10 +39,10 @@ def warmup(context: typer.Context, recipe: Recipe = "warmup") -> None:
 @app.command(context_settings=PASS_ON, epilog="Example: diptych grpo grpo --model runs/warmup/checkpoints/step_240/model")
 def grpo(context: typer.Context, recipe: Recipe = "grpo") -> None:
     """Stage 2: unified GRPO over text and image codes. Resumes where it stopped."""
+    config = load_config(GRPOConfig, recipe, context.args)
     from diptych.training.grpo import checkpoint_of
     from diptych.training.grpo import grpo as run
 
-    config = load_config(GRPOConfig, recipe, context.args)
     with Progress(console=console) as bars:
         run(config, _bar(bars, "GRPO", config.max_steps))
     say(f"saved: {checkpoint_of(config)}")
@@ -98,7 +99,7 @@ def ablate(
     docs: Annotated[Path | None, typer.Option(help="a folder of records: add the suite's, and write the document FOLDER.md of all")] = None,
 ) -> None:
     """A table of the paper's ablations, or one of your own, over several seeds. Resumes where it stopped. Exits with 1 if a cell failed."""
-    from diptych.ablation import documents, pages, runner, summary
+    from diptych.ablation import pages
     from diptych.ablation.suite import load_suite, packaged_suites
 
     failures: dict[str, str] = {}
@@ -106,6 +107,8 @@ def ablate(
         console.print(pages.list_table({name: load_suite(name)[1] for name in packaged_suites()}))
     elif suite is not None:
         name, loaded = load_suite(suite, context.args)
+        from diptych.ablation import runner, summary
+
         entries = runner.grid(loaded, range(seeds or loaded.seeds))
         if not report:
             failures = runner.run_grid(name, loaded, entries, output_dir, jobs or runner.default_jobs(), console)
@@ -115,10 +118,14 @@ def ablate(
         pages.show(record, console)
         say(f"open {pages.write(record, output_dir / name)}")
         if docs is not None:
+            from diptych.ablation import documents
+
             documents.publish(record, docs)
     elif docs is None:
         raise ValueError("name a suite, or ask for --list")
     if docs is not None:
+        from diptych.ablation import documents
+
         say(f"written: {documents.write_docs(docs)}")
     if failures:
         raise typer.Exit(1)

@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import torch
-
 from diptych.config import RunConfig
 from diptych.data.conversation import Record
 from diptych.data.mixture import Mixture
@@ -37,6 +35,8 @@ class Reader:
         """As a training's settings say. Without them: threads where a GPU computes; on a CPU they would take its cores away."""
         if config.data_workers is not None:
             return cls(config.data_workers, config.prefetch)
+        import torch
+
         on_gpu = torch.cuda.is_available() if config.device == "auto" else config.device.startswith("cuda")
         return cls(GPU_WORKERS if on_gpu else 0, config.prefetch)
 

@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from diptych.document import NOTHING, Document
-from diptych.tokens import AnswerForm, valid_text
+from diptych.document import NOTHING, Document, valid_text
+from diptych.forms import AnswerForm
 
 FORMS = '{"role": "user" or "assistant", "content": a string or a list of blocks}'
 BLOCKS = 'text, image and image_url blocks such as {"type": "text", "text": "..."}'

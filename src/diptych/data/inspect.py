@@ -9,9 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from diptych.data.conversation import NotARecord, Record
 from diptych.data.convert.messages import id_of, messages_of
@@ -21,9 +19,11 @@ from diptych.data.readers import Row, json_lines, read_rows
 from diptych.data.records import has_records, open_source, record_files
 from diptych.data.rows import make_row_record, row_answers
 from diptych.document import Document, Image
-from diptych.models import UnifiedModel
 from diptych.pictures import open_image
 from diptych.runtime import rng as make_rng
+
+if TYPE_CHECKING:
+    from diptych.models import UnifiedModel
 
 ENDLESS = 1000  # records of a source without end
 
@@ -166,6 +166,8 @@ def _records(row: Row, source: str, problems: Problems, ids: dict[str, str]) -> 
 
 def _num_tokens(model: UnifiedModel, record: Record) -> tuple[int | None, str]:
     """Positions of an example, pictures included, which are prepared; the image tokenizer is not run, as a picture's length is known."""
+    import torch
+
     spec = model.image_spec
     codes = torch.zeros(spec.num_positions, spec.depth, dtype=torch.long)
 

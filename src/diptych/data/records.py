@@ -30,8 +30,8 @@ from diptych.data.conversation import Record
 from diptych.data.problems import Problems
 from diptych.data.readers import shards, suffix_of
 from diptych.data.rows import RowFile
+from diptych.forms import AnswerForm
 from diptych.runtime import rng as make_rng
-from diptych.tokens import AnswerForm
 from diptych.userfiles import lines_of
 from diptych.worlds.storyboard import conversations
 from diptych.worlds.storyboard.scene import Split

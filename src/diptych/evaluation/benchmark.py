@@ -20,7 +20,7 @@ import PIL.Image
 from diptych.data.convert.pictures import load
 from diptych.data.problems import Problems
 from diptych.document import Document, Image
-from diptych.tokens import AnswerForm
+from diptych.forms import AnswerForm
 
 
 def as_file_name(name: str) -> str:

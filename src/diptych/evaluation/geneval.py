@@ -20,7 +20,7 @@ from diptych.document import Document, Text
 from diptych.evaluation.benchmark import Benchmark, Cells, Headline, Item, Score, Scoring
 from diptych.evaluation.official import REPEATED, STRANGER, UNUSABLE, nothing_usable
 from diptych.evaluation.sheets import figure, macro_average, units
-from diptych.tokens import AnswerForm
+from diptych.forms import AnswerForm
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 FILE = "evaluation_metadata.jsonl"

@@ -31,12 +31,12 @@ from diptych.evaluation.benchmark import Benchmark, Item, Score, Scoring
 from diptych.evaluation.fingerprint import differing_data, of_items
 from diptych.evaluation.judging import KEPT
 from diptych.evaluation.sheets import count, read_scores, summarise, write_scores
+from diptych.forms import AnswerForm
 from diptych.models import UnifiedModel
 from diptych.models.fingerprint import differing_model, digest, of_model
 from diptych.rewards.judges.options import JudgeOptions
 from diptych.runs import atomic_folder, atomic_text
 from diptych.runtime import versions
-from diptych.tokens import AnswerForm
 
 OpenModel = Callable[[], tuple[UnifiedModel, SamplingParams]]
 PATIENCE = set(JudgeOptions.model_fields) - {"model", "revision", "max_tokens", "extra_body"}  # may change between two runs of one job

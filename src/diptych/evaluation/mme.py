@@ -18,7 +18,7 @@ from diptych.data.readers import read_rows
 from diptych.document import Document, Text
 from diptych.evaluation.benchmark import Benchmark, Cells, Headline, Item, Score, Scoring, StoredImage
 from diptych.evaluation.sheets import figure, total
-from diptych.tokens import AnswerForm
+from diptych.forms import AnswerForm
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")

@@ -12,11 +12,11 @@ import numpy as np
 from diptych.config import EvaluateConfig, SamplingParams
 from diptych.document import Document, Text
 from diptych.evaluation.benchmark import Score
+from diptych.forms import AnswerForm
 from diptych.models import UnifiedModel
 from diptych.runtime import generator
 from diptych.runtime import rng as make_rng
 from diptych.sampling.engine import sample
-from diptych.tokens import AnswerForm
 from diptych.worlds.storyboard.conversations import Turn, make_turn
 from diptych.worlds.storyboard.language import normalise
 from diptych.worlds.storyboard.oracle import Verdict, judge, read_pictures

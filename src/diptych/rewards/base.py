@@ -21,10 +21,9 @@ import math
 import typing
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from diptych.config import RewardConfig
 from diptych.document import Document
@@ -33,7 +32,12 @@ from diptych.rewards.protocol import Context, Notes, conversation, keywords
 from diptych.runtime import run_async
 from diptych.usercode import load_named
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 logger = logging.getLogger(__name__)
+
+LARGEST = float(np.finfo(np.float32).max)
 
 GIVEN = {"prompts", "completions", "completion_ids", "completion_documents", "trainer_state", "log_extra", "log_metric"}
 GIVEN |= {"truncated", "answer_form"}
@@ -136,6 +140,8 @@ class RewardBatch:
 
 def merge(batches: Sequence[RewardBatch]) -> RewardBatch:
     """The documents of several calls of the same rewards, one batch behind the other."""
+    import torch
+
     if len(batches) == 1:
         return batches[0]
     longest = max(batch.steps.shape[-1] for batch in batches)
@@ -275,6 +281,8 @@ def call_rewards(
     Raises RewardError where a reward returns the wrong number of values: that is a fault in its code, not bad luck; and
     ValueError for options that a reward does not take.
     """
+    import torch
+
     seen = {
         content: {
             "prompts": [conversation("user", document, content) for document in prompts],
@@ -354,7 +362,7 @@ def _rescale(value: Any, config: RewardConfig) -> float:
     except (TypeError, ValueError, OverflowError):  # an integer may be larger than any float
         return math.nan
     rescaled = (number - config.shift) / config.scale
-    return rescaled if abs(rescaled) <= torch.finfo(torch.float32).max else math.nan  # False for NaN too
+    return rescaled if abs(rescaled) <= LARGEST else math.nan  # False for NaN too
 
 
 def _fill(steps: Tensor, applies: Tensor, values: list[Any], config: RewardConfig) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from diptych.document import Document, Image
-from diptych.tokens import AnswerForm
+from diptych.forms import AnswerForm
 
 Against = Literal["text", "prompt"]
 Compared = tuple[int, str, Image]  # step, words, picture

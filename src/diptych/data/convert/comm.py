@@ -13,8 +13,6 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from diptych.data.convert.draft import Block, Draft, Options, document
 from diptych.data.convert.pictures import Picture
 from diptych.data.problems import NONSENSE, Problems
@@ -24,6 +22,8 @@ PROMPT = "Explain step by step, with pictures: {title}"
 
 
 def read(options: Options, problems: Problems) -> Iterator[Draft]:
+    import torch
+
     pictures = options.media_folder("the downloaded pictures")
     try:
         items = torch.load(options.input, map_location="cpu", weights_only=True)
