@@ -748,3 +748,9 @@ def test_weak_rewards_are_functions_of_the_content(monkeypatch):
     assert all(0 <= n <= 1 for n in noise)
     assert len({round(n, 6) for n in noise}) == 3  # another picture or another text is another number
     assert weak_rewards.coarse_image_text(answers) == [[None, 1.0], [None, 1.0], [None, 0.0], [None, 1.0]]
+
+
+def test_under_torchrun_it_says_to_run_without(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="ablate starts its own processes"):
+        run_grid("x", None, [], tmp_path, 1, None)

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class SaidByAll(ValueError):
+    """Raised in every process, so that one need tell it."""
+
+
 def generator(seed: int, *stream: int) -> torch.Generator:
     """A torch generator for one purpose at one step: the same (seed, stream) always gives the same draws, so a run
     that is resumed at a step draws what the uninterrupted run drew."""
@@ -302,7 +306,7 @@ def on_first(function: Callable[[], T]) -> T:
     dist.broadcast_object_list(said, 0)
     good, value = said[0]
     if not good:
-        raise ValueError(value)
+        raise SaidByAll(value)
     return value
 
 
@@ -311,7 +315,7 @@ def agree(value: Any, what: str, remedy: str) -> None:
     found = gather(value)
     others = [f"process {number} has {one}" for number, one in enumerate(found) if one != found[0]]
     if others:
-        raise ValueError(f"the processes do not have the same {what}: process 0 has {found[0]}, {', '.join(others[:3])}. {remedy}")
+        raise SaidByAll(f"the processes do not have the same {what}: process 0 has {found[0]}, {', '.join(others[:3])}. {remedy}")
 
 
 def sum_over_processes(value: Tensor) -> Tensor:

@@ -65,6 +65,8 @@ def run_grid(name: str, suite: Suite, entries: Sequence[Entry], root: Path, jobs
 
     Raises ValueError where a cell's folder holds other settings than it should, before anything runs.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("ablate starts its own processes (--jobs), each for a cell by itself; run it without torchrun")
     cells, titles = _unfinished(entries, root)
     _tell_changes(root / name / "suite.json", entries, console)
     for cell in cells:

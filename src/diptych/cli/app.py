@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from diptych.config import SamplingParams
 from diptych.forms import AnswerForm
-from diptych.runtime import end_process
+from diptych.runtime import SaidByAll, end_process
 from diptych.training.preemption import EXIT_CODE, Preempted
 
 app = typer.Typer(
@@ -21,7 +22,8 @@ app = typer.Typer(
 )  # fmt: skip
 # What is printed is text, never markup: paths and prompts may hold brackets and colons. A log has no width.
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-console = Console(width=None if sys.stdout.isatty() else 120, **PLAIN)
+NUMBER = os.environ.get("RANK", "0") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""  # of one of several processes
+console = Console(width=None if sys.stdout.isatty() else 120, quiet=NUMBER not in ("", "0"), **PLAIN)
 INTERRUPTED = 130
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 Recipe = Annotated[str, typer.Argument(help="a YAML file, or the name of a packaged recipe")]
@@ -63,7 +65,9 @@ def main() -> None:
         say(f"\nStopped by {error}.")
         end_process(EXIT_CODE)
     except (ValueError, FloatingPointError, RuntimeError, OSError) as error:
-        Console(stderr=True, **PLAIN).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
+        where = f" (process {NUMBER})" if NUMBER else ""
+        if not (isinstance(error, SaidByAll) and console.quiet):
+            Console(stderr=True, **PLAIN).print(Text.assemble((f"error{where}:", "bold red"), f" {error}"), soft_wrap=True)
         end_process(1)
     except Exception as error:  # typer's own usage errors know how to show themselves
         if hasattr(error, "show") and hasattr(error, "exit_code"):

@@ -76,7 +76,7 @@ class LoraAdapter:
 def attach_lora(model: UnifiedModel, config: LoraConfig, base: dict[str, Any]) -> UnifiedModel:
     """Freezes the model and adds adapters to the matrices of its decoder layers.
 
-    Raises ValueError where a name of the settings matches nothing.
+    Raises ValueError where a name of the settings matches nothing, or what no training touches.
     """
     peft = _peft()
     root, language_model = model.lora_root, model.language_model
@@ -84,6 +84,12 @@ def attach_lora(model: UnifiedModel, config: LoraConfig, base: dict[str, Any]) -
     wanted = rf"{re.escape(prefix + '.' if prefix else '')}layers\.\d+\..*\.({'|'.join(map(re.escape, config.target_modules))})"
     if not any(re.fullmatch(wanted, name) for name, _ in root.named_modules()):
         raise ValueError(f"lora.target_modules {list(config.target_modules)} match nothing in the decoder layers of {model.family}")
+    frozen = {id(p) for module in model.frozen_modules() for p in module.parameters()}
+    if touched := [name for name, p in full_parameters(model, config.train_in_full) if id(p) in frozen]:
+        raise ValueError(
+            f"lora.train_in_full matches {len(touched)} weights of the image tokenizer or the vision encoder ({touched[0]}, ...), which no "
+            "training touches; write names that match others only"
+        )
     settings = peft.LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=wanted, bias="none")
     model.requires_grad_(False)
     wrapped = peft.get_peft_model(root, settings)

@@ -72,16 +72,10 @@ class Sharding:
         self.model, self.replicated = model, replicated
         if not replicated and any(type(module).__name__ == "Linear4bit" for module in model.modules()):
             raise ValueError("parallel.mode shard cannot shard 4-bit weights; use replicate, or leave out load_in_4bit")
-        tokenizers = {p for module in model.frozen_modules() for p in module.parameters()}
-        left_alone = set(tokenizers)
+        left_alone = {p for module in model.frozen_modules() for p in module.parameters()}
+        assert not any(p.requires_grad for p in left_alone)  # their gradients would be added up by nobody
         if replicated:
             left_alone |= {p for p in model.parameters() if not p.requires_grad}
-        touched = [name for name, p in model.named_parameters() if p.requires_grad and p in tokenizers]
-        if touched:
-            raise ValueError(
-                f"lora.train_in_full matches {len(touched)} weights of the image tokenizer or the vision encoder ({touched[0]}, ...), "
-                "which stay as they are where the model is spread over processes; write names that match others only"
-            )
         # adapters by themselves compute in float32, beside frozen weights in their own type; what is trained in full beside them cannot
         alone = model.adapter is not None and not model.adapter.train_in_full
         computes = None if replicated or alone else model.dtype
