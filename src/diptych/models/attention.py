@@ -57,10 +57,11 @@ class Slots:
     them where they lie, and a new position is written in place.
 
     full: every row has something in every slot (known without asking the device), so that no mask is needed.
+    tight: some row has something in every slot, so that `select` of all rows would free none (known likewise).
     """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
-        self.num_rows, self.length, self.full = num_rows, 0, True
+        self.num_rows, self.length, self.full, self.tight = num_rows, 0, True, True
         self._taken = torch.zeros(num_rows, 0, dtype=torch.bool, device=device)  # (B, capacity)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
@@ -78,7 +79,7 @@ class Slots:
     def select(self, rows: Tensor, room: int) -> None:
         """These rows, (B',) int64, in this order and without the slots that none of them needs, with room for so many more."""
         taken, kept, length = self._packed(rows)
-        self.num_rows, self.length, self.full = len(rows), length, bool(taken.all())
+        self.num_rows, self.length, self.full, self.tight = len(rows), length, bool(taken.all()), True
         self._change(taken, kept, length + room)
 
     def copy(self, rows: Tensor, room: int) -> Slots:
@@ -98,7 +99,7 @@ class Slots:
             for buffer, states in zip(mine, theirs, strict=True):
                 buffer[:, :, self.length : end] = 0  # what memory held there before might be NaN, which no mask takes away
                 buffer[rows, :, self.length : end] = states[:, :, since : other.length]
-        self.length, self.full = end, False
+        self.length, self.full, self.tight = end, False, False
 
     def reserve(self, capacity: int) -> None:
         """Room for so many slots; buffers move where they have less."""
@@ -164,6 +165,7 @@ class Slots:
         """After a pass: its positions' slots are in use."""
         self._taken[:, self.length : self.length + num_positions] = self._ones(num_positions) if new is None else new
         self.full &= new is None
+        self.tight &= new is None
         self.length += num_positions
 
     def clear(self) -> None:
@@ -240,6 +242,7 @@ class StepAttention:
         for block in self.blocks:
             block.length += 1
             block.full &= all_active
+            block.tight &= all_active
 
     def rewind(self) -> None:
         """Undoes what steps did that were not counted."""

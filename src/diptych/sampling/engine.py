@@ -18,6 +18,7 @@ from torch import Tensor
 from diptych.config import SamplingParams
 from diptych.models.base import UnifiedModel
 from diptych.models.image_spec import CODE
+from diptych.models.steps import prepared
 from diptych.sampling.distribution import Grammar, draw, log_distribution, resolve
 from diptych.sampling.guidance import branch_prefixes, mix, num_branches
 from diptych.sampling.rollout import Draft, Piece, Rollout, draft_row, finish
@@ -98,7 +99,7 @@ def sample(
     was_training = model.training
     model.eval()
     try:
-        with model.gathered():
+        with model.gathered(), prepared(model):
             return model.run(lambda _: _Lockstep(model, prompts, params, num_generations, generator, graphs).run())
     finally:
         model.train(was_training)
@@ -142,7 +143,7 @@ class _Lockstep:
         return finish(self.model, self.drafts, self.params)
 
     def _keep(self, keep: Tensor) -> None:
-        if not self.stream.slots.full or not bool(keep.all()):
+        if not self.stream.slots.tight or not bool(keep.all()):
             rows = keep.nonzero().squeeze(1)
             self.index, self.num_images = self.index[rows], self.num_images[rows]
             self.stream.select(rows, self.room)
@@ -185,7 +186,8 @@ class _Lockstep:
             asks = (count + 1) % ASK_EVERY.get(self.device.type, 8) == 0 or count == limit - 1
             if asks and not bool(fed.any()):
                 break
-            step([self.model.embed_text(token)[:, None]], fed)
+            all_fed = self.device.type == "cpu" and not self.graphs and bool(fed.all())  # then nobody waits, and no mask is needed
+            step([self.model.embed_text(token)[:, None]], None if all_fed else fed)
             num_fed, writing = count + 1, going_on
             left = int(writing.sum()) if asks else len(rows)
             if not left:

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from diptych.config import SamplingParams, TextSampling
 from diptych.models.base import UnifiedModel
 from diptych.models.packing import pack
+from diptych.models.products import use
+from diptych.models.steps import prepared
 from diptych.sampling.distribution import Grammar, log_distribution, resolve
 from diptych.sampling.guidance import branch_prefixes, mix, num_branches
 from diptych.tokens import AnswerForm, Modality, TokenBatch, TokenRow
@@ -52,7 +54,10 @@ def score(
     """
     if bool(batch.completion_mask[:, 0].any()):
         raise ValueError("a chosen token stands at position 0; nothing predicts it, so put a prompt before it")
-    return Scores(*model.run(_score, batch, params, guided, entropy_gradient))
+    if torch.is_grad_enabled():
+        use(model)
+    with prepared(model):
+        return Scores(*model.run(_score, batch, params, guided, entropy_gradient))
 
 
 def _score(
