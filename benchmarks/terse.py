@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["base", "warmup", "without", "likelihood"], choices=list(ARMS))
     parser.add_argument("--rewards", action="store_true")
     parser.add_argument("--quick", action="store_true", help="two steps, 12 prompts, and nothing is kept: that it runs")
-    parser.add_argument("--base", default="storyboard", help="the model that is warmed up, and whose likelihood is the reward")
+    parser.add_argument("--base", default="storyboard_terse", help="the model that is warmed up, and whose likelihood is the reward")
     parser.add_argument("--seed", type=int, default=0, help="of warm-up and GRPO; prompts are the same for all")
     parser.add_argument("--count", type=int, default=480, help="held-out prompts, and half as many turns of each old skill")
     parser.add_argument("--threads", type=int, default=2)

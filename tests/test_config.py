@@ -62,7 +62,7 @@ def test_the_stages_alone_are_those_of_the_demo():
     ("updates", "message"),
     [
         ({"max_stepps": 3}, r"max_stepps: unknown key; allowed are: model, output_dir, seed, .*max_steps"),
-        ({"optim": {"lr": 1, "learning_rate": 1}}, "optim.learning_rate: unknown key; allowed are: lr, warmup_steps, schedule, betas"),
+        ({"optim": {"lr": 1, "learning_rate": 1}}, "optim.learning_rate: unknown key; allowed are: name, lr, warmup_steps, schedule, betas"),
         ({"sampling": {"image": {"guidance": 3}}}, "sampling.image.guidance: unknown key; allowed are: temperature, .*guidance_scale"),
         ({"rewards": [{"name": "format", "wieght": 1}]}, "rewards.0.wieght: unknown key"),
     ],
@@ -125,7 +125,7 @@ def test_overrides_reach_every_leaf(recipe):
 
 
 def test_overrides_are_checked_like_the_recipe(recipe):
-    with pytest.raises(ValueError, match=r"optim\.lrr: unknown key; allowed are: lr"):
+    with pytest.raises(ValueError, match=r"optim\.lrr: unknown key; allowed are: name, lr"):
         load_config(GRPOConfig, recipe, ["--optim.lrr", "1"])
     with pytest.raises(ValueError, match="seed: Input should be a valid integer"):
         load_config(GRPOConfig, recipe, ["--seed", "one"])

@@ -68,10 +68,11 @@ def test_loss_is_the_mean_over_all_batches():
 
 
 @pytest.mark.slow
-def test_the_packaged_base_answers_as_its_measures_say():
+@pytest.mark.parametrize("name", ["storyboard", "storyboard_terse"])
+def test_a_packaged_base_answers_as_its_measures_say(name):
     """Some of the 240 prompts of each kind that `measures.json` is about; and a model that knows nothing has none right."""
-    model = load_model("storyboard")
-    stored = json.loads((packaged_folder("storyboard") / "measures.json").read_text())["answers"]
+    model = load_model(name)
+    stored = json.loads((packaged_folder(name) / "measures.json").read_text())["answers"]
     found = measure_answers(model, 24)
     assert {kind: found[kind] for kind in stored} == pytest.approx(stored, abs=1.01 / 24)
     assert set(measure_answers(new_model(model.codec, 0), 2).values()) == {0.0}

@@ -21,7 +21,7 @@ from diptych.models.emu3_5.config import is_first_generation
 from diptych.models.image_decoder import set_image_decoder
 from diptych.models.lora import DESCRIPTION, attach_lora, load_lora, read_description
 
-PACKAGED = ("storyboard",)
+PACKAGED = ("storyboard", "storyboard_terse")
 FAMILIES: dict[str, str] = {  # model_type in config.json -> module:class; imported when it is needed
     "diptych_storyboard": "diptych.models.storyboard.model:StoryboardModel",
     "janus": "diptych.models.janus:JanusModel",
