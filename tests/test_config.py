@@ -62,7 +62,7 @@ def test_the_stages_alone_are_those_of_the_demo():
     ("updates", "message"),
     [
         ({"max_stepps": 3}, r"max_stepps: unknown key; allowed are: model, output_dir, seed, .*max_steps"),
-        ({"optim": {"lr": 1, "learning_rate": 1}}, "optim.learning_rate: unknown key; allowed are: name, lr, warmup_steps, schedule, betas"),
+        ({"optim": {"lr": 1, "learning_rate": 1}}, "optim.learning_rate: unknown key; allowed are: name, lr, warmup_steps, schedule"),
         ({"sampling": {"image": {"guidance": 3}}}, "sampling.image.guidance: unknown key; allowed are: temperature, .*guidance_scale"),
         ({"rewards": [{"name": "format", "wieght": 1}]}, "rewards.0.wieght: unknown key"),
     ],
