@@ -20,7 +20,10 @@ FEWEST_ROWS = 4  # below, MKL sums in another order, and there is little to gain
 WORTH_IT = 128  # rows from which it pays to lay out a weight for one product
 
 
-def available() -> bool:
+def available(model: nn.Module | None = None) -> bool:
+    """Whether torch has oneDNN. Not for a sharded model, which is short of memory: laid out, weights and states are held twice."""
+    if model is not None and getattr(model, "sharding", None) is not None:
+        return False
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
@@ -90,7 +93,7 @@ class _Differentiable(torch.autograd.Function):
 def use(model: nn.Module) -> None:
     """From now on the model's linear layers multiply by oneDNN where that is faster. (For good, because gradient checkpointing calls
     layers again during the backward pass.)"""
-    for layer in filter(fits, model.modules()) if available() else ():
+    for layer in filter(fits, model.modules()) if available(model) else ():
         if "forward" not in layer.__dict__:
             layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
 

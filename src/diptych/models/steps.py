@@ -25,7 +25,7 @@ MOST_BYTES = 2**30  # weights are held twice while they are prepared
 def prepared(model: nn.Module) -> Iterator[None]:
     """Inside, the model's linear layers in float32 on the CPU multiply by oneDNN with weights laid out for it. Weights must not change
     inside. Where torch has no oneDNN, or the weights are too large to be held twice, nothing is done."""
-    linear = [module for module in model.modules() if fits(module)] if available() and not torch.is_grad_enabled() else []
+    linear = [module for module in model.modules() if fits(module)] if available(model) and not torch.is_grad_enabled() else []
     if sum(layer.weight.nbytes for layer in linear) > MOST_BYTES:
         linear = []
     changed: dict[nn.Module, Any] = {}
