@@ -709,15 +709,16 @@ def test_the_table_is_for_reading():
 
 
 def test_storyboards_table_is_in_per_cent_and_in_order():
-    rates = {name: number / 10 for number, name in enumerate(("format", "text", "image", "order", "score", "document"))}
+    rates = {name: number / 10 for number, name in enumerate(("format", "text", "image", "given", "order", "score", "document"))}
     rates |= {f"{name}_ci": [value / 2, 1.0] for name, value in list(rates.items())}
     stream = io.StringIO()
     skills = {"text_to_image": {"accuracy": 0.985, "accuracy_ci": [0.97, 1.0]}}
     kinds = {"story, 3 pictures": {"prompts": 7, **rates}}
     show_storyboard(Console(file=stream, width=200), {"greedy": rates, "sampled": rates, "greedy_by_kind": kinds, "retention": skills})
     row = next(line for line in stream.getvalue().splitlines() if "greedy" in line)
-    cells = ["0.0 [0, 100]", "10.0 [5, 100]", "20.0 [10, 100]", "30.0 [15, 100]", "40.0 [20, 100]", "50.0 [25, 100]"]
+    cells = ["0.0 [0, 100]", "10.0 [5, 100]", "20.0 [10, 100]", "30.0 [15, 100]", "40.0 [20, 100]", "50.0 [25, 100]", "60.0 [30, 100]"]
     assert [cell.strip() for cell in row.strip("│").split("│")] == ["greedy", *cells]
     row = next(line for line in stream.getvalue().splitlines() if "story, 3 pictures" in line)
-    assert [cell.strip() for cell in row.strip("│").split("│")] == ["story, 3 pictures", "7", "0.0", "10.0", "20.0", "30.0", "40.0", "50.0"]
+    tens = ["0.0", "10.0", "20.0", "30.0", "40.0", "50.0", "60.0"]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["story, 3 pictures", "7", *tens]
     assert stream.getvalue().splitlines()[-1] == "text to image: 98.5 % [97, 100]"

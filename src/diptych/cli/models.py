@@ -112,7 +112,7 @@ def merge(
     say(f"saved: {out}")
 
 
-@app.command(epilog="Examples: diptych doctor deepseek-community/Janus-Pro-7B; diptych doctor Janus-Pro-7B --gpus 8 --gpu-memory 80")
+@app.command(epilog="Example: diptych doctor deepseek-community/Janus-Pro-7B; diptych doctor Janus-Pro-7B --gpus 8 --gpu-memory 80")
 def doctor(
     name: Annotated[
         str | None,
