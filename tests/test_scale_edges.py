@@ -17,6 +17,7 @@ from diptych.config import WarmupConfig, build
 from diptych.models import open_policy
 from diptych.runs import RunFolder
 from diptych.training import checkpoints
+from diptych.training.parallel import parallelize
 from diptych.training.warmup import warmup
 
 
@@ -55,6 +56,16 @@ def test_no_training_touches_an_image_tokenizer(folders, records, tmp_path):  # 
     config = build(WarmupConfig, {**values, "output_dir": str(tmp_path / "run")})
     with pytest.raises(ValueError, match=r"of the image tokenizer or the vision encoder \(hf\.model\.v"):
         open_policy(config)
+
+
+def test_adapters_that_train_an_image_tokenizer_all_the_same_stay_in_one_process(folders, records, tmp_path):  # noqa: F811
+    """As they could be trained once."""
+    values = settings(folders["janus"], records, "janus", lora={"r": 4}, parallel={"mode": "shard"})["warmup"]
+    config = build(WarmupConfig, {**values, "output_dir": str(tmp_path / "run")})
+    model = open_policy(config)
+    next(model.frozen_modules()[0].parameters()).requires_grad_()
+    with pytest.raises(ValueError, match="train it on in one process"):
+        parallelize(model, config, torch.device("cpu"))
 
 
 def test_a_disk_that_is_full_while_the_model_is_exported_is_told(tiny_folder, tmp_path, monkeypatch):  # noqa: F811

@@ -97,3 +97,12 @@ def test_the_package_gives_its_names_when_they_are_asked_for():
 def test_importing_the_package_loads_nothing_of_it():
     program = "import sys, diptych; print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy', 'diptych')))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "['diptych']"
+
+
+@pytest.mark.parametrize(("number", "speaks"), [("0", True), ("1", False)])
+def test_the_first_of_several_processes_speaks(number, speaks):
+    environment = {**os.environ, "RANK": number, "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "diptych", "data", "kinds"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert bool(result.stdout) == speaks

@@ -211,10 +211,10 @@ def print_results(results: dict[str, Any], folder: Path, console: Console) -> No
     for mode in ("greedy", "sampled"):
         table = Table(title=f"{results['num_prompts']} held-out prompts, {mode} (per cent, 95 % interval)")
         table.add_column("")
-        for rate in SHOWN_RATES:
+        for rate in SHOWN_RATES["full"]:
             table.add_column(rate, justify="right")
         for name in CHECKPOINTS:
-            table.add_row(name, *rate_cells(results["checkpoints"][name][mode]))
+            table.add_row(name, *rate_cells(results["checkpoints"][name][mode], SHOWN_RATES["full"]))
         console.print(table)
     kinds = Table(title="whole documents right by kind, greedy (per cent)")
     for head in ("", "prompts", *CHECKPOINTS):

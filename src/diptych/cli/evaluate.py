@@ -52,7 +52,7 @@ def storyboard(
     found: dict[str, Any] = {
         "greedy": rates(greedy), "sampled": rates(sampled), "greedy_by_kind": rates_by_kind(greedy), "retention": retention_rates(skills),
     }  # fmt: skip
-    show_storyboard(console, found)
+    show_storyboard(console, found, config.telling)
     if out:
         settings = {
             "benchmark": "storyboard", "model": model, "fingerprint": known and {"hash": known["hash"]}, "guidance": guidance,

@@ -32,19 +32,20 @@ def show_benchmark(console: Console, name: str, result: Mapping[str, Any]) -> No
     console.print("\n".join(others), soft_wrap=True)
 
 
-def show_storyboard(console: Console, found: Mapping[str, Any]) -> None:
+def show_storyboard(console: Console, found: Mapping[str, Any], telling: str = "full") -> None:
     """Held-out documents, in per cent, greedy and sampled; and old skills."""
+    rates = SHOWN_RATES[telling]
     table = Table(title="held-out documents (per cent, 95 % interval)")
-    for head in ("", *SHOWN_RATES):
+    for head in ("", *rates):
         table.add_column(head, justify="right" if head else "left")
     for mode in ("greedy", "sampled"):
-        table.add_row(mode, *rate_cells(found[mode]))
+        table.add_row(mode, *rate_cells(found[mode], rates))
     console.print(table)
     kinds = Table(title="greedy, by kind (per cent)")
-    for head in ("", "prompts", *SHOWN_RATES):
+    for head in ("", "prompts", *rates):
         kinds.add_column(head, justify="right" if head else "left")
     for kind, values in found["greedy_by_kind"].items():
-        kinds.add_row(kind, str(values["prompts"]), *(f"{100 * values[r]:.1f}" for r in SHOWN_RATES))
+        kinds.add_row(kind, str(values["prompts"]), *(f"{100 * values[r]:.1f}" for r in rates))
     console.print(kinds)
     for skill, value in found["retention"].items():
         low, high = value["accuracy_ci"]

@@ -24,7 +24,10 @@ from diptych.worlds.storyboard.tasks import Task, task_stream
 from diptych.worlds.storyboard.world import FAMILIES, WORLDS
 
 RATES = ("format", "text", "image", "given", "kept", "order", "document", "score")
-SHOWN_RATES = ("format", "text", "image", "given", "order", "score", "document")
+SHOWN_RATES = {  # by telling: as many as a line of 120 has room for
+    "full": ("format", "text", "image", "order", "score", "document"),
+    "terse": ("format", "text", "image", "given", "score", "document"),
+}
 Progress = Callable[[int], None]
 
 
@@ -92,9 +95,9 @@ def rates_by_kind(judged: Sequence[Judged]) -> dict[str, dict[str, float]]:
     }
 
 
-def rate_cells(found: Mapping[str, Any]) -> list[str]:
-    """`80.0 [78, 82]`, in per cent, for each of `SHOWN_RATES`."""
-    return [f"{100 * found[r]:.1f} [{100 * found[r + '_ci'][0]:.0f}, {100 * found[r + '_ci'][1]:.0f}]" for r in SHOWN_RATES]
+def rate_cells(found: Mapping[str, Any], rates: Sequence[str]) -> list[str]:
+    """`80.0 [78, 82]`, in per cent, for each rate."""
+    return [f"{100 * found[r]:.1f} [{100 * found[r + '_ci'][0]:.0f}, {100 * found[r + '_ci'][1]:.0f}]" for r in rates]
 
 
 def interval(values: np.ndarray, seed: int = 0) -> list[float]:

@@ -23,7 +23,9 @@ from diptych.tokens import AnswerForm, TokenRow, collate
 
 class ImageLikelihoodOptions(Config):
     may_change: ClassVar[frozenset[str]] = frozenset({"device", "batch_size"})
-    model: str = Field("storyboard", min_length=1, description="packaged name, checkpoint folder, or hub id; of the policy's image codes")
+    model: str = Field(
+        "storyboard_terse", min_length=1, description="packaged name, checkpoint folder, or hub id; of the policy's image codes"
+    )
     instruction: str = Field("draw the next picture .", description="stands behind the text and asks for the picture; may be empty")
     memory: int = Field(1, ge=0, description="how many of the pictures before it are shown; 0: the text alone")
     per_code: bool = Field(False, description="the geometric mean over the codes of a picture, for pictures that can be drawn in many ways")

@@ -29,6 +29,7 @@ from diptych.models import UnifiedModel
 from diptych.runs import RunFolder
 from diptych.runtime import barrier, on_first, rank, world_size
 from diptych.training.eight_bit import EightBitAdamW
+from diptych.training.preemption import Preempted
 
 SHARDS = "shards"  # folder of a checkpoint with what every process has of weights and moments
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -52,12 +53,25 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo") if model.sharding is not None else None  # training has its own meanwhile
         run.ending.callback(self._end)
 
-    def after(self, step: int, *, due: bool) -> None:
+    def due(self, step: int, signal: str) -> bool:
+        """Whether the step is to be saved: by the settings, or because the process was asked to stop."""
+        config = self.run.config
+        return step % config.save_steps == 0 or step == config.max_steps or bool(signal)
+
+    def after(self, step: int, signal: str = "") -> None:
         """Behind a step: saves it where that is due. Raises what came up while an earlier one was written."""
         if self._writing is not None and self._writing.done():
             self._writing.result()
-        if not due:
-            return
+        if self.due(step, signal):
+            self._save(step)
+
+    def stop(self, step: int, signal: str) -> None:
+        """Raises Preempted behind a step, once it is saved, where the process was asked to stop before the last one."""
+        if signal and step < self.run.config.max_steps:
+            self.finish()
+            raise Preempted(f"{signal}: step {step} of {self.run.config.max_steps} is saved in {self.run.path}; the same command goes on")
+
+    def _save(self, step: int) -> None:
         state = {"optimizer": None, "schedule": self.schedule.state_dict(), "step": step}
         if self.model.sharding is None:
             eight_bits = isinstance(self.optimizer, EightBitAdamW)

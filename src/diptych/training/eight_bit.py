@@ -31,6 +31,7 @@ class EightBitAdamW(torch.optim.Optimizer):
         self.parts = {p: _part(p) for group in groups for p in group["params"]}
         parts = [[part for p in group["params"] if (part := self.parts[p]).numel()] for group in self.param_groups]
         self.inner = library.AdamW8bit([{"params": some or [nn.Parameter(torch.zeros(1))]} for some in parts], lr=lr, betas=betas)
+        self._places = {part: (group, place) for group, some in enumerate(parts) for place, part in enumerate(some)}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -58,10 +59,8 @@ class EightBitAdamW(torch.optim.Optimizer):
 
     def _begin(self, part: nn.Parameter) -> None:
         if not self.inner.state[part]:
-            for number, group in enumerate(self.inner.param_groups):
-                for place, other in enumerate(group["params"]):
-                    if other is part:
-                        self.inner.init_state(group, part, number, place)
+            group, place = self._places[part]
+            self.inner.init_state(self.inner.param_groups[group], part, group, place)
 
 
 def _part(parameter: nn.Parameter) -> nn.Parameter:

@@ -66,7 +66,7 @@ from diptych.training.inputs import check_inputs, summary
 from diptych.training.losses import Counts, ModalityTerms, PolicyBatch, policy_loss
 from diptych.training.optim import make_optimizer, move_state, optimizer_step
 from diptych.training.parallel import parallelize
-from diptych.training.preemption import Preempted, Requests, asked_to_stop, preemptible
+from diptych.training.preemption import Requests, asked_to_stop, preemptible
 from diptych.training.supervised import encode_batch, example_length, supervised_gradient
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -185,15 +185,12 @@ def _train(
         if step % config.sample_steps == 0 or step == config.max_steps:
             run.save_samples(step, sample_records(experience, config.num_generations))
         signal = asked_to_stop(requests)
-        due = step % config.save_steps == 0 or step == config.max_steps or bool(signal)
-        if due:
+        if checkpoints.due(step, signal):
             note_skipped(run, *mixtures)
-        checkpoints.after(step, due=due)
+        checkpoints.after(step, signal)
         if progress:
             progress(step, config.max_steps, metrics)
-        if signal and step < config.max_steps:
-            checkpoints.finish()
-            raise Preempted(f"{signal}: step {step} of {config.max_steps} is saved in {run.path}; the same command goes on")
+        checkpoints.stop(step, signal)
     checkpoints.finish()
     return model.eval()
 

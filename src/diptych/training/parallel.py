@@ -73,7 +73,8 @@ class Sharding:
         if not replicated and any(type(module).__name__ == "Linear4bit" for module in model.modules()):
             raise ValueError("parallel.mode shard cannot shard 4-bit weights; use replicate, or leave out load_in_4bit")
         left_alone = {p for module in model.frozen_modules() for p in module.parameters()}
-        assert not any(p.requires_grad for p in left_alone)  # their gradients would be added up by nobody
+        if any(p.requires_grad for p in left_alone):  # their gradients would be added up by nobody
+            raise ValueError("the adapter trains weights of the image tokenizer or the vision encoder; train it on in one process")
         if replicated:
             left_alone |= {p for p in model.parameters() if not p.requires_grad}
         # adapters by themselves compute in float32, beside frozen weights in their own type; what is trained in full beside them cannot

@@ -93,10 +93,9 @@ def supervised_gradient(
 
     `batch`: this process's share (`encode_batch`). It is the last that is computed before the optimizer's step.
     """
-    mine = choices_of(batch)
-    counts = sum_over_processes(mine)
+    counts = sum_over_processes(choices_of(batch))
     sums = torch.zeros(2)
-    passes = micro_batches(model, batch, micro_batch_size)
+    passes = equal_passes(model, batch, micro_batch_size)
     for number, (micro, counted) in enumerate(passes):
         text, image = (part if counted else 0 * part for part in negative_log_likelihood(model, micro.to(model.device)))
         loss = text_weight * text / max(1, int(counts[0])) + image_weight * image / max(1, int(counts[1]))
@@ -112,7 +111,7 @@ def supervised_loss(model: UnifiedModel, batch: TokenBatch, micro_batch_size: in
     """Mean text loss and mean image loss of a batch that all processes have: each computes its share."""
     mine = torch.arange(len(batch))[rank() :: world_size()]
     sums = torch.zeros(2)
-    for micro, counted in micro_batches(model, batch[mine] if len(mine) else None, micro_batch_size):
+    for micro, counted in equal_passes(model, batch[mine] if len(mine) else None, micro_batch_size):
         sums += counted * torch.stack(negative_log_likelihood(model, micro.to(model.device))).cpu()
     text, image = (sum_over_processes(sums) / choices_of(batch).clamp(min=1)).tolist()
     return text, image
@@ -125,17 +124,21 @@ def choices_of(batch: TokenBatch | None) -> torch.Tensor:
     return torch.stack([(batch.choice_mask & mask[..., None]).sum() for mask in (batch.text_mask, batch.image_mask)])
 
 
-def micro_batches(model: UnifiedModel, batch: TokenBatch | None, size: int | None) -> list[tuple[TokenBatch, bool]]:
+def equal_passes(model: UnifiedModel, batch: TokenBatch | None, size: int | None) -> list[tuple[TokenBatch, bool]]:
     """Parts of `size` rows (None: as many as a process has at most), and whether they count. Where gradients are added up layer by layer
     all processes must compute as often: those with fewer parts compute a row that does not count."""
     number = 0 if batch is None else len(batch)
-    if model.sharding is None:
-        return [] if batch is None else [(batch[rows], True) for rows in torch.arange(number).split(size or number)]
     most = max(gather(number))
     parts = [] if batch is None else [(batch[rows], True) for rows in torch.arange(number).split(size or most)]
-    idle = collate([TokenRow.concat([TokenRow.text([model.eos_id], model.image_spec.depth, chosen=False, step=-1),
-                                     TokenRow.text([model.eos_id], model.image_spec.depth, chosen=True, step=0)])])  # fmt: skip
-    return parts + [(idle if batch is None else batch[[0]], False)] * (-(-most // (size or most)) - len(parts))
+    if model.sharding is None or not most:
+        return parts
+    idle = _shortest_row(model) if batch is None else batch[[0]]
+    return parts + [(idle, False)] * (-(-most // (size or most)) - len(parts))
+
+
+def _shortest_row(model: UnifiedModel) -> TokenBatch:
+    depth, ends = model.image_spec.depth, [model.eos_id]
+    return collate([TokenRow.concat([TokenRow.text(ends, depth, chosen=False, step=-1), TokenRow.text(ends, depth, chosen=True, step=0)])])
 
 
 def negative_log_likelihood(model: UnifiedModel, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:

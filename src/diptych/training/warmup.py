@@ -26,7 +26,7 @@ from diptych.training.checkpoints import Checkpoints, restore
 from diptych.training.inputs import check_inputs, summary
 from diptych.training.optim import make_optimizer, optimizer_step
 from diptych.training.parallel import parallelize
-from diptych.training.preemption import Preempted, Requests, asked_to_stop, preemptible
+from diptych.training.preemption import Requests, asked_to_stop, preemptible
 from diptych.training.supervised import encode, encode_batch, example_length, supervised_gradient, supervised_loss, usable_example
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -89,15 +89,12 @@ def _train(run: RunFolder[WarmupConfig], progress: Progress | None, requests: Re
         if step % config.sample_steps == 0 or step == config.max_steps:
             save_samples(run, model, held_out, config, step)
         signal = asked_to_stop(requests)
-        due = step % config.save_steps == 0 or step == config.max_steps or bool(signal)
-        if due:
+        if checkpoints.due(step, signal):
             note_skipped(run, mixture)
-        checkpoints.after(step, due=due)
+        checkpoints.after(step, signal)
         if progress:
             progress(step, config.max_steps, metrics)
-        if signal and step < config.max_steps:
-            checkpoints.finish()
-            raise Preempted(f"{signal}: step {step} of {config.max_steps} is saved in {run.path}; the same command goes on")
+        checkpoints.stop(step, signal)
     checkpoints.finish()
     return model.eval()
 
