@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -138,24 +139,32 @@ def test_the_whole_demo_at_a_small_size(tmp_path):
         DemoConfig, "demo",
         ["--output_dir", str(tmp_path / "demo"), "--warmup.max_steps", "6", "--warmup.batch_size", "4", "--warmup.num_eval_records", "6",
          "--warmup.num_threads", "1", "--grpo.num_threads", "1", "--grpo.max_steps", "2", "--grpo.prompts_per_step", "2",
-         "--grpo.num_generations", "4", "--grpo.sampling.max_text_tokens", "40", "--evaluate.num_prompts", "9",
-         "--evaluate.num_retention", "6", "--evaluate.batch_size", "9"],
+         "--grpo.num_generations", "4", "--grpo.micro_batch_size", "8", "--evaluate.num_prompts", "9",
+         "--evaluate.num_retention", "6", "--evaluate.batch_size", "9", "--control.changes", '{"rewards.1.weight": 0}'],
     )  # fmt: skip
     console = Console(file=(tmp_path / "out.txt").open("w", buffering=1), width=160)
     results = run_demo(config, console)
     stored = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert stored == json.loads(json.dumps(results))
     assert set(stored) >= {"checkpoints", "retention", "num_prompts", "seconds", "versions"}
-    for name in ("base", "warmup", "grpo"):
+    assert list(stored["labels"]) == list(stored["checkpoints"]) == ["base", "warmup", "control", "grpo"]
+    for name in stored["labels"]:
         for mode in ("greedy", "sampled"):
             row = stored["checkpoints"][name][mode]
-            for rate in ("format", "text", "image", "order", "document", "score"):
+            for rate in ("format", "text", "image", "given", "order", "document", "score"):
                 low, high = row[f"{rate}_ci"]
                 assert 0 <= low <= row[rate] <= high <= 1
     kinds = stored["greedy_by_kind"]["base"]
     assert sum(row["prompts"] for row in kinds.values()) == 9
     assert all(kind in (tmp_path / "out.txt").read_text() for kind in kinds)
-    assert set(stored["seconds"]) == {"warmup", "grpo", "evaluation", "total"}
+    assert set(stored["seconds"]) == {"warmup", "grpo", "control", "evaluation", "total"}
+    assert set(stored["retention"]) == {"text_to_image", "understanding", "editing"}
+    first = stored["greedy_by_picture"]["warmup"][0]
+    assert first["pictures"] == 9
+    assert 0 <= first["given"] <= first["right"] + 1
+    configs = [yaml.safe_load((tmp_path / "demo" / name / "config.yaml").read_text())["config"] for name in ("grpo", "control")]
+    assert [config["rewards"][1]["weight"] for config in configs] == [1, 0]
+    assert configs[0]["model"] == configs[1]["model"]
     assert stored["checkpoints"]["base"]["greedy"]["document"] == 0  # it cannot interleave
     assert stored["parity"]["image_max"] <= 1e-4
     assert stored["parity"]["text_max"] <= 1e-4
@@ -172,23 +181,23 @@ def test_the_whole_demo_at_a_small_size(tmp_path):
     def example(*right: bool) -> dict:
         answers = {
             n: {"answer": [], "steps": [], "document": {"oracle/whole document": r}}
-            for n, r in zip(("base", "warmup", "grpo"), right, strict=True)
+            for n, r in zip(("base", "warmup", "control", "grpo"), (right[0], *right), strict=True)
         }
         return {"family": "story", "prompt": [{"type": "text", "text": f"told {right}"}], "answers": answers}
 
-    assert "GRPO changed the verdict" not in page
+    assert "Where the verdict changed" not in page
     same, won, lost = example(False, True, True), example(False, False, True), example(True, True, False)
     page = demo_page(stored, [won, *[same] * 5, same, won, same, lost], tmp_path / "demo")
-    first, changed = page.split("Where GRPO changed the verdict")
+    first, changed = page.split("Where the verdict changed")
     assert [part.count('class="task card"') for part in (first, changed)] == [6, 2]
     assert "The first 2 prompts after those above" in changed
     # a second run finds everything done and leaves the same numbers
     again = run_demo(config, console)
     assert again["checkpoints"] == results["checkpoints"]
-    # of a folder whose evaluations lack the kinds, they are made again
+    # of a folder whose evaluations lack the pictures, they are made again
     old = tmp_path / "demo" / "evaluation" / "base.json"
-    old.write_text(json.dumps({key: value for key, value in json.loads(old.read_text()).items() if key != "greedy_by_kind"}))
-    assert run_demo(config, console)["greedy_by_kind"] == results["greedy_by_kind"]
+    old.write_text(json.dumps({key: value for key, value in json.loads(old.read_text()).items() if key != "greedy_by_picture"}))
+    assert run_demo(config, console)["greedy_by_picture"] == results["greedy_by_picture"]
 
 
 def test_doctor_exits_with_1_on_problems_and_prints_json(tmp_path):

@@ -14,6 +14,7 @@ from diptych.overrides import parse_overrides, set_leaf
 from diptych.userfiles import dump_yaml, load_yaml, read_text
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "aim", "clearml", "dvclive"]
 
 
 class Config(BaseModel):
@@ -98,7 +99,8 @@ class RunConfig(Config):
     may_change: ClassVar[frozenset[str]] = frozenset(
         {
             "output_dir", "device", "num_threads", "max_steps", "save_steps", "logging_steps", "sample_steps", "report_to",
-            "gradient_checkpointing", "code_cache", "max_skipped_records", "parallel", "data_workers", "prefetch",
+            "tracker_project", "tracker_options", "gradient_checkpointing", "code_cache", "max_skipped_records", "parallel", "data_workers",
+            "prefetch",
         }
     )  # fmt: skip
 
@@ -111,7 +113,9 @@ class RunConfig(Config):
     save_steps: int = Field(20, ge=1)
     logging_steps: int = Field(1, ge=1)
     sample_steps: int = Field(10, ge=1, description="save sampled documents every so many steps")
-    report_to: Literal["none", "tensorboard"] = "none"
+    report_to: tuple[Tracker, ...] = Field((), description="trackers of metrics and documents, one or several (docs/watching.md)")
+    tracker_project: str = Field("diptych", min_length=1, description="the trackers' project, or experiment")
+    tracker_options: dict[Tracker, dict[str, Any]] = Field({}, description="of a tracker's own start, such as wandb.init's `entity`")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="that the model computes in; auto: the checkpoint's own")
     load_in_4bit: bool = Field(False, description="QLoRA: the language model in NF4; needs `lora`")
     lora: LoraConfig | None = Field(None, description="train adapters; None: train all but the image tokenizer")
@@ -133,6 +137,22 @@ class RunConfig(Config):
         le=1,
         description="share of a source's rows that may be left out because they cannot be used; more stop the run",
     )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _some_trackers(cls, value: Any) -> Any:
+        names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+        return [] if names in (["none"], [""]) else list(dict.fromkeys(names)) if isinstance(names, list | tuple) else names
+
+    @model_validator(mode="after")
+    def _tracker_options_fit(self) -> RunConfig:
+        given = {key.lower() for options in self.tracker_options.values() for key in options}
+        if {"api_key", "password", "secret", "token", "write_token"} & given:
+            raise ValueError("tracker_options hold a secret, and the configuration is saved: give it as the tracker's environment variable")
+        if unused := [name for name in self.tracker_options if name not in self.report_to]:
+            named = ", ".join(self.report_to) or "none"
+            raise ValueError(f"tracker_options are given for {', '.join(unused)}, which report_to does not name ({named})")
+        return self
 
 
 class MixtureSource(Config):
@@ -221,7 +241,7 @@ class AdvantageConfig(Config):
 
 
 class PTXConfig(Config):
-    """Supervised examples in every GRPO update, so that old skills stay. PPO-ptx, arXiv:2203.02155, Eq. 2."""
+    """Supervised examples in every GRPO update, so that existing skills are retained. PPO-ptx, arXiv:2203.02155, Eq. 2."""
 
     sources: tuple[MixtureSource, ...] = Field(min_length=1)
     coef: float = Field(gt=0, description="weight of the supervised loss beside the policy loss")
@@ -236,7 +256,7 @@ class GRPOConfig(RunConfig):
 
     may_change: ClassVar[frozenset[str]] = RunConfig.may_change | {
         "micro_batch_size", "rollout_batch_size", "background_rewards", "offload", "eval_steps", "num_eval_prompts", "max_missing_rewards",
-        "parity_bound",
+        "parity_bound", "sample_groups",
     }  # fmt: skip
 
     optim: OptimConfig
@@ -270,6 +290,7 @@ class GRPOConfig(RunConfig):
         None, ge=1, description="every so many steps, the rewards of greedy answers to held-out prompts; None: never"
     )
     num_eval_prompts: int = Field(48, ge=1)
+    sample_groups: int = Field(1, ge=1, description="groups of a step whose documents are saved, every `sample_steps`")
     max_missing_rewards: float = Field(0.2, ge=0, le=1, description="a larger share of missing rewards stops the run")
     parity_bound: float = Field(1e-3, gt=0, description="largest allowed |replayed - sampled| log-probability")
 
@@ -305,10 +326,22 @@ class EvaluateConfig(Config):
     num_retention: int = Field(240, ge=1)
     batch_size: int = Field(120, ge=1)
     split: Literal["validation", "test"] = "test"
+    world: Literal["standard", "large", "large_128"] = Field("standard", description="whose prompts are asked (docs/worlds.md)")
     telling: Literal["full", "terse"] = Field("full", description="how much the texts of Storyboard's documents tell")
     seed: int = 1234
     max_images: int = Field(4, ge=0, description="of one answer; lower it for models with a short context or large pictures")
     max_text_tokens: int = Field(64, ge=1, description="per text segment")
+
+    @model_validator(mode="after")
+    def _check_world(self) -> EvaluateConfig:
+        if self.world != "standard" and self.telling == "full":
+            raise ValueError(f"the world {self.world!r} tells only what happens; set telling: terse")
+        return self
+
+
+class ControlConfig(Config):
+    label: str = Field(min_length=1, description="words for it behind `GRPO`, such as: without the visual reward")
+    changes: dict[str, Any] = Field(min_length=1, description="changes of `grpo`, by dotted leaf")
 
 
 class DemoConfig(Config):
@@ -316,7 +349,21 @@ class DemoConfig(Config):
     seed: int = 0
     warmup: WarmupConfig
     grpo: GRPOConfig
+    control: ControlConfig | None = Field(None, description="a second training of GRPO from the same warm-up, to compare the first with")
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _check_control(self) -> DemoConfig:
+        if self.control is not None and self.controlled() == self.grpo:
+            raise ValueError("control.changes change nothing: the two trainings would be the same")
+        return self
+
+    def controlled(self) -> GRPOConfig:
+        """The settings of the control. Raises ValueError where it changes what is no setting of GRPO."""
+        data = self.grpo.model_dump(mode="json")
+        for key, value in (self.control.changes if self.control is not None else {}).items():
+            set_leaf(data, GRPOConfig, key, value, written=False)
+        return build(GRPOConfig, data)
 
 
 def recipe_path(name: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""The demo's report and the page of a training run."""
+"""Pieces of pages, and the page of a training run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,6 @@ import yaml
 from diptych.report.charts import line_chart
 from diptych.runs import read_jsonl
 
-NAMES = {"base": "Base model", "warmup": "After warm-up", "grpo": "After GRPO"}
-RATES = ("format", "text", "image", "order", "score", "document")
-
-NUM_FIRST, NUM_CHANGED = 6, 6  # documents on the demo's page
 Line = tuple[str, str, str]  # label, colour, metric
 THUMBNAIL = 208  # pixels of height
 
@@ -77,31 +73,6 @@ def answer_html(answer: dict[str, Any]) -> str:
     return "".join(rows) + chips_html(answer.get("document", {}))
 
 
-def results_table(checkpoints: dict[str, Any], mode: str) -> str:
-    head = "".join(f"<th>{name}</th>" for name in RATES)
-    rows = []
-    for key, label in NAMES.items():
-        row = checkpoints[key][mode]
-        cells = "".join(
-            f'<td>{100 * row[r]:.1f}<span class="ci">{100 * row[r + "_ci"][0]:.1f} to {100 * row[r + "_ci"][1]:.1f}</span></td>'
-            for r in RATES
-        )
-        rows.append(f'<tr class="{key}"><td>{label}</td>{cells}</tr>')
-    return f'<div class="scroll"><table><tr><th>{mode}</th>{head}</tr>{"".join(rows)}</table></div>'
-
-
-def kinds_table(counted: dict[str, Any]) -> str:
-    """Whole documents right, for each kind of prompt. `counted`: {checkpoint: {kind: rates}}."""
-    head = "".join(f"<th>{label}</th>" for label in NAMES.values())
-    rows = "".join(
-        f"<tr><td>{html.escape(kind)}</td><td>{row['prompts']}</td>"
-        + "".join(f"<td>{100 * counted[key][kind]['document']:.1f}</td>" for key in NAMES)
-        + "</tr>"
-        for kind, row in counted["base"].items()
-    )
-    return f'<div class="scroll"><table><tr><th>greedy, whole documents</th><th>prompts</th>{head}</tr>{rows}</table></div>'
-
-
 def curves(run: Path, which: Sequence[tuple[str, Sequence[Line] | str]]) -> str:
     """Charts of a run's metrics: (title, lines); or the beginning of names, for one line for each reward that was logged under it."""
     metrics = read_jsonl(run / "metrics.jsonl")
@@ -140,86 +111,6 @@ WARMUP_CURVES = (
 
 
 # --- pages ---------------------------------------------------------------------------------------------------------------
-
-
-def sentences(results: dict[str, Any]) -> str:
-    """What happened, in three sentences, from the numbers."""
-    c = {name: value["greedy"] for name, value in results["checkpoints"].items()}
-    first = (
-        f"The base model can describe pictures and draw captions, but {_per_cent(c['base']['format'])} of its answers to "
-        f"{results['num_prompts']} held-out prompts are well-formed illustrated documents."
-    )
-    second = (
-        f"Warm-up taught it the form ({_per_cent(c['warmup']['format'])} well-formed), with {_per_cent(c['warmup']['image'])} of the "
-        f"pictures and {_per_cent(c['warmup']['text'])} of the texts right."
-    )
-    gain = 100 * (c["grpo"]["image"] - c["warmup"]["image"])
-    third = (
-        f"Unified GRPO, rewarded only by models and a rule of form, moved pictures by {gain:+.1f} points to "
-        f"{_per_cent(c['grpo']['image'])} and whole documents from {_per_cent(c['warmup']['document'])} to {_per_cent(c['grpo']['document'])} right, "
-        "as judged by an oracle that was never a reward."
-    )
-    return f"{first} {second} {third}"
-
-
-def _per_cent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _right(example: dict[str, Any], checkpoint: str) -> bool:
-    return bool(example["answers"][checkpoint]["document"].get("oracle/whole document"))
-
-
-def example_html(example: dict[str, Any]) -> str:
-    """A prompt, and what each checkpoint answers."""
-    answers = "".join(f'<div class="{key}"><h3>{label}</h3>{answer_html(example["answers"][key])}</div>' for key, label in NAMES.items())
-    return (
-        f'<div class="task card"><div class="prompt"><span class="kind">{html.escape(example["family"])}</span>{blocks_html(example["prompt"])}</div>'
-        f'<div class="answers">{answers}</div></div>'
-    )
-
-
-def demo_page(results: dict[str, Any], examples: list[dict[str, Any]], folder: Path) -> str:
-    """The demo's report. `examples`: {"family", "prompt" blocks, "answers": {checkpoint: answer}}."""
-    retention = results["retention"]
-    rows = "".join(
-        f"<tr><td>{label}</td>"
-        + "".join(f'<td>{100 * retention[skill][key]["accuracy"]:.1f}<span class="ci">{100 * retention[skill][key]["accuracy_ci"][0]:.1f} to '
-                  f'{100 * retention[skill][key]["accuracy_ci"][1]:.1f}</span></td>' for skill in ("text_to_image", "understanding"))
-        + "</tr>"
-        for key, label in NAMES.items()
-    )  # fmt: skip
-    changed = [example for example in examples[NUM_FIRST:] if _right(example, "warmup") != _right(example, "grpo")][:NUM_CHANGED]
-    parity = results["parity"]
-    seconds = results["seconds"]
-    body = f"""
-<h1>A model learns to write illustrated documents</h1>
-<p class="lead">{html.escape(sentences(results))}</p>
-<h2>Results on held-out prompts</h2>
-<div class="card">{results_table(results["checkpoints"], "greedy")}<br>{results_table(results["checkpoints"], "sampled")}
-<p class="note">Per cent, with 95 % bootstrap intervals over {results["num_prompts"]} prompts whose combinations of things were never seen in training.
-format: text and pictures alternate, with exactly the pictures asked for. text: texts exactly right. image: pictures that show exactly the true scene.
-order: events in the right order. score: the mean of these four. document: right in every respect.</p>
-{kinds_table(results["greedy_by_kind"])}</div>
-<h2>Old skills</h2>
-<div class="card"><div class="scroll"><table><tr><th>greedy</th><th>text to image</th><th>understanding</th></tr>{rows}</table></div></div>
-<h2>Learning curves</h2>
-{curves(folder / "grpo", GRPO_CURVES)}
-<details><summary>Warm-up curves</summary>{curves(folder / "warmup", WARMUP_CURVES)}</details>
-<p class="note">Sampled and replayed log-probabilities differed by at most {parity["text_max"]:.1e} (text) and {parity["image_max"]:.1e} (image codes, guidance on);
-the ratio of the first update of a batch differed from 1 by at most {parity["first_ratio_gap"]:.1e}.</p>
-<h2>The same prompts, before and after</h2>
-<p class="note">Greedy answers. Numbers: what the rewards say. Green and red: the oracle's verdict, never seen in training.</p>
-{"".join(example_html(example) for example in examples[:NUM_FIRST])}"""
-    if changed:
-        body += f"""
-<h2>Where GRPO changed the verdict</h2>
-<p class="note">The first {len(changed)} prompts after those above whose document was right before GRPO and is not any more, or the other way round.</p>
-{"".join(example_html(example) for example in changed)}"""
-    footer = f"Warm-up {seconds['warmup']:.0f} s, GRPO {seconds['grpo']:.0f} s, evaluation {seconds['evaluation']:.0f} s. " + html.escape(
-        ", ".join(f"{k} {v}" for k, v in results["versions"].items())
-    )
-    return page("Diptych demo", body, footer)
 
 
 def run_page(folder: Path) -> str:
