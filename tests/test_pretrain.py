@@ -12,11 +12,6 @@ from diptych.models import load_model, packaged_folder
 from diptych.models.storyboard.model import StoryboardModel
 from diptych.pretrain import pretrain
 from diptych.pretrain.base_model import (
-    ALONE,
-    AMID,
-    FACTS,
-    WORDS,
-    Lesson,
     PatchCodes,
     attention_cap,
     lesson,
@@ -26,6 +21,7 @@ from diptych.pretrain.base_model import (
     new_model,
 )
 from diptych.pretrain.muon import AttentionCap, Muon, MuonAdamW, orthogonalise
+from diptych.pretrain.settings import STANDARD_COURSE, Lesson
 from diptych.sampling.logprobs import score
 
 
@@ -48,8 +44,9 @@ def test_an_unknown_part_is_named(tmp_path):
 
 
 def test_lessons_begin_with_facts_and_words_only_from_scratch():
-    assert [lesson(step, 12, True) for step in range(7)] == [FACTS] * 3 + [WORDS] * 2 + [AMID, ALONE]
-    assert [lesson(step, 12, False) for step in range(2)] == [ALONE, AMID]
+    course = STANDARD_COURSE
+    assert [lesson(step, 12, True) for step in range(7)] == [course.facts] * 3 + [course.words] * 2 + [course.amid, course.alone]
+    assert [lesson(step, 12, False) for step in range(2)] == [course.alone, course.amid]
 
 
 def test_loss_is_the_mean_over_all_batches():

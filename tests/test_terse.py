@@ -32,7 +32,7 @@ GROWN = Scene("meadow", (BIG_BALL, TREE, None))
 GONE = Scene("meadow", (BIG_BALL, None, None))
 NIGHT = Scene("night", (BIG_BALL, None, None))
 EVENTS = (Event("grow", "ball"), Event("leave", "tree"), Event("background", background="night"))
-TRUTH = Truth(EVENTS, (GROWN, GONE, NIGHT), start=START, telling="terse")
+TRUTH = Truth(EVENTS, (GROWN, GONE, NIGHT), start=START, world=TERSE)
 TEXTS = ("the ball grows .", "the tree leaves .", "night falls .")
 
 
@@ -135,7 +135,7 @@ def test_no_single_turn_mixes_words_and_pictures():
         ({"things": (3, 2)}, "things is"),
         ({"events": (0, 2)}, "events is"),
         ({"colours": ("red", "pink")}, "colours has 'pink', for which there are no words and no drawing"),
-        ({"places": ("left", "right")}, "pictures have left, middle, right"),
+        ({"columns": ("right", "left")}, "from left to right"),
     ],
 )
 def test_worlds_that_cannot_be(settings, message):

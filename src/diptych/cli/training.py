@@ -66,20 +66,20 @@ def pretrain(
     scale: Annotated[float, typer.Option(min=0, help="multiplies the number of steps of every part")] = 1.0,
     part: Annotated[list[str] | None, typer.Option(help="train this part only (may be repeated)")] = None,
     init_from: Annotated[Path | None, typer.Option(help="a base model to go on from, image tokenizer included")] = None,
+    setting: Annotated[str, typer.Option(help="standard: what is packaged; large, large_100m: docs/worlds.md")] = "standard",
 ) -> None:
     """Trains what is packaged: image tokenizer, base model, learned rewards. Resumes where it stopped."""
-    from diptych.pretrain import PARTS
     from diptych.pretrain import pretrain as run
     from diptych.runtime import set_threads
 
     set_threads(num_threads)
-    parts = tuple(part or PARTS)
     run(
         output_dir,
         seed=seed,
         scale=scale,
-        parts=parts,
+        parts=tuple(part) if part else None,
         init_from=init_from,
+        setting=setting,
         log=say,
     )
 

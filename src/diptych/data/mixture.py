@@ -17,6 +17,7 @@ from diptych.config import MixtureSource
 from diptych.data.conversation import Record
 from diptych.data.problems import Problem, Problems
 from diptych.data.records import Source, open_source, split_of
+from diptych.models.base import UnifiedModel
 from diptych.runtime import gather, world_size
 from diptych.runtime import rng as make_rng
 from diptych.worlds.storyboard.scene import Split
@@ -56,6 +57,15 @@ class Mixture:
     def columns(self) -> list[str]:
         """What any source gives to rewards."""
         return sorted({column for source in self.sources for column in source.columns})
+
+    def check_model(self, model: UnifiedModel) -> None:
+        """Raises ValueError where a source's records are of a built-in world that the model does not know."""
+        for source in self.sources:
+            if source.world is not None:
+                try:
+                    model.check_world(source.world)
+                except ValueError as error:
+                    raise ValueError(f"{source.name}: {error}") from None
 
     def batch(self, step: int, size: int) -> list[Record]:
         return self.made(step, size, lambda _, record: record)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import json
 import re
@@ -36,7 +37,7 @@ from diptych.userfiles import lines_of
 from diptych.worlds.storyboard import conversations
 from diptych.worlds.storyboard.scene import Split
 from diptych.worlds.storyboard.tasks import make_task
-from diptych.worlds.storyboard.world import WORLDS
+from diptych.worlds.storyboard.world import WORLDS, World
 
 
 class Source:
@@ -44,11 +45,11 @@ class Source:
 
     def __init__(
         self, name: str, size: int | None, get: Callable[[int], Record], columns: Iterable[str] = (), file: RowFile | None = None,
-        places: np.ndarray | None = None,
+        places: np.ndarray | None = None, world: str | None = None,
     ) -> None:  # fmt: skip
-        """`places`: (size,) which records of the file these are."""
+        """`places`: (size,) which records of the file these are. `world`: the built-in world whose words and pictures they have."""
         self.name, self.size, self._get, self.columns, self.file = name, size, get, frozenset(columns) - {"answer_form"}, file
-        self.places = places
+        self.places, self.world = places, world
         self.form: AnswerForm | None = None  # of answers whose record names none
 
     def __getitem__(self, index: int) -> Record:
@@ -80,14 +81,15 @@ def open_source(
     name: str, num_records: int | None = None, *, seed: int = 0, split: Split = "train", problems: Problems | None = None
 ) -> Source:
     """A file, a folder or a pattern of files, or `storyboard:interleaved|text_to_image|understanding|text|edit|prompts`, of which
-    `storyboard:terse/interleaved` and `storyboard:terse/prompts` tell only what happens.
+    `storyboard:terse/interleaved` and `storyboard:terse/prompts` tell only what happens; or of a larger world, as
+    `storyboard:large/interleaved|prompts|text_to_image|understanding|edit|look_up`.
 
     JSONL, JSON, parquet and tar files, folders of files, and patterns such as `data/train-*.parquet` hold what `diptych data convert
     messages` reads. Every 20th row is for validation. Raises ValueError for an unknown name, a missing or empty file, or (without
     `problems` to report it to) a row that is no record, with file and line number.
     """
     if name.startswith("storyboard:"):
-        return _storyboard(name, name.split(":", 1)[1], num_records, seed, split)
+        return _storyboard(name, num_records, seed, split)
     return split_of(name, open_file(name, num_records, problems), split)
 
 
@@ -123,7 +125,7 @@ def record_files(name: str) -> list[Path]:
             f"data set {name!r} does not exist here. If it is one of the hub, say which files of which commit: "
             f"{hub.FORM.replace('ORG/NAME', name)}, such as hf://datasets/{name}@COMMIT/data/train-*.parquet"
         )
-    raise ValueError(f"data set {name!r} does not exist; give a file or folder of records, or one of: {', '.join(_storyboard_names())}")
+    raise ValueError(f"data set {name!r} does not exist; give a file or folder of records, or one of: {', '.join(_storyboard_sources())}")
 
 
 def has_records(path: Path) -> bool:
@@ -142,39 +144,48 @@ def has_records(path: Path) -> bool:
 
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_KINDS = {"text_to_image": ("draw",), "understanding": ("describe", "question"), "text": ("event", "tell"), "edit": ("edit",)}
-_DOCUMENTS = {
-    f"{'' if telling == 'full' else f'{telling}/'}{kind}": (kind, world)
-    for telling, world in WORLDS.items() for kind in ("interleaved", "prompts")
+_TURNS = {"text_to_image": ("draw",), "understanding": ("describe", "question"), "text": ("event", "tell"), "edit": ("edit",)}
+_RECALL_TURNS = {  # of worlds in which earlier pictures must be looked up
+    "text_to_image": ("draw",), "understanding": ("describe", "question"), "edit": ("edit", "continue"), "look_up": ("look_up", "again"),
 }  # fmt: skip
 
 
-def _storyboard_names() -> list[str]:
-    return [f"storyboard:{kind}" for kind in (*_DOCUMENTS, *_KINDS)]
+@functools.cache
+def _storyboard_sources() -> dict[str, tuple[str, str, World, tuple[str, ...]]]:
+    """What each built-in source is, by name: its kind, the name of its world, the world, and the turns that it has (none: documents)."""
+    found: dict[str, tuple[str, str, World, tuple[str, ...]]] = {}
+    for world_name, tellings in WORLDS.items():
+        before = "" if world_name == "standard" else f"{world_name}/"
+        for telling, world in tellings.items():
+            told = f"{telling}/" if world_name == "standard" and telling != "full" else ""
+            for kind in ("interleaved", "prompts"):
+                found[f"storyboard:{before}{told}{kind}"] = (kind, world_name, world, ())
+            if not told:
+                for kind, turns in (_RECALL_TURNS if "recall" in world.families else _TURNS).items():
+                    found[f"storyboard:{before}{kind}"] = (kind, world_name, world, turns)
+    return found
 
 
-def _storyboard(name: str, kind: str, num_records: int | None, seed: int, split: Split) -> Source:
+def _storyboard(name: str, num_records: int | None, seed: int, split: Split) -> Source:
+    sources = _storyboard_sources()
+    if name not in sources:
+        raise ValueError(f"unknown data set {name!r}; known are {', '.join(sources)}")
+    kind, world_name, world, turns = sources[name]
     stream = ("train", "validation", "test").index(split)
-    if kind in _DOCUMENTS:
-        answered, world = _DOCUMENTS[kind]
 
-        def interleaved(index: int) -> Record:
-            task = make_task(make_rng(seed, 7, stream, index), split, world.families[index % len(world.families)], world)
-            answer = task.truth.document() if answered == "interleaved" else None
-            return Record(task.prompt, answer, name, task.columns)
+    def document(index: int) -> Record:
+        task = make_task(make_rng(seed, 7, stream, index), split, world.families[index % len(world.families)], world)
+        return Record(task.prompt, task.truth.document() if kind == "interleaved" else None, name, task.columns)
 
-        return Source(name, num_records, interleaved, interleaved(0).columns)
-    if kind in _KINDS:
+    def single(index: int) -> Record:
+        rng = make_rng(seed, 8, stream, index)
+        turn = turns[int(rng.integers(len(turns)))]
+        if turn == "draw":
+            (prompt, answer), caption = conversations.drawing(rng, split, world)
+            return Record(prompt, answer, name, {"num_images": 1, "caption": caption})
+        prompt, answer = conversations.make_turn(rng, turn, split, world=world)
+        solution = {} if kind == "edit" else {"solution": answer.text}  # empty where a picture is asked for
+        return Record(prompt, answer, name, {"num_images": len(answer.images), **solution})
 
-        def single(index: int) -> Record:
-            rng = make_rng(seed, 8, stream, index)
-            turn = _KINDS[kind][int(rng.integers(len(_KINDS[kind])))]
-            if turn == "draw":
-                (prompt, answer), caption = conversations.drawing(rng, split)
-                return Record(prompt, answer, name, {"num_images": 1, "caption": caption})
-            prompt, answer = conversations.make_turn(rng, turn, split)
-            solution = {"solution": answer.text} if turn != "edit" else {}
-            return Record(prompt, answer, name, {"num_images": len(answer.images), **solution})
-
-        return Source(name, num_records, single, single(0).columns)
-    raise ValueError(f"unknown data set {name!r}; known are {', '.join(_storyboard_names())}")
+    get = single if turns else document
+    return Source(name, num_records, get, get(0).columns, world=world_name)

@@ -21,7 +21,7 @@ from diptych.worlds.storyboard.conversations import Turn, make_turn
 from diptych.worlds.storyboard.language import normalise
 from diptych.worlds.storyboard.oracle import Verdict, judge, read_pictures
 from diptych.worlds.storyboard.tasks import Task, task_stream
-from diptych.worlds.storyboard.world import FAMILIES, WORLDS
+from diptych.worlds.storyboard.world import ALL_FAMILIES, FULL, World, world_named
 
 RATES = ("format", "text", "image", "given", "kept", "order", "document", "score")
 SHOWN_RATES = {  # by telling: as many as a line of 120 has room for
@@ -48,13 +48,14 @@ def reward_columns(judged: Sequence[Judged]) -> dict[str, list[Any]]:
 
 def held_out_tasks(config: EvaluateConfig) -> list[Task]:
     """The same prompts for every checkpoint; families in turn."""
-    return list(itertools.islice(task_stream(config.seed, config.split, WORLDS[config.telling]), config.num_prompts))
+    return list(itertools.islice(task_stream(config.seed, config.split, world_named(config.world, config.telling)), config.num_prompts))
 
 
 def evaluate_documents(
     model: UnifiedModel, tasks: Sequence[Task], params: SamplingParams, config: EvaluateConfig, progress: Progress | None = None
 ) -> list[Judged]:
-    """Answers and verdicts, one answer for each prompt."""
+    """Answers and verdicts, one answer for each prompt. Raises ValueError where the model knows another world."""
+    model.check_world(config.world)
     answers = answer(model, [task.prompt for task in tasks], params, config, progress)
     verdicts = judge(answers, [task.truth for task in tasks])
     return [Judged(*parts) for parts in zip(tasks, answers, verdicts, strict=True)]
@@ -86,7 +87,7 @@ def rates(judged: Sequence[Judged], seed: int = 0) -> dict[str, Any]:
 def rates_by_kind(judged: Sequence[Judged]) -> dict[str, dict[str, float]]:
     """For each family and number of pictures asked for (`story, 3 pictures`), in order: `prompts`, how many, and the mean of each rate."""
     groups: dict[str, list[Judged]] = {}
-    for item in sorted(judged, key=lambda j: (FAMILIES.index(j.task.family), j.task.truth.num_steps)):
+    for item in sorted(judged, key=lambda j: (ALL_FAMILIES.index(j.task.family), j.task.truth.num_steps)):
         count = item.task.truth.num_steps
         groups.setdefault(f"{item.task.family}, {count} picture{'s' * (count > 1)}", []).append(item)
     return {
@@ -118,24 +119,30 @@ def old_skills(
     model: UnifiedModel, params: SamplingParams, config: EvaluateConfig, progress: Progress | None = None, *, forms: bool = False
 ) -> dict[str, list[tuple[str, bool]]]:
     """For each skill the kind of every turn and whether the answer is exactly right; editing (a picture and an event to the next picture)
-    belongs to the terse telling. `forms`: asked for a picture and for words; otherwise
-    the model chooses what to answer with."""
-    rng = make_rng(config.seed, 32)
-    drawing = [make_turn(rng, "draw", config.split) for _ in range(config.num_retention)]
+    belongs to the terse telling, looking up earlier pictures to worlds whose tasks need it. `forms`: asked for a picture and for words;
+    otherwise the model chooses what to answer with."""
+    rng, world = make_rng(config.seed, 32), world_named(config.world, config.telling)
+    drawing = [make_turn(rng, "draw", config.split, world=world) for _ in range(config.num_retention)]
     kinds = [("describe", "question")[i % 2] for i in range(config.num_retention)]
-    asking = [make_turn(rng, kind, config.split) for kind in kinds]
+    asking = [make_turn(rng, kind, config.split, world=world) for kind in kinds]
     forced = (AnswerForm.IMAGE, AnswerForm.TEXT) if forms else (AnswerForm.FREE, AnswerForm.FREE)
     image, text = (params.greedy().model_copy(update={"form": form}) for form in forced)
     drawn = answer(model, [prompt for prompt, _ in drawing], image, config, progress)
     said = answer(model, [prompt for prompt, _ in asking], text, config, progress)
     found = {
-        "text_to_image": [("draw", same_picture(a, turn)) for a, turn in zip(drawn, drawing, strict=True)],
+        "text_to_image": [("draw", same_picture(a, turn, world)) for a, turn in zip(drawn, drawing, strict=True)],
         "understanding": [(kind, same_words(a, turn)) for kind, a, turn in zip(kinds, said, asking, strict=True)],
     }
     if config.telling == "terse":
-        editing = [make_turn(rng, "edit", config.split) for _ in range(config.num_retention)]
+        editing = [make_turn(rng, "edit", config.split, world=world) for _ in range(config.num_retention)]
         edited = answer(model, [prompt for prompt, _ in editing], image, config, progress)
-        found["editing"] = [("edit", same_picture(a, turn)) for a, turn in zip(edited, editing, strict=True)]
+        found["editing"] = [("edit", same_picture(a, turn, world)) for a, turn in zip(edited, editing, strict=True)]
+    if "recall" in world.families:
+        found["look_up"] = []
+        for kind, params_of_kind, right in (("look_up", text, same_words), ("again", image, same_picture)):
+            looking = [make_turn(rng, kind, config.split, world=world) for _ in range(max(1, config.num_retention // 2))]
+            answers = answer(model, [prompt for prompt, _ in looking], params_of_kind, config, progress)
+            found["look_up"] += [(kind, right(a, turn, world)) for a, turn in zip(answers, looking, strict=True)]
     return found
 
 
@@ -160,17 +167,17 @@ def sheet(
     return scores
 
 
-def same_picture(given: Document, turn: Turn) -> bool:
+def same_picture(given: Document, turn: Turn, world: World = FULL) -> bool:
     """The answer is one picture, of the same scene as that of the turn."""
     wanted = turn[1].images[0].pixels
     pictures = [image.pixels for image in given.images]
     if len(given) != 1 or len(pictures) != 1 or pictures[0] is None or wanted is None:
         return False
-    seen, truth = read_pictures([pictures[0], wanted])
+    seen, truth = read_pictures([pictures[0], wanted], world)
     return seen == truth
 
 
-def same_words(given: Document, turn: Turn) -> bool:
-    """The answer is one text, word for word that of the turn."""
+def same_words(given: Document, turn: Turn, world: World = FULL) -> bool:
+    """The answer is one text, word for word that of the turn; the same in every world."""
     segments = given.segments
     return len(segments) == 1 and isinstance(segments[0], Text) and normalise(segments[0].text) == normalise(turn[1].text)

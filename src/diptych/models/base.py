@@ -200,6 +200,10 @@ class UnifiedModel(nn.Module, abc.ABC):
             ValueError naming the file that is missing, truncated or does not fit.
         """
 
+    def check_world(self, world: str) -> None:
+        """Raises ValueError where the words and pictures of a built-in world (`worlds/`) are not those that this model knows. Families
+        that read any text and picture have nothing to refuse."""
+
     # --- written once for all families ------------------------------------------------------------------------------
     @property
     def device(self) -> torch.device:

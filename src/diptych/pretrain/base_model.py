@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,21 +18,24 @@ from diptych.evaluation.storyboard import answer, same_picture, same_words
 from diptych.models.base import UnifiedModel
 from diptych.models.pixels import to_pixels
 from diptych.models.storyboard.codec import PatchCodec
-from diptych.models.storyboard.model import BOS, StoryboardConfig, StoryboardModel, build_tokenizer
+from diptych.models.storyboard.model import BOS, StoryboardModel, build_tokenizer
 from diptych.pretrain.muon import AttentionCap, MuonAdamW
+from diptych.pretrain.settings import SETTINGS, STANDARD_COURSE, Course, Lesson, Setting
 from diptych.runs import atomic_folder
 from diptych.runtime import rng as make_rng
 from diptych.tokens import TokenBatch, TokenRow, collate
 from diptych.training.supervised import negative_log_likelihood
-from diptych.worlds.storyboard.conversations import TURNS, Turn, follow_up, make_turn
+from diptych.worlds.storyboard.conversations import Turn, follow_up, make_turn, turns_of
 from diptych.worlds.storyboard.language import vocabulary
+from diptych.worlds.storyboard.world import FULL, World
+
+MEASURED = ("describe", "question", "event", "tell", "recount", "edit", "continue", "look_up", "again")
 
 
-def new_model(codec: PatchCodec, seed: int) -> StoryboardModel:
+def new_model(codec: PatchCodec, seed: int, setting: Setting = SETTINGS["standard"]) -> StoryboardModel:
     """Random weights. Embeddings start at unit scale: at 0.02 what a token is drowns in the first layer's output."""
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer(vocabulary())
-    model = StoryboardModel(StoryboardConfig(vocab_size=tokenizer.get_vocab_size()), tokenizer)
+    model = StoryboardModel(setting.config(), build_tokenizer(vocabulary(setting.told)))
     with torch.no_grad():
         model.llama.embed_tokens.weight.normal_(0, 1)
         model.code_embeddings.normal_(0, model.config.depth**-0.5)
@@ -43,7 +45,10 @@ def new_model(codec: PatchCodec, seed: int) -> StoryboardModel:
 
 
 class PatchCodes:
-    """Codes of rendered pictures, patch by patch: the world draws a few hundred distinct patches, each encoded once."""
+    """Codes of rendered pictures, patch by patch: the standard world draws a few hundred distinct patches, each encoded once. Of larger
+    worlds the last 100 000 or so are kept."""
+
+    LIMIT = 100_000
 
     def __init__(self, model: StoryboardModel) -> None:
         self.codec = model.codec
@@ -59,6 +64,8 @@ class PatchCodes:
         keys = [tile.tobytes() for tile in tiles]
         missing = {key: tile for key, tile in zip(keys, tiles, strict=True) if key not in self.codes}
         if missing:
+            if len(self.codes) > self.LIMIT:
+                self.codes = {key: self.codes[key] for key in keys if key in self.codes}
             pixels = to_pixels([PIL.Image.fromarray(tile) for tile in missing.values()], patch)
             with torch.no_grad():
                 self.codes |= dict(zip(missing, self.codec.quantize_patches(pixels)[1].long(), strict=True))
@@ -77,28 +84,13 @@ def extend(model: StoryboardModel, row: TokenRow | None, turn: Turn) -> TokenRow
     return TokenRow.concat([row, prompt[1:], answer])
 
 
-@dataclasses.dataclass(frozen=True)
-class Lesson:
-    """Rows of `length` positions, filled with turns of `kinds`."""
-
-    kinds: tuple[str, ...]
-    rows: int
-    length: int
-
-
-FACTS = Lesson(("facts",), 12, 64)
-WORDS = Lesson(("question", "event", "tell", "facts"), 40, 64)
-ALONE = Lesson(tuple(TURNS), 40, 64)
-AMID = Lesson(tuple(TURNS), 18, 192)
-
-
 def attention_cap(step: int, steps: int) -> float:
     """50 for two thirds of the steps, so that looking things up can be learned, then geometrically down to 15 within a sixth."""
     share = min(1.0, max(0.0, (step / steps - 2 / 3) * 6))
     return 50.0 * (15.0 / 50.0) ** share
 
 
-def lesson(step: int, steps: int, from_scratch: bool) -> Lesson:
+def lesson(step: int, steps: int, from_scratch: bool, course: Course = STANDARD_COURSE) -> Lesson:
     """From scratch a quarter of the steps on facts alone, then a sixth on answers in words; then everything, by turns alone
     and amid other turns.
 
@@ -106,21 +98,23 @@ def lesson(step: int, steps: int, from_scratch: bool) -> Lesson:
     steps counts more than their size: hence few rows. Among other lessons it was not learned in 4500 steps.
     """
     if from_scratch and step < steps // 4:
-        return FACTS
+        return course.facts
     if from_scratch and step < steps // 4 + steps // 6:
-        return WORDS
-    return (ALONE, AMID)[step % 2]
+        return course.words
+    return (course.alone, course.amid)[step % 2]
 
 
-def make_batch(model: StoryboardModel, codes: PatchCodes, seed: int, step: int, plan: Lesson) -> tuple[TokenBatch, TokenBatch]:
+def make_batch(
+    model: StoryboardModel, codes: PatchCodes, seed: int, step: int, plan: Lesson, world: World = FULL
+) -> tuple[TokenBatch, TokenBatch]:
     """Conversations filled up to the plan's length; and bare pictures after the unconditional prompt (caption dropout),
     one for every four conversations, apart because they are short."""
     rng = make_rng(seed, 1, step)
     rows: list[TokenRow] = []
     row: TokenRow | None = None
     while len(rows) < plan.rows:
-        added = [make_turn(rng, kinds=plan.kinds)]
-        after = follow_up(added[0])
+        added = [make_turn(rng, kinds=plan.kinds, world=world)]
+        after = follow_up(added[0], world)
         if after is not None and "draw" in plan.kinds and rng.random() < 0.5:
             added.append(after)
         longer = row
@@ -135,7 +129,7 @@ def make_batch(model: StoryboardModel, codes: PatchCodes, seed: int, step: int, 
     begin = TokenRow.text([BOS], model.image_spec.depth)
     bare = []
     for _ in range(max(1, plan.rows // 4)):
-        image = codes.fill(make_turn(rng, "draw")[1])
+        image = codes.fill(make_turn(rng, "draw", world=world)[1])
         bare.append(TokenRow.concat([begin, model.encode_segments(image, answer=True)]))
     return collate(rows), collate(bare)
 
@@ -149,8 +143,9 @@ def likelihood_loss(model: UnifiedModel, batches: Sequence[TokenBatch]) -> tuple
 
 
 def pretrain_base(
-    model: StoryboardModel, work: Path, steps: int, seed: int, log: Callable[[str], None], *, from_scratch: bool
-) -> StoryboardModel:
+    model: StoryboardModel, work: Path, steps: int, seed: int, log: Callable[[str], None], *, from_scratch: bool,
+    setting: Setting = SETTINGS["standard"],
+) -> StoryboardModel:  # fmt: skip
     """Trains `model` in place; half the learning rates where it has been trained before."""
     lr, muon_lr = (3e-3, 8e-3) if from_scratch else (1.5e-3, 4e-3)
     optimizer = MuonAdamW(model, lr, steps, muon_lr, decay=0.1)
@@ -165,7 +160,7 @@ def pretrain_base(
     codes, began, tokens, recent = PatchCodes(model), time.time(), 0, []
     model.train()
     for step in range(start, steps):
-        batches = make_batch(model, codes, seed, step, lesson(step, steps, from_scratch))
+        batches = make_batch(model, codes, seed, step, lesson(step, steps, from_scratch, setting.course), setting.told)
         loss, parts = likelihood_loss(model, batches)
         optimizer.step(loss)
         bound = cap.apply(attention_cap(step, steps))
@@ -183,14 +178,16 @@ def pretrain_base(
     return model.eval()
 
 
-def measure_answers(model: StoryboardModel, num_prompts: int = 240) -> dict[str, float]:
+def measure_answers(model: StoryboardModel, num_prompts: int = 240, world: World = FULL) -> dict[str, float]:
     """Share of held-out prompts of each kind that are answered greedily word for word, or with the right picture."""
     params, config = SamplingParams(max_text_tokens=110, max_images=1).greedy(), EvaluateConfig()
     found = {}
-    for kind in ("describe", "question", "event", "tell", "recount", "edit"):
-        right = same_picture if kind == "edit" else same_words
+    for kind in MEASURED:
+        if kind not in turns_of(world):
+            continue
+        right = same_picture if kind in ("edit", "continue", "again") else same_words
         random = make_rng(config.seed, 36)
-        turns = [make_turn(random, kind, "test") for _ in range(num_prompts)]
+        turns = [make_turn(random, kind, "test", world=world) for _ in range(num_prompts)]
         said = answer(model, [prompt for prompt, _ in turns], params, config)
-        found[kind] = round(float(np.mean([right(given, turn) for given, turn in zip(said, turns, strict=True)])), 4)
+        found[kind] = round(float(np.mean([right(given, turn, world) for given, turn in zip(said, turns, strict=True)])), 4)
     return found

@@ -117,6 +117,8 @@ def _train(
         folder, state = run.load(step)
     seed_everything(config.seed)  # again: the adapters are the same whatever the rewards drew
     model = open_policy(config, folder).eval()  # no dropout: the policy that is scored is the policy that samples
+    for mixture in mixtures:
+        mixture.check_model(model)
     agree(weights_checksum(model), "weights (by their checksum)", SHARED_FOLDER)
     model = equip(parallelize(model, config, device), config)
     if config.offload and (model.is_sharded or device.type == "cpu"):

@@ -58,6 +58,7 @@ def _train(run: RunFolder[WarmupConfig], progress: Progress | None, requests: Re
     if step:
         folder, state = run.load(step)
     model = open_policy(config, folder).eval()  # no dropout: resumed and split batches must give the same gradient
+    mixture.check_model(model)
     agree(weights_checksum(model), "weights (by their checksum)", SHARED_FOLDER)
     model = equip(parallelize(model, config, device), config)
     optimizer, schedule = make_optimizer(model, config.optim, config.max_steps)

@@ -1,6 +1,6 @@
-"""Storyboard's image tokenizer: 96 x 96 pixels <-> a 3 x 3 grid of positions with two codes each.
+"""Storyboard's image tokenizer: 96 x 96 pixels <-> a 3 x 3 grid of positions with two codes each, or another grid of other patches.
 
-Each 32 x 32 patch is encoded on its own (no cross-talk between patches), so a thing has the same codes wherever it
+Each patch (of 32 x 32 pixels) is encoded on its own (no cross-talk between patches), so a thing has the same codes wherever it
 stands. The quantizer is residual finite scalar quantization (`ResidualFSQ` of vector-quantize-pytorch).
 """
 

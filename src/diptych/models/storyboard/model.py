@@ -42,6 +42,7 @@ class StoryboardConfig:
     levels: tuple[int, ...] = (8, 8, 8)
     codec_width: int = 48
     rope_theta: float = 10_000.0
+    world: str = "standard"  # whose words and pictures it was made for
 
 
 def build_tokenizer(words: list[str]) -> Tokenizer:
@@ -157,6 +158,15 @@ class StoryboardModel(UnifiedModel):
 
     def forbidden_text_ids(self) -> list[int]:
         return [PAD, UNK, BOS, USER, ASSISTANT, END_IMAGE]
+
+    def check_world(self, world: str) -> None:
+        own = self.config.world
+        if world != own:
+            raise ValueError(
+                f"this model knows the words and pictures of the world {own!r} ({self.config.grid} x {self.config.grid} positions of "
+                f"{self.config.depth} codes, {self.image_spec.pixel_size} pixels a side), and was asked for those of {world!r}; give a "
+                f"model of that world (`diptych pretrain --setting`), or sources and prompts of {own!r}"
+            )
 
     # --- files and training ---
     @property

@@ -6,56 +6,19 @@ It is the evaluation, never a reward. Its own accuracy is measured by `tests/tes
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import PIL.Image
 
 from diptych.document import Document, Image, Text
 from diptych.worlds.storyboard import language
-from diptych.worlds.storyboard.render import COLUMN_WIDTH, PIXEL_SIZE, strip
-from diptych.worlds.storyboard.scene import Event, Scene, Thing, outcome
+from diptych.worlds.storyboard.reading import read_pictures
+from diptych.worlds.storyboard.scene import Event, Scene, outcome
 from diptych.worlds.storyboard.tasks import Truth, answer_text
-from diptych.worlds.storyboard.world import BACKGROUNDS, COLOURS, KINDS, PLACES, SIZES
+from diptych.worlds.storyboard.world import World
 
-UNREADABLE = 0.13  # root mean square error (0..1) of a column beyond which nothing is recognised
-
-
-@functools.cache
-def _templates() -> tuple[list[Thing | None], np.ndarray]:
-    """Every thing (or nothing), and its columns (backgrounds, places, things, pixels) float32 in 0..1."""
-    things: list[Thing | None] = [None, *(Thing(k, c, s) for k, c, s in itertools.product(KINDS, COLOURS, SIZES))]
-    columns = [[[strip(b, p, t).ravel() for t in things] for p in range(len(PLACES))] for b in BACKGROUNDS]
-    return things, np.asarray(columns, dtype=np.float32) / 255
-
-
-def read_pictures(pictures: Sequence[PIL.Image.Image]) -> list[Scene | None]:
-    """The scene that each picture shows; None where a column looks like nothing that can be drawn.
-
-    Each column is compared with all that a column can look like; the background is the one that fits all three best.
-    """
-    if not pictures:
-        return []
-    things, templates = _templates()
-    size = (PIXEL_SIZE, PIXEL_SIZE)
-    arrays = np.stack([np.asarray(p.convert("RGB").resize(size) if p.size != size else p.convert("RGB")) for p in pictures])
-    width = COLUMN_WIDTH
-    columns = np.stack([arrays[:, :, i * width : (i + 1) * width].reshape(len(arrays), -1) for i in range(len(PLACES))], 1)
-    columns = columns.astype(np.float32) / 255  # (N, places, pixels)
-    products = np.einsum("npx,bptx->nbpt", columns, templates, optimize=True)
-    squares = (columns**2).sum(-1)[:, None, :, None] + (templates**2).sum(-1)[None]
-    error = np.sqrt(np.maximum(squares - 2 * products, 0) / columns.shape[-1])  # (N, backgrounds, places, things)
-    best = error.min(-1)  # (N, backgrounds, places)
-    scenes: list[Scene | None] = []
-    for n, background in enumerate(best.sum(-1).argmin(-1)):
-        if best[n, background].max() > UNREADABLE:
-            scenes.append(None)
-            continue
-        found = [things[int(t)] for t in error[n, background].argmin(-1)]
-        scenes.append(Scene(BACKGROUNDS[background], tuple(found)))
-    return scenes
+__all__ = ["Verdict", "judge", "read_pictures"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +33,9 @@ class Verdict:
     document: 1 if all of these are 1.
     given: share of expected pictures that are right given their own text and the picture drawn before, so that an error is charged once, to
         the step that made it. What must be shown is the scene that a full text states; or what a terse text's event makes of the scene
-        read from the picture before (`scene.outcome`). Left out are pictures about which that says nothing: their text breaks the
-        grammar or cannot happen, or the picture before shows nothing readable; 0 where all are left out. A missing picture is wrong.
+        read from the picture before (`scene.outcome`; the picture that is named, where one is to be drawn again). Left out are pictures
+        about which that says nothing: their text breaks the grammar or cannot happen, or the picture before shows nothing readable; 0
+        where all are left out. A missing picture is wrong.
     kept: continuity. Of the things of the picture before that the told event leaves alone, and the background, the share that the picture
         still shows as they were; a mean over the pictures for which `given` knows both; 0 where there are none.
     """
@@ -96,15 +60,18 @@ class Verdict:
 
 
 def judge(documents: Sequence[Document], truths: Sequence[Truth]) -> list[Verdict]:
-    """Verdicts of answers against the truth; all pictures are read in one batch."""
-    pictures = [image.pixels for document in documents for image in document.images if image.pixels is not None]
-    if len(pictures) != sum(len(document.images) for document in documents):
-        raise ValueError("an image has codes but no pixels; decode it before it is judged")
-    seen = iter(read_pictures(pictures))
-    return [_judge(document, truth, seen) for document, truth in zip(documents, truths, strict=True)]
+    """Verdicts of answers against the truth; all pictures of a world are read in one batch."""
+    pictures: dict[World, list[PIL.Image.Image]] = {}
+    for document, truth in zip(documents, truths, strict=True):
+        for image in document.images:
+            if image.pixels is None:
+                raise ValueError("an image has codes but no pixels; decode it before it is judged")
+            pictures.setdefault(truth.world, []).append(image.pixels)
+    seen = {world: iter(read_pictures(some, world)) for world, some in pictures.items()}
+    return [_judge(document, truth, seen.get(truth.world, iter(()))) for document, truth in zip(documents, truths, strict=True)]
 
 
-def _judge(document: Document, truth: Truth, seen) -> Verdict:
+def _judge(document: Document, truth: Truth, seen: Iterator[Scene | None]) -> Verdict:
     pairs: list[tuple[str, Scene | None, bool]] = []  # text before a picture, what the picture shows, whether text was there
     text, closing, well_formed = "", "", True
     for segment in document:
@@ -118,8 +85,8 @@ def _judge(document: Document, truth: Truth, seen) -> Verdict:
     closing = text
     well_formed &= len(pairs) == truth.num_steps and bool(closing) == (truth.answer is not None)
 
-    terse = truth.telling == "terse"
-    told = [(language.parse_terse(words), None) if terse else language.parse_step(words) for words, _, _ in pairs]
+    world, terse = truth.world, truth.world.telling == "terse"
+    told = [(language.parse_terse(words, world), None) if terse else language.parse_step(words, world) for words, _, _ in pairs]
     expected = [(event, None if terse else scene) for event, scene in zip(truth.events, truth.scenes, strict=True)]
     steps = []
     for i, scene in enumerate(truth.scenes):
@@ -144,14 +111,17 @@ def _given(
     """`Verdict.steps_given` and `Verdict.kept`; pictures beyond those that were asked for are not counted."""
     rights: list[bool | None] = []
     shares: list[float] = []
-    before = truth.start
+    history = [truth.start]
     for picture, (event, stated) in list(zip(shown, told, strict=True))[: truth.num_steps]:
-        after = None if event is None or before is None else outcome(event, before)
-        must_show = after if truth.telling == "terse" else stated
+        before = history[-1]
+        if event is not None and event.verb == "again":
+            before = history[event.picture - 1] if event.picture <= len(history) else None
+        after = None if event is None or before is None else outcome(event, before, truth.world.places)
+        must_show = after if truth.world.telling == "terse" else stated
         rights.append(None if must_show is None else picture == must_show)
         if after is not None and before is not None and event is not None:
             shares.append(_kept(picture, before, event))
-        before = picture
+        history.append(picture)
     rights += [False] * (truth.num_steps - len(rights))
     return tuple(rights), float(np.mean(shares)) if shares else 0.0
 

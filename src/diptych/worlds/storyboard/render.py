@@ -1,7 +1,8 @@
-"""Pictures of scenes: 96 x 96 pixels, three columns of 32, drawn at four times the size and reduced.
+"""Pictures of scenes: 96 x 96 pixels, three columns of 32, drawn at four times the size and reduced; `World` says otherwise for others.
 
-A picture is the function of its scene. Columns do not overlap, so a strip per (background, place, thing) is drawn once
-and kept; the oracle reads pictures with the same strips.
+A picture is the function of its scene. Columns do not overlap, so what a column shows is drawn once and kept; the oracle reads pictures
+with the same columns. Where a world has two rows, the back is drawn as a column of its own and the front is laid over it (`layer`), a
+little to the left and lower, so that it hides part of what stands behind and never all of it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from diptych.worlds.storyboard.scene import Scene, Thing
-from diptych.worlds.storyboard.world import PLACES
+from diptych.worlds.storyboard.world import CANVAS, CHARACTERS, FULL, World
 
-PIXEL_SIZE = 96
-COLUMN_WIDTH = PIXEL_SIZE // len(PLACES)
-_SCALE = 4
-_GROUND = 90  # where things stand, in pixels from the top
+_UNIT = CANVAS // 96  # drawings are measured in pixels of a picture of 96
+_COLUMN = 32  # units of a column for which things are drawn; narrower columns have smaller things
+_GROUND = 90  # where things stand, in units from the top
+_ROWS = {  # of each row: where the middle of its things is in a column of 32 units, where they stand, their size
+    1: ((16, _GROUND, 1),),
+    2: ((21, 74, 0.77), (11, 91, 0.77)),
+}
+_APART = 5.5  # units from the middle of the place to each of two things
 
 PALETTE = {
     "red": (222, 48, 52),
@@ -37,34 +42,66 @@ _SKY = {
 }
 _LAND = {"meadow": (120, 196, 92), "beach": (240, 218, 158), "snow": (248, 250, 255), "night": (40, 62, 62)}
 _OUTLINE = (32, 30, 40)
+_SKIN = (246, 206, 172)
+_TROUSERS = (70, 70, 96)
 
 
-def render(scene: Scene) -> Image.Image:
-    """The picture of a scene, RGB, 96 x 96."""
-    return Image.fromarray(render_array(scene))
+def render(scene: Scene, world: World = FULL) -> Image.Image:
+    """The picture of a scene, RGB, `world.pixels` a side."""
+    return Image.fromarray(render_array(scene, world))
 
 
-def render_array(scene: Scene) -> np.ndarray:
-    """The picture of a scene as (96, 96, 3) uint8."""
-    strips = [strip(scene.background, place, thing) for place, thing in enumerate(scene.places)]
-    return np.concatenate(strips, axis=1)
+def render_array(scene: Scene, world: World = FULL) -> np.ndarray:
+    """The picture of a scene as (pixels, pixels, 3) uint8."""
+    world, width = world.looks, len(world.columns)
+    columns = []
+    for column in range(width):
+        shown = strip(scene.background, column, scene.places[column], world)
+        for row in range(1, world.rows):
+            thing = scene.places[row * width + column]
+            if thing is not None:
+                shown = over(*layer(thing, row, scene.background == "night", world), shown)
+        columns.append(shown)
+    return np.concatenate(columns, axis=1)
 
 
-@functools.cache
-def strip(background: str, place: int, thing: Thing | None) -> np.ndarray:
-    """(96, 32, 3) uint8: one column of the picture."""
-    width, height = COLUMN_WIDTH * _SCALE, PIXEL_SIZE * _SCALE
-    image = Image.new("RGB", (width, height))
+@functools.lru_cache(maxsize=8192)
+def strip(background: str, column: int, thing: Thing | None, world: World = FULL) -> np.ndarray:
+    """(pixels, pixels / columns, 3) uint8: one column of the picture, with what stands in its back row (or its only one)."""
+    image = Image.new("RGB", (CANVAS // len(world.columns), CANVAS))
     pen = ImageDraw.Draw(image)
-    _draw_background(pen, background, place, width, height)
+    _draw_background(pen, background, column, world)
     if thing is not None:
-        _draw_thing(pen, thing, background)
-    small = image.resize((COLUMN_WIDTH, PIXEL_SIZE), Image.Resampling.BOX)
-    return np.asarray(small)
+        _draw_things(pen, thing, 0, background == "night", world)
+    return _reduced(image, world)
 
 
-def _draw_background(pen: ImageDraw.ImageDraw, background: str, place: int, width: int, height: int) -> None:
+@functools.lru_cache(maxsize=2048)
+def layer(thing: Thing, row: int, at_night: bool, world: World) -> tuple[np.ndarray, np.ndarray]:
+    """What stands in a row before the back, to be laid over a column: colour (pixels, pixels / columns, 3) times cover, and cover
+    (pixels, pixels / columns, 1), both float32, 0..255 and 0..1."""
+    drawn = []
+    for shade in ((0, 0, 0), (255, 255, 255)):  # what differs between them is not covered
+        image = Image.new("RGB", (CANVAS // len(world.columns), CANVAS), shade)
+        _draw_things(ImageDraw.Draw(image), thing, row, at_night, world)
+        drawn.append(_reduced(image, world).astype(np.float32))
+    return drawn[0], 1 - (drawn[1] - drawn[0]).mean(-1, keepdims=True) / 255
+
+
+def over(colour: np.ndarray, cover: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """A layer laid over what is behind it, uint8."""
+    return np.rint(colour + (1 - cover) * below).clip(0, 255).astype(np.uint8)
+
+
+def _reduced(image: Image.Image, world: World) -> np.ndarray:
+    return np.asarray(image.resize((world.pixels // len(world.columns), world.pixels), Image.Resampling.BOX))
+
+
+def _draw_background(pen: ImageDraw.ImageDraw, background: str, column: int, world: World) -> None:
     top, bottom = _SKY[background]
+    count = len(world.columns)
+    width, height, s = CANVAS // count, CANVAS, _UNIT
+    t = width // _COLUMN  # across
     horizon = int(height * 0.72)
     for y in range(horizon):
         mix = y / horizon
@@ -72,32 +109,39 @@ def _draw_background(pen: ImageDraw.ImageDraw, background: str, place: int, widt
     if background == "beach":  # the sea
         pen.rectangle([0, int(height * 0.60), width, horizon], fill=(44, 136, 196))
     pen.rectangle([0, horizon, width, height], fill=_LAND[background])
-    s = _SCALE
-    sky_sign = {"meadow": 2, "beach": 0, "night": 1}.get(background)
-    if place == sky_sign:
+    sky_sign = {"meadow": count - 1, "beach": 0, "night": count // 2}.get(background)
+    if column == sky_sign:
         colour = (246, 242, 214) if background == "night" else (255, 222, 70)
-        pen.ellipse([8 * s, 5 * s, 24 * s, 21 * s], fill=colour)
+        pen.ellipse([8 * t, 5 * s, 24 * t, 21 * s], fill=colour)
         if background == "night":  # a crescent
-            pen.ellipse([4 * s, 3 * s, 18 * s, 17 * s], fill=(20, 24, 64))
-    if background == "night" and place != 1:
+            pen.ellipse([4 * t, 3 * s, 18 * t, 17 * s], fill=(20, 24, 64))
+    if background == "night" and column != sky_sign:
         for x, y in ((6, 6), (22, 14), (12, 26), (27, 30)):
-            pen.ellipse([x * s, y * s, (x + 1.6) * s, (y + 1.6) * s], fill=(250, 250, 220))
+            pen.ellipse([x * t, y * s, (x + 1.6) * t, (y + 1.6) * s], fill=(250, 250, 220))
     if background == "snow":
         for x, y in ((5, 5), (18, 10), (27, 22), (9, 27), (20, 36), (4, 44), (28, 48)):
-            pen.ellipse([x * s, y * s, (x + 2.4) * s, (y + 2.4) * s], fill=(255, 255, 255))
+            pen.ellipse([x * t, y * s, (x + 2.4) * t, (y + 2.4) * s], fill=(255, 255, 255))
     if background == "meadow":
         for x in (5, 15, 26):
-            pen.line([(x * s, 93 * s), ((x - 1) * s, 90 * s)], fill=(76, 150, 60), width=s)
+            pen.line([(x * t, 93 * s), ((x - 1) * t, 90 * s)], fill=(76, 150, 60), width=s)
 
 
-def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, background: str) -> None:
-    s = _SCALE
+def _draw_things(pen: ImageDraw.ImageDraw, thing: Thing, row: int, at_night: bool, world: World) -> None:
+    """One thing, or two beside each other, in a row of a column."""
+    middle, stand, scale = _ROWS[world.rows][row]
+    t = CANVAS // len(world.columns) // _COLUMN
+    s = t if scale == 1 else t * scale
+    for offset in (0,) if thing.count == 1 else (-_APART, _APART):
+        _draw_thing(pen, thing, (middle + offset) * t, stand * _UNIT, s, at_night)
+
+
+def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, centre: float, ground: float, s: float, at_night: bool) -> None:
+    """`centre` and `ground` in pixels of the canvas, of which a unit of the drawing has `s`."""
     fill = PALETTE[thing.colour]
     light = tuple(min(255, c + 60) for c in fill)
     dark = tuple(int(c * 0.62) for c in fill)
     big = thing.size == "big"
-    line: dict[str, Any] = {"outline": (214, 214, 226) if background == "night" else _OUTLINE, "width": s}
-    centre, ground = 16 * s, _GROUND * s
+    line: dict[str, Any] = {"outline": (214, 214, 226) if at_night else _OUTLINE, "width": max(1, round(s))}
     half = (13 if big else 7) * s
     if thing.kind == "ball":
         pen.ellipse([centre - half, ground - 2 * half, centre + half, ground], fill=fill, **line)
@@ -128,7 +172,7 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, background: str) -> None
         pen.rectangle([centre - door, ground - int(tall * 0.34), centre + door, ground], fill=(250, 240, 200), **line)
     elif thing.kind == "boat":
         deck = ground - int(half * 0.8)
-        pen.line([(centre, deck), (centre, ground - 2 * half)], fill=line["outline"], width=2 * s)
+        pen.line([(centre, deck), (centre, ground - 2 * half)], fill=line["outline"], width=round(2 * s))
         pen.polygon([(centre + s, ground - 2 * half), (centre + half, deck - s), (centre + s, deck - s)], fill=light, **line)
         pen.polygon([(centre - s, ground - int(1.7 * half)), (centre - half * 2 // 3, deck - s), (centre - s, deck - s)],
                     fill=(250, 250, 250), **line)  # fmt: skip
@@ -137,14 +181,41 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, background: str) -> None
     elif thing.kind == "flower":
         tall = (28 if big else 15) * s
         head = ground - tall + half // 2
-        pen.line([(centre, ground), (centre, head)], fill=(30, 120, 40), width=max(s * 2, half // 5))
+        pen.line([(centre, ground), (centre, head)], fill=(30, 120, 40), width=round(max(s * 2, half // 5)))
         pen.ellipse([centre, ground - tall // 3, centre + half * 2 // 3, ground - tall // 6], fill=(30, 120, 40))
         petal = half * 2 // 5
         for step in range(6):
             angle = math.pi / 3 * step
             x, y = centre + math.cos(angle) * half * 0.55, head + math.sin(angle) * half * 0.55
-            pen.ellipse([x - petal, y - petal, x + petal, y + petal], fill=fill, outline=line["outline"], width=s // 2)
+            pen.ellipse([x - petal, y - petal, x + petal, y + petal], fill=fill, outline=line["outline"], width=int(s // 2))
         pen.ellipse([centre - petal, head - petal, centre + petal, head + petal], fill=(255, 240, 150) if
                     thing.colour != "yellow" else (150, 84, 30))  # fmt: skip
+    elif thing.kind in CHARACTERS:
+        _draw_character(pen, thing, centre, ground, s, line)
     else:
         raise ValueError(f"no drawing for kind {thing.kind!r}")
+
+
+def _draw_character(pen: ImageDraw.ImageDraw, thing: Thing, x: float, ground: float, s: float, line: dict[str, Any]) -> None:
+    """A girl in a dress with a wide hat, or a boy in a coat with a cap: 42 units tall."""
+    coat, hat = PALETTE[thing.colour], PALETTE[thing.hat]
+
+    def at(left: float, bottom: float, right: float, top: float) -> list[float]:
+        return [x + left * s, ground - top * s, x + right * s, ground - bottom * s]
+
+    if thing.kind == "girl":
+        for leg in (-4, 2):
+            pen.rectangle(at(leg, 0, leg + 2, 8), fill=_SKIN, **line)
+        dress = [(-11, 7), (11, 7), (4, 26), (-4, 26)]
+        pen.polygon([(x + dx * s, ground - dy * s) for dx, dy in dress], fill=coat, **line)
+    else:
+        for leg in (-6, 1):
+            pen.rectangle(at(leg, 0, leg + 5, 10), fill=_TROUSERS, **line)
+        pen.rectangle(at(-8, 9, 8, 26), fill=coat, **line)
+    pen.ellipse(at(-6, 24, 6, 36), fill=_SKIN, **line)
+    if thing.kind == "girl":
+        pen.rectangle(at(-6, 35, 6, 43), fill=hat, **line)
+        pen.rectangle(at(-11, 32, 11, 36), fill=hat, **line)
+    else:
+        pen.pieslice(at(-7, 25, 7, 41), 180, 360, fill=hat, **line)
+        pen.rectangle(at(0, 31, 12, 34), fill=hat, **line)
