@@ -29,8 +29,8 @@ test: $(STAMP)  ## all tests that need no GPU (ARGS="-k losses" is passed on)
 	@echo "Running the tests on $(WORKERS) workers, one thread each ..."
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" $(ARGS)
 
-lint: $(STAMP)  ## style, types and the house plan
-	@echo "Checking style (ruff), types (mypy) and the house plan (import-linter) ..."
+lint: $(STAMP)  ## style, types and the layers of the code
+	@echo "Checking style (ruff), types (mypy) and the layers (import-linter) ..."
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy

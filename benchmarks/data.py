@@ -118,8 +118,8 @@ def prepare(_: int) -> Callable[[int, Record], Callable[[], str]]:
     def make(_: int, record: Record) -> Callable[[], str]:
         assert record.answer is not None
         pixels = to_pixels([image.pixels for image in record.answer.images if image.pixels is not None], 384)
-        told = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=8).hexdigest()
-        return lambda: told
+        digest = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=8).hexdigest()
+        return lambda: digest
 
     return make
 

@@ -123,9 +123,9 @@ def operations(model: UnifiedModel, rows: list[TokenRow], group: int, images: in
     decoder = sum(p.numel() for name, p in language_model.named_parameters() if ".layers." in f".{name}" and p.ndim == 2)
     documents = len(rows) * group
     answer = images * (words + 1 + len(spec.layout))
-    twins = images * spec.num_positions
+    unconditional = images * spec.num_positions
     text_head = model.vocab_size * int(language_model.config.hidden_size)  # type: ignore[union-attr, arg-type]
-    return 2.0 * (decoder * (sum(map(len, rows)) + documents * (answer + twins)) + text_head * documents * images * (words + 1))
+    return 2.0 * (decoder * (sum(map(len, rows)) + documents * (answer + unconditional)) + text_head * documents * images * (words + 1))
 
 
 def main() -> None:

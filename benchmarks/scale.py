@@ -55,7 +55,7 @@ class Counted(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
-        kind = next((told for name, told in KINDS.items() if name in str(function)), None)
+        kind = next((kind for name, kind in KINDS.items() if name in str(function)), None)
         if str(function).startswith("c10d.") and kind is not None:
             group = dist.ProcessGroup.unbox(next(a for a in arguments if isinstance(a, torch.ScriptObject)))
             tensors = [a for a in arguments if isinstance(a, torch.Tensor)] or arguments[0]
@@ -130,8 +130,8 @@ def least(found: dict[str, Any], shard_size: int, copies: int, micro_batches: in
 
 
 def in_processes(arguments: argparse.Namespace, count: int, shard_size: int) -> list[dict[str, Any]]:
-    told = ["--inside", "--shard-size", str(shard_size), "--model", arguments.model, "--micro-batches", str(arguments.micro_batches)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), __file__, *told]
+    passed = ["--inside", "--shard-size", str(shard_size), "--model", arguments.model, "--micro-batches", str(arguments.micro_batches)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), __file__, *passed]
     launch += ["--group", str(arguments.group)]
     done = subprocess.run(launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:

@@ -4,7 +4,7 @@
     python benchmarks/tasks.py plan_and_draw | understanding | --quick
 
 The base is the packaged model with Gaussian noise on the weights of one head, as large as `--noise` times their standard deviation:
-`depth_heads`, the vectors that the codes of pictures are told apart by, or `lm_head`, which chooses words. So the other skill is exactly
+`depth_heads`, the vectors that the codes of pictures are distinguished by, or `lm_head`, which chooses words. So the other skill is exactly
 what it was. Then the packaged recipe of that name trains it with its rewards, which never see the oracle. Held-out captions (drawn at
 once, form `image`) and questions (answered in words, form `text`) are judged by the oracle, greedily. Prints a table and one JSON line.
 A run that was killed goes on. Random numbers come from the seeds, so figures repeat on one machine with one number of threads.
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from diptych.config import EvaluateConfig, GRPOConfig, SamplingParams, load_config
-from diptych.evaluation.storyboard import old_skills, retention_rates
+from diptych.evaluation.storyboard import retained_skills, retention_rates
 from diptych.models import load_model
 from diptych.runs import atomic_folder
 from diptych.runtime import generator, set_threads, versions
@@ -36,7 +36,7 @@ NOISE = 1.4  # at 0.8 both skills stay at 100 %, at 2.5 nothing is left
 SECTION = """## Tasks beside documents
 
 Text-to-image, plan-and-draw and understanding GRPO ([tasks.md](tasks.md)) from the packaged model with Gaussian noise on one head, as large
-as so many times the standard deviation of its weights: `depth_heads`, by which codes are told apart, or `lm_head`. So the other skill is
+as so many times the standard deviation of its weights: `depth_heads`, by which codes are distinguished, or `lm_head`. So the other skill is
 exactly what it was. Held-out captions drawn (form `image`) and questions answered (form `text`) exactly right, greedily, in per cent with
 95 % bootstrap intervals over turns.
 
@@ -61,7 +61,7 @@ def measured(source: str, count: int) -> dict[str, dict[str, Any]]:
     """Both skills on held-out turns, greedily."""
     config = EvaluateConfig(num_retention=count)
     params = SamplingParams(max_text_tokens=64)
-    return retention_rates(old_skills(load_model(source), params, config, forms=True))
+    return retention_rates(retained_skills(load_model(source), params, config, forms=True))
 
 
 def main() -> None:
@@ -104,8 +104,8 @@ def run(arguments: argparse.Namespace) -> None:
     for name, rates in found.items():
         cells = [shown(rates[skill]) for skill in SKILLS]
         print(f"{name:14}" + "".join(f"{cell:>24}" for cell in cells))
-    told = {"task": arguments.task, "seed": arguments.seed, "noise": noise, "steps": config.max_steps, "threads": arguments.threads}
-    line = json.dumps({**told, "seconds_grpo": round(seconds, 1), "found": found, "versions": versions()})
+    settings = {"task": arguments.task, "seed": arguments.seed, "noise": noise, "steps": config.max_steps, "threads": arguments.threads}
+    line = json.dumps({**settings, "seconds_grpo": round(seconds, 1), "found": found, "versions": versions()})
     print(line)
     if arguments.docs is not None:
         publish(line, arguments.docs)
@@ -123,8 +123,8 @@ def publish(line: str, folder: Path) -> None:
         found = [shown(record["found"][stage][skill]) for skill in SKILLS for stage in ("made worse", "after GRPO")]
         parts = [f"`{record['task']}`", record["seed"], record["noise"], record["steps"], *found, record["seconds_grpo"]]
         rows.append(f"| {' | '.join(map(str, parts))} |\n")
-        told = record["versions"]
-        made.add(f"{told['cpu']}, {record['threads']} thread(s), torch {told['torch']}, Diptych {told['diptych']} at {told['commit']}")
+        used = record["versions"]
+        made.add(f"{used['cpu']}, {record['threads']} thread(s), torch {used['torch']}, Diptych {used['diptych']} at {used['commit']}")
     command = "`python benchmarks/tasks.py RECIPE --seed SEED --threads 1 --docs docs/results`"
     (folder / "tasks.md").write_text(f"{SECTION}{''.join(rows)}\n{command}. Made with {'; '.join(sorted(made))}, beside other work.\n")
 

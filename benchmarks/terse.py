@@ -25,7 +25,7 @@ import numpy as np
 
 from diptych.config import EvaluateConfig, GRPOConfig, WarmupConfig, load_config
 from diptych.document import Document, Image, to_message
-from diptych.evaluation.storyboard import Judged, evaluate_documents, held_out_tasks, interval, old_skills, rates, retention_rates
+from diptych.evaluation.storyboard import Judged, evaluate_documents, held_out_tasks, interval, rates, retained_skills, retention_rates
 from diptych.models import load_model
 from diptych.rewards.image_likelihood import ImageLikelihood
 from diptych.rewards.image_text import image_text
@@ -145,7 +145,7 @@ def asked(source: str, arguments: argparse.Namespace) -> dict[str, Any]:
     model, tasks = load_model(source), held_out_tasks(config)
     judged = {name: evaluate_documents(model, tasks, p, config) for name, p in (("greedy", params.greedy()), ("sampled", params))}
     prompts = {name: {rate: [round(getattr(j.verdict, rate), 3) for j in found] for rate in SHOWN} for name, found in judged.items()}
-    skills = retention_rates(old_skills(model, params.model_copy(update={"max_text_tokens": 64}), config))
+    skills = retention_rates(retained_skills(model, params.model_copy(update={"max_text_tokens": 64}), config))
     valid = float(np.mean([j.verdict.format for j in judged["greedy"]]))
     return {
         **{name: rates(found) for name, found in judged.items()}, "skills": skills, "valid": valid,

@@ -24,11 +24,11 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from diptych.ablation import cells, documents, pages, runner, summary, weak_rewards, words
-from diptych.ablation.cells import Cell, run_cell
+from diptych.ablation import documents, pages, runner, sentences, summary, trials, weak_rewards
 from diptych.ablation.measures import MEASURES
 from diptych.ablation.runner import grid, run_grid
 from diptych.ablation.suite import Suite, evaluated_steps, load_suite, packaged_suites, variant_config
+from diptych.ablation.trials import Trial, run_trial
 from diptych.cli import app
 from diptych.config import Config, EvaluateConfig, GRPOConfig, PTXConfig, RewardConfig, SamplingParams, WarmupConfig, build
 from diptych.document import Document, Image, Text, to_message
@@ -163,19 +163,19 @@ def test_packaged_suites_build_every_variant(name):
         assert config.grpo.seed == config.warmup.seed == entry.seed
         steps = evaluated_steps(suite, config)
         assert steps[-1] == config.grpo.max_steps
-        if entry.cell.stage == "grpo":
-            assert all(step % entry.cell.settings["grpo"]["save_steps"] == 0 for step in steps[:-1])
+        if entry.trial.stage == "grpo":
+            assert all(step % entry.trial.settings["grpo"]["save_steps"] == 0 for step in steps[:-1])
     assert len(suite.paper) > 30
     assert suite.question.endswith("?")
 
 
 def test_suites_share_cells_and_warmups():
     entries = {name: grid(load_suite(name)[1], range(2)) for name in ("rewards", "credit", "stages")}
-    key = {name: {(e.variant.name, e.seed): e.cell.key for e in found} for name, found in entries.items()}
+    key = {name: {(e.variant.name, e.seed): e.trial.key for e in found} for name, found in entries.items()}
     assert key["rewards"][("process", 1)] == key["credit"][("process_half_step", 1)] == key["stages"][("grpo", 1)]
     assert key["rewards"][("format_text_image", 0)] == key["credit"][("outcome", 0)] != key["credit"][("outcome", 1)]
     assert key["stages"][("base", 0)] == key["stages"][("base", 1)]  # no seed enters it
-    warmups = {cells.warmup_cell(e.cell).key for e in entries["credit"]}
+    warmups = {trials.warmup_trial(e.trial).key for e in entries["credit"]}
     assert warmups == {key["stages"][("warmup", seed)] for seed in (0, 1)}
 
 
@@ -189,29 +189,29 @@ def defaults(cls: type[Config]) -> dict[str, Any]:
 
 
 def test_a_default_that_changes_makes_other_cells():
-    """A cell is named by what differs from the defaults: another default needs another `cells.DEFAULTS`. A setting that is new is added
-    here (`DEFAULTS.write_text(json.dumps(now, indent=1))`) and changes no cell."""
+    """A trial is named by what differs from the defaults: another default needs another `trials.DEFAULTS`. A setting that is new is added
+    here (`DEFAULTS.write_text(json.dumps(now, indent=1))`) and changes no trial."""
     now = {cls.__name__: defaults(cls) for cls in (WarmupConfig, GRPOConfig, EvaluateConfig, SamplingParams, PTXConfig, RewardConfig)}
     stored = json.loads(DEFAULTS.read_text())
-    assert stored.pop("DEFAULTS") == cells.DEFAULTS
+    assert stored.pop("DEFAULTS") == trials.DEFAULTS
     assert now == stored
 
 
-def test_a_cell_is_named_by_what_differs_from_the_defaults():
+def test_a_trial_is_named_by_what_differs_from_the_defaults():
     _, suite = load_suite("credit")
-    cell = grid(suite, [0])[-1].cell
-    assert cell.settings["defaults"] == cells.DEFAULTS
-    assert "code_cache" not in cell.settings["grpo"]
-    assert "label" not in cell.settings["grpo"]["rewards"][0]
-    again = build(GRPOConfig, {**cell.settings["grpo"], "output_dir": "o"})
-    assert cells._said(again, {"output_dir", "model"}) == cell.settings["grpo"]
+    trial = grid(suite, [0])[-1].trial
+    assert trial.settings["defaults"] == trials.DEFAULTS
+    assert "code_cache" not in trial.settings["grpo"]
+    assert "label" not in trial.settings["grpo"]["rewards"][0]
+    again = build(GRPOConfig, {**trial.settings["grpo"], "output_dir": "o"})
+    assert trials._said(again, {"output_dir", "model"}) == trial.settings["grpo"]
 
 
 def test_other_packaged_weights_make_other_cells(tmp_path, monkeypatch):
     _, suite = load_suite(str(suite_of(tmp_path)))
-    before = [entry.cell.key for entry in grid(suite, [0])]
-    monkeypatch.setattr(cells, "packaged_weights", lambda: "retrained")
-    assert not set(before) & {entry.cell.key for entry in grid(suite, [0])}
+    before = [entry.trial.key for entry in grid(suite, [0])]
+    monkeypatch.setattr(trials, "packaged_weights", lambda: "retrained")
+    assert not set(before) & {entry.trial.key for entry in grid(suite, [0])}
 
 
 def test_changes_come_after_the_base_and_overrides_before_the_variant(tmp_path):
@@ -262,26 +262,26 @@ def test_the_command_lists_suites_and_explains_itself():
     assert "no suite 'nothing'; give a .yaml file or one of: aggregation, " in str(CliRunner().invoke(app, ["ablate", "nothing"]).exception)
 
 
-# --- cells ---------------------------------------------------------------------------------------------------------------
+# --- trials ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def tiny_cell() -> Cell:
+def tiny_trial() -> Trial:
     suite = Suite.model_validate(SUITE)
-    return grid(suite, [0])[0].cell
+    return grid(suite, [0])[0].trial
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_cell, tmp_path_factory) -> tuple[Path, dict]:
+def finished(tiny_trial, tmp_path_factory) -> tuple[Path, dict]:
     root = tmp_path_factory.mktemp("ablations")
-    return root, run_cell(root, tiny_cell, silent)
+    return root, run_trial(root, tiny_trial, silent)
 
 
 def numbers(found: dict) -> dict:
     return {key: value for key, value in found.items() if key not in ("seconds", "versions")}
 
 
-def test_a_cell_is_evaluated_at_its_checkpoints(finished, tiny_cell):
+def test_a_trial_is_evaluated_at_its_checkpoints(finished, tiny_trial):
     root, found = finished
     assert list(found["points"]) == ["2", "4"]
     for values in found["points"].values():
@@ -289,27 +289,27 @@ def test_a_cell_is_evaluated_at_its_checkpoints(finished, tiny_cell):
         assert all(m in MEASURES or m.startswith("train/rewards/") for m in values)
     assert set(found["parity"]) == {"text_max", "image_max"}
     assert set(found["seconds"]) == {"grpo", "evaluation"}
-    run = tiny_cell.folder(root) / "run"
+    run = tiny_trial.folder(root) / "run"
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_4"]  # and its optimizer is gone
     assert [p.name for p in (run / "checkpoints" / "step_4").iterdir()] == ["model"]
-    assert (tiny_cell.folder(root) / "summary.json").stat().st_size < 10_000
+    assert (tiny_trial.folder(root) / "summary.json").stat().st_size < 10_000
 
 
-def test_evaluating_within_a_training_does_not_change_it(finished, tiny_cell, tmp_path):
+def test_evaluating_within_a_training_does_not_change_it(finished, tiny_trial, tmp_path):
     root, _ = finished
-    model, _ = cells.trained_warmup(root, tiny_cell, silent)
-    grpo(build(GRPOConfig, {**tiny_cell.settings["grpo"], "model": model, "output_dir": str(tmp_path / "plain")}))
+    model, _ = trials.trained_warmup(root, tiny_trial, silent)
+    grpo(build(GRPOConfig, {**tiny_trial.settings["grpo"], "model": model, "output_dir": str(tmp_path / "plain")}))
     times = ("seconds/rollout", "step_time")
     plain, ours = (
         [{k: v for k, v in line.items() if k not in times} for line in read_jsonl(run / "metrics.jsonl")]
-        for run in (tmp_path / "plain", tiny_cell.folder(root) / "run")
+        for run in (tmp_path / "plain", tiny_trial.folder(root) / "run")
     )
     assert plain == ours
 
 
-def test_a_killed_cell_goes_on_and_nothing_is_evaluated_twice(finished, tiny_cell, tmp_path, monkeypatch):
-    real, seen = cells.evaluate_model, []
-    monkeypatch.setattr(cells, "warmup", lambda *_: pytest.fail("the warm-up is there"))
+def test_a_killed_trial_resumes_and_nothing_is_evaluated_twice(finished, tiny_trial, tmp_path, monkeypatch):
+    real, seen = trials.evaluate_model, []
+    monkeypatch.setattr(trials, "warmup", lambda *_: pytest.fail("the warm-up is there"))
     (tmp_path / "warmups").symlink_to(finished[0] / "warmups")
 
     def stopped(source, *arguments):
@@ -318,31 +318,31 @@ def test_a_killed_cell_goes_on_and_nothing_is_evaluated_twice(finished, tiny_cel
             raise KeyboardInterrupt
         return real(source, *arguments)
 
-    monkeypatch.setattr(cells, "evaluate_model", stopped)
+    monkeypatch.setattr(trials, "evaluate_model", stopped)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            run_cell(tmp_path, tiny_cell, silent)
-    found = run_cell(tmp_path, tiny_cell, silent)
+            run_trial(tmp_path, tiny_trial, silent)
+    found = run_trial(tmp_path, tiny_trial, silent)
     assert seen == ["step_2", "step_2", "step_4", "step_4"]
     assert numbers(found) == numbers(finished[1])
-    assert run_cell(tmp_path, tiny_cell, silent) == found  # finished: read back
+    assert run_trial(tmp_path, tiny_trial, silent) == found  # finished: read back
     assert len(seen) == 4
 
 
-def test_two_workers_share_one_warmup(tiny_cell, tmp_path, monkeypatch):
+def test_two_workers_share_one_warmup(tiny_trial, tmp_path, monkeypatch):
     calls = []
 
     def slow(config, progress):
         calls.append(config.output_dir)
         time.sleep(0.3)
         progress(config.max_steps, config.max_steps, {"loss/text": 0.0})
-        Path(cells.checkpoint_of(config)).mkdir(parents=True)
+        Path(trials.checkpoint_of(config)).mkdir(parents=True)
 
-    monkeypatch.setattr(cells, "warmup", slow)
-    other = Cell({**tiny_cell.settings, "evaluate": {**tiny_cell.settings["evaluate"], "num_prompts": 5}})
+    monkeypatch.setattr(trials, "warmup", slow)
+    other = Trial({**tiny_trial.settings, "evaluate": {**tiny_trial.settings["evaluate"], "num_prompts": 5}})
     found: list = []
     workers = [
-        threading.Thread(target=lambda c=cell: found.append(cells.trained_warmup(tmp_path, c, silent))) for cell in (tiny_cell, other)
+        threading.Thread(target=lambda c=trial: found.append(trials.trained_warmup(tmp_path, c, silent))) for trial in (tiny_trial, other)
     ]
     for worker in workers:
         worker.start()
@@ -352,20 +352,20 @@ def test_two_workers_share_one_warmup(tiny_cell, tmp_path, monkeypatch):
     assert found[0] == found[1]
 
 
-def test_a_cell_of_other_settings_is_refused(finished, tiny_cell, tmp_path):
-    folder = tiny_cell.folder(tmp_path)
-    tiny_cell.prepare(tmp_path)
+def test_a_trial_of_other_settings_is_refused(finished, tiny_trial, tmp_path):
+    folder = tiny_trial.folder(tmp_path)
+    tiny_trial.prepare(tmp_path)
     (folder / "summary.json").write_text(json.dumps(finished[1]))
-    assert tiny_cell.summary(tmp_path) == finished[1]
+    assert tiny_trial.summary(tmp_path) == finished[1]
     stored = json.loads((folder / "settings.json").read_text())
     stored["grpo"]["optim"]["lr"] = 1.0
     (folder / "settings.json").write_text(json.dumps(stored))
-    for call in (tiny_cell.summary, tiny_cell.prepare, lambda root: run_cell(root, tiny_cell, silent)):
+    for call in (tiny_trial.summary, tiny_trial.prepare, lambda root: run_trial(root, tiny_trial, silent)):
         with pytest.raises(ValueError, match=r"was changed \(grpo\.optim\.lr\).*Delete .* to run it again"):
             call(tmp_path)
     (folder / "settings.json").unlink()
     with pytest.raises(ValueError, match="nothing says what"):
-        tiny_cell.summary(tmp_path)
+        tiny_trial.summary(tmp_path)
 
 
 # --- the grid ------------------------------------------------------------------------------------------------------------
@@ -392,17 +392,17 @@ def test_a_killed_grid_goes_on_and_a_failed_cell_stops_nobody(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }
     _, suite = load_suite(str(tmp_path / "tiny.yaml"))
-    failing_cell, cell = (entry.cell for entry in grid(suite, [0]))
+    failing_trial, trial = (entry.trial for entry in grid(suite, [0]))
     root = tmp_path / "out"
-    warmup_summary = cells.warmup_cell(cell).folder(root) / "summary.json"
-    evaluation = cell.folder(root) / "evaluation" / "step_1.json"
+    warmup_summary = trials.warmup_trial(trial).folder(root) / "summary.json"
+    evaluation = trial.folder(root) / "evaluation" / "step_1.json"
     first = subprocess.Popen(ablate(tmp_path, "--jobs", "1"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until(evaluation.is_file)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    with (cell.folder(root) / "lock").open("w") as lock:  # its worker ends with it
+    with (trial.folder(root) / "lock").open("w") as lock:  # its worker ends with it
         until(lambda: not _held(lock))
-    assert not (cell.folder(root) / "summary.json").exists()
+    assert not (trial.folder(root) / "summary.json").exists()
     times = warmup_summary.stat().st_mtime_ns, evaluation.stat().st_mtime_ns
 
     second = subprocess.run(ablate(tmp_path, "--jobs", "1"), env=environment, capture_output=True, text=True, timeout=120)
@@ -414,8 +414,8 @@ def test_a_killed_grid_goes_on_and_a_failed_cell_stops_nobody(tmp_path):
     assert "Packaged: score, greedy" in said
     assert "Failing: not finished, or failed, for seed 0." in said
     assert (warmup_summary.stat().st_mtime_ns, evaluation.stat().st_mtime_ns) == times
-    assert (cell.folder(root) / "summary.json").is_file()
-    assert not (failing_cell.folder(root) / "summary.json").exists()
+    assert (trial.folder(root) / "summary.json").is_file()
+    assert not (failing_trial.folder(root) / "summary.json").exists()
     record = json.loads((root / "tiny" / "results.json").read_text())
     assert [variant["seeds"] for variant in record["variants"]] == [[], [0]]
     assert record["variants"][1]["steps"] == [0, 1, 4]
@@ -434,21 +434,21 @@ def _held(lock) -> bool:
 
 
 def pretend(root: Path, entries: list[runner.Entry], score=lambda entry, step: 0.5) -> None:
-    """Finished cells with made-up numbers."""
+    """Finished trials with made-up numbers."""
     for entry in entries:
-        for cell in {cells.warmup_cell(entry.cell).key: cells.warmup_cell(entry.cell), entry.cell.key: entry.cell}.values():
-            steps = cell.settings["steps"] if cell is entry.cell else [0]
+        for trial in {trials.warmup_trial(entry.trial).key: trials.warmup_trial(entry.trial), entry.trial.key: entry.trial}.values():
+            steps = trial.settings["steps"] if trial is entry.trial else [0]
             points = {str(s): {"greedy/score": score(entry, s), "sampled/score": 0.25, "train/kl/text": 0.001234} for s in steps}
-            cell.prepare(root)
+            trial.prepare(root)
             found = {
-                "cell": cell.key,
+                "cell": trial.key,
                 "seed": entry.seed,
                 "points": points,
                 "parity": {"text_max": 1e-5},
                 "seconds": {"grpo": 60},
                 "versions": {"torch": "2"},
             }
-            (cell.folder(root) / "summary.json").write_text(json.dumps(found))
+            (trial.folder(root) / "summary.json").write_text(json.dumps(found))
 
 
 def by_hand(entry: runner.Entry, step: int) -> float:
@@ -496,7 +496,7 @@ def test_only_common_seeds_are_compared(record):
     row = summary.table(record)[1]
     assert row["final"]["greedy/score"]["n"] == row["difference"]["greedy/score"]["n"] == 2
     assert row["difference"]["greedy/score"]["mean"] == pytest.approx(0.035)  # 0.03 and 0.04
-    assert "Outcome <b>: not finished, or failed, for seed 1." in words.caveats(record)
+    assert "Outcome <b>: not finished, or failed, for seed 1." in sentences.caveats(record)
 
 
 def test_intervals_of_shares_end_at_0_and_1(tmp_path):
@@ -514,7 +514,7 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path):
     record = summary.collect(name, suite, entries, tmp_path)
     assert record["table"][0]["final"]["greedy/score"]["low"] is None
     assert record["table"][1]["p_holm"] is None
-    text = " ".join((*words.caveats(record), *words.findings(record)))
+    text = " ".join((*sentences.caveats(record), *sentences.findings(record)))
     assert "One seed: no interval and no test." in text
     assert "+3.0 against Packaged (one seed: this may be chance)" in text
     assert "One seed: no interval" in pages.suite_page(record)
@@ -524,7 +524,7 @@ def test_the_page_holds_what_the_record_holds(record, tmp_path):
     pages.write(record, tmp_path / "tiny")
     assert json.loads((tmp_path / "tiny" / "results.json").read_text()) == json.loads(json.dumps(record))
     page = (tmp_path / "tiny" / "report.html").read_text()
-    for sentence in words.findings(record):
+    for sentence in sentences.findings(record):
         assert sentence.replace("<b>", "&lt;b&gt;") in page
     assert "Outcome <b>" not in page
     for row in record["table"]:
@@ -538,7 +538,7 @@ def test_the_page_holds_what_the_record_holds(record, tmp_path):
         ElementTree.fromstring(svg)
     assert "grpo.advantages.credit: &quot;outcome&quot;" in page
     assert "grpo.optim.lr: 1e-05" in page
-    assert all(cell in page for variant in record["variants"] for cell in variant["cells"])
+    assert all(key in page for variant in record["variants"] for key in variant["cells"])
     assert not re.search(r'(src|href)="', page)  # one self-contained file
     shown, stream = console()
     pages.show(record, shown)
@@ -546,13 +546,13 @@ def test_the_page_holds_what_the_record_holds(record, tmp_path):
 
 
 def test_words_and_p_values(record):
-    packaged, outcome = words.findings(record)
+    packaged, outcome = sentences.findings(record)
     assert packaged == "Packaged: score, greedy 42.0 (37.0 to 47.0)."
     assert outcome == (
         "Outcome <b>: score, greedy 46.0 (39.4 to 52.6); +4.0 against Packaged (+1.5 to +6.5; p = 0.020: a difference). "
         "It reaches the final value of Packaged by step 2 (50 % of its 4 steps)."
     )
-    assert words.p_text(0.0004) == "below 0.001"
+    assert sentences.p_text(0.0004) == "below 0.001"
 
 
 def test_measures_beside_the_first_are_told_where_their_interval_is_off_zero(record):
@@ -561,15 +561,15 @@ def test_measures_beside_the_first_are_told_where_their_interval_is_off_zero(rec
         [row[0], row[1], 0.15 + 0.01 * seed] for seed, row in enumerate(outcome["values"]["sampled/score"])
     ]
     record["table"] = json.loads(json.dumps(summary.table(record)))
-    _, said = words.findings(record)  # -0.10 -0.09 -0.08: mean -0.09, s = 0.01, half = 4.3027 * 0.01 / sqrt(3) = 0.02484
+    _, said = sentences.findings(record)  # -0.10 -0.09 -0.08: mean -0.09, s = 0.01, half = 4.3027 * 0.01 / sqrt(3) = 0.02484
     assert said.endswith(" Not tested, with an interval on one side of zero: score, sampled -9.0 (-11.5 to -6.5).")
 
 
 def test_where_warmups_differ_the_words_tell_what_grpo_added(record):
     outcome = record["variants"][1]
-    assert all("before GRPO" not in said for said in words.findings(record))  # all start at 10 %
+    assert all("before GRPO" not in said for said in sentences.findings(record))  # all start at 10 %
     outcome["values"]["greedy/score"] = [[0.2, *row[1:]] for row in outcome["values"]["greedy/score"]]
-    packaged, other = words.findings(record)
+    packaged, other = sentences.findings(record)
     assert "42.0 (37.0 to 47.0); 10.0 before GRPO, which added +32.0 (+27.0 to +37.0)" in packaged  # 0.30 0.32 0.34: half 0.04968
     assert "; 20.0 before GRPO, which added +26.0 (+19.4 to +32.6)" in other  # 0.23 0.27 0.28: s = 0.02646, half = 0.06572
     outcome["seeds"], outcome["values"] = [1], {m: [rows[1]] for m, rows in outcome["values"].items()}
@@ -577,7 +577,7 @@ def test_where_warmups_differ_the_words_tell_what_grpo_added(record):
     unknown["values"] = {m: [row[1:] for row in rows] for m, rows in outcome["values"].items()}
     record["variants"].append(unknown)
     record["table"] = json.loads(json.dumps(summary.table(record)))
-    _, one_seed, third = words.findings(record)
+    _, one_seed, third = sentences.findings(record)
     assert "; 20.0 before GRPO, which added +27.0. " in one_seed
     assert "before GRPO" not in third
 
@@ -597,7 +597,7 @@ def test_what_the_paper_says_is_answered(tmp_path, better, noise, order, shown):
     by_chance = {0: noise, 1: 0, 2: -noise}
     pretend(tmp_path / "out", entries, lambda e, s: by_hand(e, s) + (by_chance[e.seed] if e.variant.name == "outcome" else 0))
     record = summary.collect(name, suite, entries, tmp_path / "out")
-    (verdict,) = words.verdicts(record)
+    (verdict,) = sentences.verdicts(record)
     assert (verdict.order, verdict.paper, verdict.shown) == (order, "2 against 1", f"score, greedy {shown}")
     folder = tmp_path / "docs"
     documents.publish(record, folder)
@@ -610,7 +610,7 @@ def test_what_the_paper_says_is_answered(tmp_path, better, noise, order, shown):
 def test_a_claim_about_what_is_not_finished_is_open(record):
     record["claims"] = claims("outcome", "packaged")["claims"]
     record["variants"][1]["values"] = {}
-    (verdict,) = words.verdicts(record)
+    (verdict,) = sentences.verdicts(record)
     assert (verdict.order, verdict.shown) == ("not run", "")
 
 
@@ -662,9 +662,9 @@ def test_changed_settings_are_told_and_make_other_cells(tmp_path):
         assert run_grid(name, suite, entries, tmp_path / "out", 1, shown) == {}
         record = summary.collect(name, suite, entries, tmp_path / "out")
         runs.append((stream.getvalue(), record["table"][0]["final"]["greedy/score"]["mean"], record["variants"][0]["cells"]))
-    told, scores, keys = zip(*runs, strict=True)
-    assert "settings changed" not in told[0] + told[1]
-    assert "packaged: settings changed since the last run (grpo.optim.lr 0.0001 -> 0.0002); its cells are run anew" in told[2]
+    printed, scores, keys = zip(*runs, strict=True)
+    assert "settings changed" not in printed[0] + printed[1]
+    assert "packaged: settings changed since the last run (grpo.optim.lr 0.0001 -> 0.0002); its trials are run anew" in printed[2]
     assert scores == (0.1, 0.1, 0.2)  # never mixed
     assert keys[0] == keys[1]
     assert not set(keys[0]) & set(keys[2])
@@ -697,15 +697,15 @@ def test_measures_of_one_chart_are_told_by_step(record):
 
 def test_nothing_finished_is_no_record(tmp_path):
     name, suite = load_suite(str(suite_of(tmp_path)))
-    with pytest.raises(ValueError, match="no cell of suite 'tiny' is finished yet; run diptych ablate tiny"):
+    with pytest.raises(ValueError, match="no trial of suite 'tiny' is finished yet; run diptych ablate tiny"):
         summary.collect(name, suite, grid(suite, [0]), tmp_path / "out")
 
 
 def test_mixed_versions_are_told(record):
     record["made_with"].append({"torch": "3", "cpu": "another"})
-    told = " ".join(words.caveats(record))
-    assert "different versions of torch: 2, 3" in told
-    assert "different versions of cpu: another, none" in told
+    printed = " ".join(sentences.caveats(record))
+    assert "different versions of torch: 2, 3" in printed
+    assert "different versions of cpu: another, none" in printed
 
 
 # --- charts and rewards --------------------------------------------------------------------------------------------------

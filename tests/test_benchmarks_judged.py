@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from click.testing import Result
-from test_benchmarks_old_skills import geneval_folder
+from test_benchmarks_retention import geneval_folder
 from test_judges import completion, error, serving, texts_of
 from typer.testing import CliRunner
 

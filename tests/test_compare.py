@@ -451,7 +451,7 @@ def test_storyboard_from_the_command_to_the_comparison(tiny_model, tmp_path):
     for skill in ("text_to_image", "understanding"):
         scored = found.aspects[skill].scored
         assert (scored.mean_a, scored.mean_b) == tuple(written[side]["retention"][skill]["accuracy"] for side in "ab")
-    assert found.aspects["greedy format"].left_out == 0  # a turn of an old skill owes no rate
+    assert found.aspects["greedy format"].left_out == 0  # a turn of a retained skill owes no rate
     assert set(found.changed) == {"model", "fingerprint.hash"}
     same = compare(jobs["a"], jobs["same"], Problems(), (0, 1))
     assert not same.changed

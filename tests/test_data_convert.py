@@ -487,7 +487,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from diptych.data.convert import KINDS, Options, job, run
-job.CHECKPOINT_DRAFTS = 7
+job.CHECKPOINT_RECORDS = 7
 write, count = job._Job._write_picture, 0
 def deadly(self, path, raw):
     global count
@@ -533,7 +533,7 @@ def test_a_record_that_was_skipped_blocks_no_other(tmp_path, monkeypatch):
     assert [(line["id"], line["messages"][0]["content"][0]["text"]) for line in lines] == [("a", "draw 1"), ("b", "draw 3")]
     assert [item["cause"] for item in report["items"]] == ["missing picture", "duplicate id", "duplicate id"]
     assert all(item["detail"] == f"a stood in {path}:2" for item in report["items"][1:])
-    monkeypatch.setattr("diptych.data.convert.job.CHECKPOINT_DRAFTS", 1)
+    monkeypatch.setattr("diptych.data.convert.job.CHECKPOINT_RECORDS", 1)
     with monkeypatch.context() as patch:  # stopped at every place, and gone on with
         for _ in range(6):
             patch.setattr("diptych.data.convert.job._Job._checkpoint", stopping(_Job._checkpoint))
@@ -585,7 +585,7 @@ def test_full_disk(tmp_path, monkeypatch):
         return original(self, raw)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(ValueError, match=r"no space left .* run the same command again: it goes on"):
+    with pytest.raises(ValueError, match=r"no space left .* run the same command again: it resumes"):
         converted("messages", tmp_path / "out", path)
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.partial").rglob(".tmp-*"))

@@ -34,10 +34,10 @@ def kept(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def passes(monkeypatch) -> list[str]:
-    """The sources whose rows were gone through."""
+    """The sources whose rows were scanned."""
     calls: list[str] = []
-    right = RowFile._go_through
-    monkeypatch.setattr(RowFile, "_go_through", lambda self, writer: calls.append(self.source) or right(self, writer))
+    right = RowFile._scan
+    monkeypatch.setattr(RowFile, "_scan", lambda self, writer: calls.append(self.source) or right(self, writer))
     return calls
 
 
@@ -77,7 +77,7 @@ def test_a_file_is_gone_through_once(tmp_path, kept, passes, monkeypatch, broken
     del passes[:]
     assert seen(name, Problems()) == expected
     assert len(passes) == 1
-    monkeypatch.setattr(RowFile, "_go_through", lambda *_: pytest.fail("gone through again"))
+    monkeypatch.setattr(RowFile, "_scan", lambda *_: pytest.fail("scanned again"))
     assert seen(name, Problems()) == expected
     if broken:
         message = r"d\.jsonl:4: not a record: `messages` is a string"
@@ -101,7 +101,7 @@ def test_the_share_that_may_be_left_out_counts_what_is_remembered(tmp_path, kept
         with pytest.raises(ValueError, match=r"4 of the 40 rows of .* cannot be used, and max_skipped_records: 0\.05"):
             Mixture([MixtureSource(name=str(name))], 0, max_skipped=0.05)
         mixture = Mixture([MixtureSource(name=str(name))], 0, max_skipped=0.1)
-        assert [line["id"] for line in mixture.told()] == ["r0", "r5", "r10", "r15"]
+        assert [line["id"] for line in mixture.left_out()] == ["r0", "r5", "r10", "r15"]
     assert len(passes) == 1
 
 

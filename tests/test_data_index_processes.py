@@ -21,20 +21,20 @@ from diptych.training.grpo import grpo
 
 
 def open_when_told(pipe: Any, name: str, seconds: float, environment: dict[str, str]) -> None:
-    """A process that says over the pipe what it does; its rows take `seconds` to be gone through."""
+    """A process that says over the pipe what it does; its rows take `seconds` to be scanned."""
     os.environ.update(environment)
-    go_through, look = RowFile._go_through, index.Index.is_current
+    scan, look = RowFile._scan, index.Index.is_current
 
     def slowly(self: RowFile, writer: index.Writer) -> None:
-        pipe.send("goes through")
+        pipe.send("scans")
         time.sleep(seconds)
-        go_through(self, writer)
+        scan(self, writer)
 
     def looking(self: index.Index) -> bool:
         pipe.send("looks")
         return look(self)
 
-    RowFile._go_through, index.Index.is_current = slowly, looking  # type: ignore[method-assign]
+    RowFile._scan, index.Index.is_current = slowly, looking  # type: ignore[method-assign]
     pipe.recv()
     pipe.send(len(open_file(name)))
 
@@ -74,7 +74,7 @@ def test_one_of_several_processes_makes_the_index(tmp_path, kept):  # noqa: F811
         for _, pipe in processes:
             pipe.send("go")
         told = [said(pipe) for _, pipe in processes]
-    assert sorted(told, key=len) == [[12], [12], ["goes through", 12]]  # and no other looks for its pictures
+    assert sorted(told, key=len) == [[12], [12], ["scans", 12]]  # and no other looks for its pictures
 
 
 def test_a_process_of_another_start_looks_for_pictures(tmp_path, kept):  # noqa: F811
@@ -86,18 +86,18 @@ def test_a_process_of_another_start_looks_for_pictures(tmp_path, kept):  # noqa:
             for _, pipe in processes:
                 pipe.send("go")
                 told.append(said(pipe))
-    assert told == [["goes through", 12], ["looks", 12], [12], ["looks", 12], ["looks", 12]]
+    assert told == [["scans", 12], ["looks", 12], [12], ["looks", 12], ["looks", 12]]
 
 
 def test_a_process_that_dies_holds_up_nobody(tmp_path, kept):  # noqa: F811
     name = written(tmp_path / "data", 12)
     with opening(name, 1, 600.0) as ((dying, first),), opening(name, 1, 0.0) as ((_, second),):
         first.send("go")
-        assert first.recv() == "goes through"
+        assert first.recv() == "scans"
         second.send("go")
         assert not second.poll(0.5)  # it waits
         dying.kill()
-        assert said(second) == ["goes through", 12]
+        assert said(second) == ["scans", 12]
 
 
 # --- what else is remembered -----------------------------------------------------------------------------------------------

@@ -35,9 +35,9 @@ from diptych.doctor import DocumentSize, Sizes, estimate, examine, machine, rend
 from diptych.doctor import diagnosis as diagnosis_module
 from diptych.doctor.files import read_header
 from diptych.doctor.hardware import REFERENCES, Gpu
-from diptych.doctor.words import StandIn
+from diptych.doctor.vocabulary import StandIn
 from diptych.models import UnifiedModel, load_model
-from diptych.models.attention import SlotAttention, Slots
+from diptych.models.attention import CacheAttention, KVCache
 from diptych.models.chameleon import ChameleonModel
 from diptych.models.emu3 import Emu3Model
 from diptych.models.janus import JanusModel
@@ -414,12 +414,12 @@ def test_weights_are_counted_exactly(toy):
 @torch.no_grad()
 def test_the_cache_is_counted_exactly(toy):
     model, rows, positions = load_model(toy), 3, 7
-    slots = Slots(rows, model.device)
+    cache = KVCache(rows, model.device)
     embeds = model.embed_text(torch.zeros(rows, positions, dtype=torch.long))
-    forward = SlotAttention([slots], positions, [None])
+    forward = CacheAttention([cache], positions, [None])
     model.backbone(embeds, torch.arange(positions).expand(rows, -1), forward)
     forward.finish()
-    assert Sizes.of(model).kv_bytes(rows * positions, itemsize=4) == slots.num_bytes
+    assert Sizes.of(model).kv_bytes(rows * positions, itemsize=4) == cache.num_bytes
 
 
 def test_adapters_are_counted_exactly(toy):
@@ -540,7 +540,7 @@ LITTLE = DocumentSize(num_images=2, num_generations=3, text_tokens=10, num_promp
 def test_estimates_by_hand():
     """6 rows of 10 + 2 * 6 = 22 positions, and 6 of one image for the unconditional branch: 168 positions.
 
-    A position's keys and values: 2 * 2 layers * 2 heads * 2 * 2 bytes = 32. Sampled logits: 6 * max(50, 2 * 30) * 20 = 7200.
+    A position's KV cache: 2 * 2 layers * 2 heads * 2 * 2 bytes = 32. Sampled logits: 6 * max(50, 2 * 30) * 20 = 7200.
     q, o: 8 * 8; k, v: 8 * 4; gate, up, down: 8 * 16: 576 a layer. Adapters: 16 * (2 * 16 + 2 * 12 + 3 * 24) = 2048 a layer, 4096.
     Inputs of the layers: (22 + 12) * 2 * 2 * 8 = 1088. One layer, 22 + 12 positions: 36 * 8 + 4 * 4 + 10 * 16 + 28 * 16 = 912 kept,
     80 and 192 for gradients: 1184 with adapters; 20 * 8 + 4 * 4 + 8 * 16 = 304 and 80: 384 without.

@@ -165,7 +165,7 @@ LITTLE = DocumentSize(num_images=2, num_generations=3, text_tokens=10, num_promp
 def test_memory_by_hand():
     """3000 trained, 2 * 576 = 1152 of them in the decoder's matrices, 1848 outside; 10000 - 6000 bytes frozen; 4096 in adapters.
 
-    Keys and values 5376, logits 7200, inputs 1088, one layer 34 * 384 = 13056 in full and 34 * 1184 = 40256 with adapters, scored logits
+    KV cache 5376, logits 7200, inputs 1088, one layer 34 * 384 = 13056 in full and 34 * 1184 = 40256 with adapters, scored logits
     38800 (`test_estimates_by_hand` has these).
     """
     those = Fleet(4, 80, 2)

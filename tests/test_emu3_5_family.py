@@ -47,8 +47,8 @@ from test_forms import (  # noqa: F401
     test_texts_begin_pictures_at_their_greatest_length,
 )
 from test_layouts import (  # noqa: F401
+    test_a_cache_with_holes_selected_rows_and_several_blocks_equal_each_sequence_alone,
     test_packed_states_and_gradients_equal_those_of_each_sequence_alone,
-    test_slots_with_holes_selected_rows_and_several_blocks_equal_each_sequence_alone,
 )
 from toy_checkpoints import make_emu3_5
 

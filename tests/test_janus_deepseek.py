@@ -81,12 +81,12 @@ def test_no_convolution_that_decides_codes_is_in_tf32(janus):
 
 
 def test_of_equal_rows_the_first_is_taken_and_no_weight_is_changed(janus):
-    twins = copy.deepcopy(janus)
-    codebook = twins.hf.model.vqmodel.quantize.embedding.weight
+    duplicated = copy.deepcopy(janus)
+    codebook = duplicated.hf.model.vqmodel.quantize.embedding.weight
     with torch.no_grad():
         codebook[128:] = 2 * codebook[:128]  # the same directions, and lengths that round alike
     before = codebook.clone()
-    codes = twins.encode_images(RECORDED["vq.pixels"])
+    codes = duplicated.encode_images(RECORDED["vq.pixels"])
     assert codes.max() < 128
     assert torch.equal(codebook, before)
 

@@ -1,4 +1,4 @@
-"""Slots and packed rows against each sequence alone, in plain causal attention."""
+"""The KV cache and packed rows against each sequence alone, in plain causal attention."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from family_data import prompts
 
 from diptych.models import UnifiedModel, load_model
-from diptych.models.attention import SlotAttention, Slots
+from diptych.models.attention import CacheAttention, KVCache
 from diptych.models.packing import pack
 from diptych.tokens import TokenRow, collate
 
@@ -83,15 +83,15 @@ def test_packing_pads_no_position():
 
 
 @torch.no_grad()
-def test_slots_with_holes_selected_rows_and_several_blocks_equal_each_sequence_alone(model):
+def test_a_cache_with_holes_selected_rows_and_several_blocks_equal_each_sequence_alone(model):
     """Two blocks in one pass, one of them with rows that wait; rows dropped and repeated in between; buffers that grow."""
     prompt_rows = [row_of(model, [5, 6, 7]), row_of(model, [8, 9])]
     other_rows = [row_of(model, [40, 41, 42, 43, 44])]
-    blocks = [Slots(2, model.device), Slots(1, model.device)]
+    blocks = [KVCache(2, model.device), KVCache(1, model.device)]
     said: list[list[TokenRow]] = [list(prompt_rows), list(other_rows)]
     for block, rows in zip(blocks, (prompt_rows, other_rows), strict=True):
         batch = collate(rows)
-        layout = SlotAttention([block], batch.text_ids.shape[1], [None if len(rows) == 1 else batch.attention_mask])
+        layout = CacheAttention([block], batch.text_ids.shape[1], [None if len(rows) == 1 else batch.attention_mask])
         model.backbone(model.embed(batch), batch.position_ids, layout)
         layout.finish()
     for block, order, rows in zip(blocks, ([0, 0, 1], [0, 0]), range(2), strict=True):
@@ -99,7 +99,7 @@ def test_slots_with_holes_selected_rows_and_several_blocks_equal_each_sequence_a
         said[rows] = [said[rows][i] for i in order]
     pattern = [[True, False, True], [False, True, True], [True, True, True], [True, True, False]]
     for step, active in enumerate(pattern):
-        layout = SlotAttention(blocks, 2, [torch.tensor(active)[:, None].expand(-1, 2), None])
+        layout = CacheAttention(blocks, 2, [torch.tensor(active)[:, None].expand(-1, 2), None])
         new = [[row_of(model, [50 + 9 * step + i, 51 + 9 * step + i]) for i in range(len(rows))] for rows in said]
         positions = torch.tensor([len(row) for rows in said for row in rows])[:, None] + torch.arange(2)
         states = model.backbone(model.embed_text(torch.stack([r.text_ids for rows in new for r in rows])), positions, layout)
@@ -116,17 +116,17 @@ def test_slots_with_holes_selected_rows_and_several_blocks_equal_each_sequence_a
 
 
 @torch.no_grad()
-def test_slots_that_were_copied_go_on_and_are_put_back_equal_each_sequence_alone(tiny_model):
+def test_a_cache_that_was_copied_and_put_back_equals_each_sequence_alone(tiny_model):
     """Three rows, of which two go on by themselves; a hole before that and unused memory that holds NaN; then all in another order."""
     said = [row_of(tiny_model, words) for words in ([5, 6, 7], [8, 9], [10, 11, 12, 13])]
-    slots = Slots(3, tiny_model.device)
+    cache = KVCache(3, tiny_model.device)
     batch = collate(said)
-    layout = SlotAttention([slots], 4, [batch.attention_mask])
+    layout = CacheAttention([cache], 4, [batch.attention_mask])
     tiny_model.backbone(tiny_model.embed(batch), batch.position_ids, layout)
     layout.finish()
 
-    def feed(which: Slots, rows: list[int], active: list[bool]) -> None:
-        layout = SlotAttention([which], 1, [torch.tensor(active)[:, None]])
+    def feed(which: KVCache, rows: list[int], active: list[bool]) -> None:
+        layout = CacheAttention([which], 1, [torch.tensor(active)[:, None]])
         new = [row_of(tiny_model, [60 + 3 * row + len(said[row])]) for row in rows]
         positions = torch.tensor([[len(said[row])] for row in rows])
         states = tiny_model.backbone(tiny_model.embed_text(torch.stack([n.text_ids for n in new])), positions, layout)
@@ -136,19 +136,19 @@ def test_slots_that_were_copied_go_on_and_are_put_back_equal_each_sequence_alone
                 said[row] = TokenRow.concat([said[row], more])
                 torch.testing.assert_close(state, alone(tiny_model, said[row])[-1:], atol=3e-5, rtol=0)
 
-    feed(slots, [0, 1, 2], [True, False, True])
-    slots.reserve(20)
-    for buffer in (*slots._keys, *slots._values):
-        buffer[:, :, slots.length :] = torch.nan
+    feed(cache, [0, 1, 2], [True, False, True])
+    cache.reserve(20)
+    for buffer in (*cache._keys, *cache._values):
+        buffer[:, :, cache.length :] = torch.nan
     picked = torch.tensor([0, 1])
-    branch = slots.copy(picked, room=2)
-    assert (branch.length, slots.length) == (4, 5)  # the longest of the two rows; all slots of the three
+    branch = cache.copy(picked, room=2)
+    assert (branch.length, cache.length) == (4, 5)  # the longest of the two rows; all slots of the three
     feed(branch, [0, 1], [True, True])
     feed(branch, [0, 1], [False, True])
-    slots.put_back(branch, picked, 2)
-    feed(slots, [0, 1, 2], [True, True, True])
+    cache.put_back(branch, picked, 2)
+    feed(cache, [0, 1, 2], [True, True, True])
     order = [2, 0, 1]
-    slots.select(torch.tensor(order), room=1)
-    assert slots.length == max(map(len, said))  # no holes
-    assert slots.taken.sum(1).tolist() == [len(said[row]) for row in order]
-    feed(slots, order, [True, True, True])
+    cache.select(torch.tensor(order), room=1)
+    assert cache.length == max(map(len, said))  # no holes
+    assert cache.occupied.sum(1).tolist() == [len(said[row]) for row in order]
+    feed(cache, order, [True, True, True])

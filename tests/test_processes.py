@@ -233,7 +233,7 @@ def test_two_processes_log_what_one_logs(tiny_folder, tmp_path):  # noqa: F811
 
 
 def test_more_processes_than_rows(tiny_folder, tmp_path):  # noqa: F811
-    """Of a warm-up batch of one row, and of old skills beside GRPO: the third process has nothing to do."""
+    """Of a warm-up batch of one row, and of retained skills beside GRPO: the third process has nothing to do."""
     settings = {"num_minibatches": 1, "prompts_per_step": 3, "max_steps": 2}
     config = grpo_config(
         tiny_folder, tmp_path / "run", ptx={"sources": [{"name": "storyboard:understanding"}], "coef": 0.5, "batch_size": 1}, **settings
@@ -271,7 +271,7 @@ def test_checksums_tell_weights_apart():
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_scheduler_that_wants_the_machine_back(tiny_folder, tmp_path, name):  # noqa: F811
-    """The signal reaches one process; both finish the step and save it. The same command goes on to the weights of an undisturbed run."""
+    """The signal reaches one process; both finish the step and save it. The same command resumes to the weights of an undisturbed run."""
     config = grpo_config(tiny_folder, tmp_path / "run", max_steps=400, save_steps=1000, num_minibatches=1, logging_steps=1)
     process = launched("none", config, tmp_path / "grpo.yaml")
     log = tmp_path / "run" / "metrics.jsonl"
@@ -313,7 +313,7 @@ def test_one_process_ends_with_the_code_that_says_so(tiny_folder, tmp_path):  # 
     said, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_CODE
     assert "Stopped by SIGTERM: step" in said
-    assert "the same command goes on" in said
+    assert "the same command resumes" in said
 
 
 def test_an_interrupt_that_python_drops_is_taken_up_behind_the_step(monkeypatch):

@@ -359,7 +359,7 @@ def test_broken_rows_are_left_out_up_to_a_share(tmp_path):
         Mixture(sources, 0, max_skipped=0.1)
     mixture = Mixture(sources, 0, max_skipped=0.2)
     assert {r.id for step in range(20) for r in mixture.batch(step, 8)} <= {f"r{i}" for i in range(40) if i % 5}
-    assert [line["where"] for line in mixture.told()] == [f"{name}:{i}" for i in range(1, 41, 5)]
+    assert [line["where"] for line in mixture.left_out()] == [f"{name}:{i}" for i in range(1, 41, 5)]
     assert mixture.sources[0].size == 30  # of 32 records; rows 20 and 40 are for validation
 
 
@@ -375,7 +375,7 @@ def test_a_row_of_several_answers_is_left_out_once(tmp_path):
 
     mixture = Mixture(sources, 0, max_skipped=0.1)
     assert "many" not in mixture.made(0, 200, make)
-    assert len(mixture.told()) == 4
+    assert len(mixture.left_out()) == 4
 
 
 def test_what_only_shows_later_takes_the_next_record(tmp_path):
@@ -392,7 +392,7 @@ def test_what_only_shows_later_takes_the_next_record(tmp_path):
     found = mixture.made(0, 60, make)
     assert found == [{"r3": "r5", "r4": "r5"}.get(id, id) for id in plain]
     assert mixture.made(0, 60, make, [7, 3]) == [found[7], found[3]]
-    assert sorted(line["id"] for line in mixture.told()) == ["r3", "r4"]
+    assert sorted(line["id"] for line in mixture.left_out()) == ["r3", "r4"]
     with pytest.raises(
         ValueError, match=r"1 of the 20 rows .* none may be left out .*d\.jsonl:[45] \(id r[34]\): too hard\. Mend or remove"
     ):

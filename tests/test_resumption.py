@@ -1,4 +1,4 @@
-"""A run goes on with what it began with: inputs are known by their content, settings by what was set; and only one goes on at a time."""
+"""A run is resumed with what it began with: inputs are known by their content, settings by what was set; one process trains in a folder."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_a_finished_run_goes_on_as_if_it_had_been_longer(tiny_folder, tmp_path, 
     grpo(short)
     with caplog.at_level(logging.WARNING):
         grpo(short.model_copy(update={"max_steps": 6}))
-    assert "goes on behind step 4 with other settings: max_steps 4 -> 6" in caplog.text
+    assert "resumes after step 4 with other settings: max_steps 4 -> 6" in caplog.text
     one, two = (weights(tmp_path / name / "checkpoints/step_6/model") for name in ("whole", "run"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -321,7 +321,7 @@ def test_what_was_set_is_compared_and_a_younger_default_is_not(tiny_folder, tmp_
         goes_on(config)
     edited(lambda s: (s["config"].update(lora=None), s.update(set=sorted(set_keys(config)))))
     edited(lambda s: s["config"].update(a_setting_of_tomorrow=1))
-    with pytest.raises(ValueError, match=r"(?s)this version cannot go on with: .*a_setting_of_tomorrow: unknown key"):
+    with pytest.raises(ValueError, match=r"(?s)this version cannot resume: .*a_setting_of_tomorrow: unknown key"):
         goes_on(config)
     file.write_text("[]")
     with pytest.raises(ValueError, match=r"config\.yaml is damaged"):

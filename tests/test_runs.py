@@ -46,7 +46,7 @@ def run(tmp_path) -> Iterator[RunFolder]:
 
 
 def opened(path: Path, config: WarmupConfig) -> WarmupConfig:
-    """The settings with which a run goes on that was opened and left."""
+    """The settings with which a run is resumed that was opened and left."""
     with RunFolder(path, config) as run:
         return run.config
 

@@ -324,7 +324,7 @@ def test_rows_that_wait_for_a_long_text_are_not_computed(tiny_model, guided_para
     computed, real = [], engine.advance
 
     def counting(model, streams, embeds, active=None):
-        if len(streams) == 1 and embeds[0].shape[1] == 1:  # text: pictures have twins
+        if len(streams) == 1 and embeds[0].shape[1] == 1:  # text: pictures have other branches
             num_rows = len(embeds[0])
             computed.append((num_rows, num_rows if active is None else int(active.sum())))
         real(model, streams, embeds, active)
@@ -431,8 +431,8 @@ def test_chunks_bound_how_many_logits_exist(tiny_model, guided_params, monkeypat
 
 def test_draw_follows_the_distribution():
     log_probs = torch.tensor([0.1, 0.2, 0.7]).log().expand(20_000, 3)
-    chance = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    tokens = draw(log_probs, TextSampling(), chance)
+    uniforms = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens = draw(log_probs, TextSampling(), uniforms)
     frequency = torch.bincount(tokens, minlength=3) / 20_000
     torch.testing.assert_close(frequency, torch.tensor([0.1, 0.2, 0.7]), atol=0.012, rtol=0)  # about 4 standard errors
 

@@ -14,7 +14,7 @@ from diptych.config import EvaluateConfig, RewardConfig, SamplingParams
 from diptych.data.inspect import inspect_records
 from diptych.data.records import open_source
 from diptych.document import Document, Image, Text, to_json_blocks, to_message
-from diptych.evaluation.storyboard import old_skills, retention_rates
+from diptych.evaluation.storyboard import retained_skills, retention_rates
 from diptych.models import load_model
 from diptych.report.records import records_page
 from diptych.rewards import call_rewards, load_reward
@@ -130,10 +130,10 @@ def test_a_reward_can_be_tried_for_a_form(tmp_path):
     assert float(re.search(r"step 1 \(picture\): ([0-9.]+)", image.output)[1]) > 0.5
 
 
-def test_old_skills_do_not_depend_on_the_form_of_a_training():
+def test_retained_skills_do_not_depend_on_the_form_of_a_training():
     """The demo and the ablations hand on the training's own sampling, which may ask for one form."""
     model, config = load_model("storyboard"), EvaluateConfig(num_retention=12)
-    found = [retention_rates(old_skills(model, SamplingParams(form=form), config)) for form in ("free", "image", "text")]
+    found = [retention_rates(retained_skills(model, SamplingParams(form=form), config)) for form in ("free", "image", "text")]
     assert found[0] == found[1] == found[2]
     assert found[0]["understanding"]["accuracy"] > 0.9
 

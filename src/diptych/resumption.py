@@ -1,4 +1,4 @@
-"""With which settings a run goes on: what may change, and what must be what it was."""
+"""With which settings a run is resumed: what may change, and what must be what it was."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 def resumed_settings(
     config: ConfigT, stored: dict[str, Any], may_change: Collection[str], where: Path
 ) -> tuple[ConfigT, dict[str, tuple[Any, Any]]]:
-    """The settings a run goes on with, and those among them that changed: dotted key -> (before, now).
+    """The settings a run is resumed with, and those among them that changed: dotted key -> (before, now).
 
     What somebody set is compared. A setting that neither start names stays as the run has it, whatever the default is by now; one that
     is younger than the run has today's default. Raises ValueError for other settings than those that may change.
@@ -29,7 +29,7 @@ def resumed_settings(
     try:
         before = build(cls, old)
     except ValueError as error:
-        raise ValueError(f"{where} holds a run that this version cannot go on with: {error}. Choose another output_dir") from None
+        raise ValueError(f"{where} holds a run that this version cannot resume: {error}. Choose another output_dir") from None
     was, now = leaves(before), leaves(config)
     named = set_keys(config) | set(stored.get("set", ()))
     differing = [key for key in [*was, *(k for k in now if k not in was)] if was.get(key) != now.get(key)]

@@ -100,7 +100,7 @@ def atomic_text(path: Path, text: str) -> None:
 class RunFolder(Generic[ConfigT]):
     """One training run. Only the first process writes, and only one run at a time: `with RunFolder(...) as run` holds its lock.
 
-    config: the settings that the run goes on with. Outside of `with` the folder can be looked into.
+    config: the settings that the run is resumed with. Outside of `with` the folder can be looked into.
     """
 
     def __init__(self, path: str | Path, config: ConfigT, may_change: Collection[str] = ()) -> None:
@@ -155,7 +155,7 @@ class RunFolder(Generic[ConfigT]):
             self._lock = None
 
     def _settled(self) -> dict[str, Any]:
-        """The settings to go on with, noted in config.yaml."""
+        """The settings to resume with, noted in config.yaml."""
         file, config = self.path / "config.yaml", self.config
         stored = (yaml.safe_load(file.read_text()) or {}) if file.is_file() else None
         made_with: dict[str, Any] = versions()
@@ -173,8 +173,8 @@ class RunFolder(Generic[ConfigT]):
             if changed or others:
                 entry = {"step": step, "changed": {key: list(pair) for key, pair in changed.items()}, "versions": others}
                 history = [*history, {key: value for key, value in entry.items() if value}]
-                told = "; ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in [*changed.items(), *others.items()])
-                logger.warning("%s goes on behind step %d with other settings: %s", self.path, step, told)
+                changes = "; ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in [*changed.items(), *others.items()])
+                logger.warning("%s resumes after step %d with other settings: %s", self.path, step, changes)
         settings = config.model_dump(mode="json")
         content = {"config": settings, "set": sorted(named), "versions": made_with, **({"history": history} if history else {})}
         if stored is None or stored != content:

@@ -21,5 +21,5 @@ def load_named(path: str, what: str = "") -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # the module runs while it is imported, and may fail in any way
-        told = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"cannot load {what}{' ' if what else ''}{path!r}: {told}") from error
+        reason = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"cannot load {what}{' ' if what else ''}{path!r}: {reason}") from error

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from diptych.ablation.measures import MEASURES
+from diptych.ablation.sentences import caveats, changes_text, cost, findings, interval_text, verdicts
 from diptych.ablation.summary import Record, curve, dump, table
-from diptych.ablation.words import caveats, changes_text, cost, findings, interval_text, verdicts
 from diptych.runs import atomic_text
 from diptych.statistics import p_text
 
@@ -28,7 +28,7 @@ index on its own with discount 0.5.
 The text reward of most suites is `text_critic`, the weaker one (`grpo.rewards.1.name` in the settings below a table; the demo's is
 `text_likelihood`): most were run before the demo had another, and a reward that is wrong somewhere is what is met in practice.
 
-A *cell* is one variant with one seed. *Reaches the reference's end at step*: the first of the evaluated steps at which the variant's mean
+A *trial* is one variant with one seed. *Reaches the reference's end at step*: the first of the evaluated steps at which the variant's mean
 is at least the reference's last mean; it has no interval. *Training*: means over the last five steps. *Parity*: the largest
 difference of a replayed from a sampled log-probability.
 """

@@ -1,4 +1,4 @@
-"""What can be measured of a cell: names, words and units. A name is `group/what`; suites and records use these names."""
+"""What can be measured of a trial: names, words and units. A name is `group/what`; suites and records use these names."""
 
 from __future__ import annotations
 
@@ -51,4 +51,4 @@ def _all() -> dict[str, Measure]:
 
 MEASURES = _all()
 """greedy, sampled: the oracle's rates on held-out prompts. *_reward: the packaged rewards' means on the same answers, whatever
-was trained on. retention: old skills. train: means of the last steps before a checkpoint. parity: maxima of the whole training."""
+was trained on. retention: earlier skills. train: means of the last steps before a checkpoint. parity: maxima of the whole training."""

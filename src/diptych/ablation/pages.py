@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from diptych.ablation.measures import MEASURES
+from diptych.ablation.sentences import caveats, changes_text, cost, findings, interval_only, verdicts
 from diptych.ablation.suite import Suite
 from diptych.ablation.summary import Record, curve, dump
-from diptych.ablation.words import caveats, changes_text, cost, findings, interval_only, verdicts
 from diptych.report.intervals import COLOURS, Line, Point, Row, dot_chart, interval_chart, legend
 from diptych.report.pages import page
 from diptych.runs import atomic_text
@@ -165,7 +165,7 @@ def _settings(record: Record) -> str:
     )
     return (
         f"<p>All: recipe <code>{html.escape(base['recipe'])}</code> ({html.escape(common)}), one thread in each training.</p>"
-        f'<div class="scroll"><table><tr><th>variant</th><th style="text-align:left">changes</th><th>cells</th></tr>{rows}</table></div>'
+        f'<div class="scroll"><table><tr><th>variant</th><th style="text-align:left">changes</th><th>trials</th></tr>{rows}</table></div>'
     )
 
 

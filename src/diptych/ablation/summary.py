@@ -1,4 +1,4 @@
-"""One record of a suite: the numbers of its finished cells, and what statistics say of them.
+"""One record of a suite: the numbers of its finished trials, and what statistics say of them.
 
 The record is `results.json`, and what is committed in docs/results. The table, the page and the document read nothing else.
 `values[measure]` of a variant has a row for each of its `seeds`, and in a row a number (or null) for each of its `steps`.
@@ -29,7 +29,7 @@ def collect(name: str, suite: Suite, entries: Sequence[Entry], root: Path, overr
     variants, made_with = [], list[dict[str, Any]]()
     for variant in suite.variants:
         mine = [entry for entry in entries if entry.variant.name == variant.name]
-        found = [(entry, summary) for entry in mine if (summary := entry.cell.summary(root)) is not None]
+        found = [(entry, summary) for entry in mine if (summary := entry.trial.summary(root)) is not None]
         runs = [(_points(entry, summary, root), summary) for entry, summary in found]
         steps = sorted({step for points, _ in runs for step in points})
         values = {m: [[points.get(step, {}).get(m) for step in steps] for points, _ in runs] for m in MEASURES}
@@ -43,7 +43,7 @@ def collect(name: str, suite: Suite, entries: Sequence[Entry], root: Path, overr
         )  # fmt: skip
         made_with += [summary["versions"] for _, summary in runs]
     if not made_with:
-        raise ValueError(f"no cell of suite {name!r} is finished yet; run diptych ablate {name}")
+        raise ValueError(f"no trial of suite {name!r} is finished yet; run diptych ablate {name}")
     unique = {json.dumps(made, sort_keys=True): made for made in made_with}
     record = {
         "suite": name, **suite.model_dump(mode="json", include=SAID),
@@ -54,12 +54,12 @@ def collect(name: str, suite: Suite, entries: Sequence[Entry], root: Path, overr
 
 
 def _points(entry: Entry, summary: dict[str, Any], root: Path) -> dict[int, dict[str, float]]:
-    """step -> measures of a cell; step 0 of a GRPO cell is its warm-up, and parity stands at the last step."""
+    """step -> measures of a trial; step 0 of a GRPO trial is its warm-up, and parity stands at the last step."""
     points: dict[int, dict[str, float]] = {int(step): values for step, values in summary["points"].items()}
-    if entry.cell.stage == "grpo":
-        from diptych.ablation.cells import warmup_cell
+    if entry.trial.stage == "grpo":
+        from diptych.ablation.trials import warmup_trial
 
-        before = warmup_cell(entry.cell).summary(root)
+        before = warmup_trial(entry.trial).summary(root)
         points |= {0: before["points"]["0"]} if before else {}
         points[max(points)] |= {f"parity/{name}": value for name, value in summary["parity"].items()}
     return points

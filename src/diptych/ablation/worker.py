@@ -1,4 +1,4 @@
-"""One cell in a process of its own: `python -m diptych.ablation.worker ROOT KEY`, started by `runner`.
+"""One trial in a process of its own: `python -m diptych.ablation.worker ROOT KEY`, started by `runner`.
 
 It ends at once when the process that started it is gone: its standard input is then closed.
 """
@@ -11,13 +11,13 @@ import sys
 import threading
 from pathlib import Path
 
-from diptych.ablation.cells import Cell, run_cell
+from diptych.ablation.trials import Trial, run_trial
 
 
 def main(root: Path, key: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    cell = Cell(json.loads((root / "cells" / key / "settings.json").read_text()))
-    run_cell(root, cell, lambda done, total, words: print(f"{done}/{total} {words}", flush=True))
+    trial = Trial(json.loads((root / "cells" / key / "settings.json").read_text()))
+    run_trial(root, trial, lambda done, total, words: print(f"{done}/{total} {words}", flush=True))
 
 
 def _end_with_parent() -> None:

@@ -54,7 +54,7 @@ def main() -> None:
     """Runs the command; what a user can mend is printed in a line or two, without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that is no text can still be told
+            stream.reconfigure(errors="backslashreplace")  # a name that is no text can still be printed
     try:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:  # typer makes an exit code of Ctrl-C

@@ -42,7 +42,7 @@ def convert(
     license: Annotated[str | None, typer.Option(help="for records that name none; left out: the kind's own")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="stop at the first problem instead of skipping and counting it")] = False,
 ) -> None:
-    """Makes records of a published data set. Can be killed at any moment: the same command goes on where it stopped."""
+    """Makes records of a published data set. Can be killed at any moment: the same command resumes where it stopped."""
     from diptych.data.convert import KINDS, Options, run
 
     if kind not in KINDS:

@@ -33,10 +33,18 @@ def storyboard(
     load_in_4bit: FourBit = False,
     device: Device = "auto",
 ) -> None:
-    """Storyboard's benchmark: held-out documents and retention of old skills, judged by the oracle."""
+    """Storyboard's benchmark: held-out documents and retention of skills, judged by the oracle."""
     config = load_config(EvaluateConfig, None, context.args)
     from diptych.cli.figures import show_storyboard
-    from diptych.evaluation.storyboard import evaluate_documents, held_out_tasks, old_skills, rates, rates_by_kind, retention_rates, sheet
+    from diptych.evaluation.storyboard import (
+        evaluate_documents,
+        held_out_tasks,
+        rates,
+        rates_by_kind,
+        retained_skills,
+        retention_rates,
+        sheet,
+    )
     from diptych.models import load_model
     from diptych.models.fingerprint import of_model
     from diptych.runs import atomic_text
@@ -48,7 +56,7 @@ def storyboard(
     image = ImageSampling(guidance_scale=guidance)
     params = SamplingParams(image=image, max_images=config.max_images, max_text_tokens=config.max_text_tokens)
     greedy, sampled = (evaluate_documents(loaded, tasks, p, config) for p in (params.greedy(), params))
-    skills = old_skills(loaded, params, config)
+    skills = retained_skills(loaded, params, config)
     found: dict[str, Any] = {
         "greedy": rates(greedy), "sampled": rates(sampled), "greedy_by_kind": rates_by_kind(greedy), "retention": retention_rates(skills),
     }  # fmt: skip
@@ -65,7 +73,7 @@ def storyboard(
 def benchmark(
     context: typer.Context,
     data: Annotated[Path, typer.Argument(help="the folder of the benchmark's files, as they were published")],
-    out: Annotated[Path, typer.Option(help="the folder of this evaluation; the same command goes on in it")],
+    out: Annotated[Path, typer.Option(help="the folder of this evaluation; the same command resumes it")],
     model: Model = "storyboard",
     shard: Annotated[str | None, typer.Option(help="I/N: answer the I-th of N shares (from 0) here, the others elsewhere")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="answers sampled together")] = 16,

@@ -33,7 +33,7 @@ def show_benchmark(console: Console, name: str, result: Mapping[str, Any]) -> No
 
 
 def show_storyboard(console: Console, found: Mapping[str, Any], telling: str = "full") -> None:
-    """Held-out documents, in per cent, greedy and sampled; and old skills."""
+    """Held-out documents, in per cent, greedy and sampled; and retained skills."""
     rates = SHOWN_RATES[telling]
     table = Table(title="held-out documents (per cent, 95 % interval)")
     for head in ("", *rates):

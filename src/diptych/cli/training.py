@@ -93,12 +93,12 @@ def ablate(
     suite: Annotated[str | None, typer.Argument(help="a packaged suite (see --list), or a YAML file")] = None,
     output_dir: Path = Path("runs/ablations"),
     seeds: Annotated[int | None, typer.Option(min=1, help="seeds 0 to N - 1; left out: as many as the suite says")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="cells at the same time, one thread each; left out: one a CPU")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="trials at the same time, one thread each; left out: one a CPU")] = None,
     list_suites: Annotated[bool, typer.Option("--list", help="what suites there are")] = False,
     report: Annotated[bool, typer.Option("--report", help="run nothing; report what is finished")] = False,
     docs: Annotated[Path | None, typer.Option(help="a folder of records: add the suite's, and write the document FOLDER.md of all")] = None,
 ) -> None:
-    """A table of the paper's ablations, or one of your own, over several seeds. Resumes where it stopped. Exits with 1 if a cell failed."""
+    """A table of the paper's ablations, or one of your own, over several seeds. Resumes where it stopped. Exits with 1 if one failed."""
     from diptych.ablation import pages
     from diptych.ablation.suite import load_suite, packaged_suites
 

@@ -2,7 +2,7 @@
 
 A batch is the same as without, bit by bit: only what needs no memory of earlier batches is done ahead (reading a record and preparing it),
 for the records that will be asked for if nothing else is left out until then. What was left out, the device, and everything that fails
-are the caller's: an error comes up, and is told, at the step at which it would have come up. No random stream is drawn from.
+are the caller's: an error is raised at the step at which it would have come up. No random stream is drawn from.
 """
 
 from __future__ import annotations

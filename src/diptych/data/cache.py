@@ -47,7 +47,7 @@ def folder(kind: str) -> Path:
 @functools.cache
 def say_once(why: str) -> None:
     """That nothing can be kept."""
-    logger.warning("the cache cannot be written (%s): data files are gone through at every start. DIPTYCH_CACHE names another folder", why)
+    logger.warning("the cache cannot be written (%s): data files are scanned at every start. DIPTYCH_CACHE names another folder", why)
 
 
 def file_facts(path: Path) -> list[Any]:
@@ -158,7 +158,7 @@ class Lock:
                 fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self.waited = True
-                logger.info("another process goes through the same files; its index is waited for")
+                logger.info("another process scans the same files; waiting for its index")
                 fcntl.flock(self._stream, fcntl.LOCK_EX)
 
     def note(self, began: float) -> None:

@@ -162,7 +162,7 @@ def _refuse_empty(message: dict[str, Any], number: int) -> None:
     content, role = message["content"], message["role"]
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     is_text = [block["type"] == "text" for block in blocks]
-    empty = [told and not block["text"].strip() for told, block in zip(is_text, blocks, strict=True)]
+    empty = [textual and not block["text"].strip() for textual, block in zip(is_text, blocks, strict=True)]
     if all(empty) and role != "system":
         raise NotARecord(f"message {number} ({role}) is empty; a picture, or a text of more than spaces, is needed", "empty message")
     if role == "assistant" and not all(is_text) and any(empty):

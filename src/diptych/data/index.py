@@ -104,7 +104,7 @@ def facts_of(path: str | bytes | Path) -> tuple[int, int]:
 
 
 class Writer:
-    """Takes down an index while files are gone through; little of it is in memory."""
+    """Writes an index while files are scanned; little of it is in memory."""
 
     def __init__(self, stream: Any) -> None:
         self.header, self._stream, self._digest = Header(), stream, hashlib.blake2b(digest_size=16)
@@ -116,7 +116,7 @@ class Writer:
         return len(self._lines)
 
     def add(self, shard: int, at: int, extent: int, number: int, answer: int) -> None:
-        """A record of the row that is gone through."""
+        """A record of the row that is scanned."""
         self._rows.extend((shard, at, extent, number, answer, self.header.num_rows))
         self._lines.append(self.header.num_rows)
         if len(self._rows) >= BUFFER:
@@ -151,9 +151,9 @@ class Writer:
         self._write(train.astype(np.uint32).tobytes())
         self._write(rest.astype(np.uint32).tobytes())
         self._copy(self._names)
-        told = json.dumps(dataclasses.asdict(self.header)).encode()
-        self._write(told)
-        self._write(len(told).to_bytes(8, "little"))
+        encoded = json.dumps(dataclasses.asdict(self.header)).encode()
+        self._write(encoded)
+        self._write(len(encoded).to_bytes(8, "little"))
         self._write(self._digest.digest())
         self._stream.flush()
 

@@ -2,7 +2,7 @@
 resumed at a step reads exactly what it would have read.
 
 A record that cannot be used stops a training, or is left out where the recipe allows it (`max_skipped_records`): the next one of its source
-takes its place, and it is counted and told.
+takes its place, and it is counted and reported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Mixture:
         self, sources: Sequence[MixtureSource], seed: int, split: Split = "train", max_skipped: float = 0.0, beside: Mixture | None = None
     ) -> None:
         """`max_skipped`: the share of a source's rows that may be left out. `beside`: a mixture of another split of the same sources, whose
-        files need not be gone through again. Raises ValueError where more is broken than may be left out."""
+        files need not be scanned again. Raises ValueError where more is broken than may be left out."""
         self.seed, self.split, self.max_skipped = seed, split, max_skipped
         self.sources: list[Source] = []
         self.skipped: list[dict[int, Problem]] = []
@@ -139,7 +139,7 @@ class Mixture:
                 "named, or allow a larger share; `diptych data inspect --model` lists all of them"
             )
 
-    def told(self) -> list[dict[str, Any]]:
+    def left_out(self) -> list[dict[str, Any]]:
         """Everything that was left out, for JSON."""
         found = zip(self.sources, self.skipped, strict=True)
         return [{"source": source.name, **problem.as_dict()} for source, skipped in found for problem in skipped.values()]

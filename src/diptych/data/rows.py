@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from diptych.data.conversation import NotARecord, Record, answer_places, check_known_columns, given_messages
-from diptych.data.convert.draft import Block, Message
 from diptych.data.convert.messages import columns_of, id_of, messages_of
 from diptych.data.convert.pictures import MissingPicture, load
+from diptych.data.convert.raw_record import Block, Message
 from diptych.data.index import Writer, open_index
 from diptych.data.problems import Problems
 from diptych.data.readers import Row
@@ -51,7 +51,7 @@ class RowFile:
         """
         self.source, self._num_records, self._stops = source, num_records, problems is None
         self.shards = [open_shard(path, as_lines=as_lines) for path in paths]
-        index = open_index(list(paths), [num_records, as_lines, PICTURES_CHECKED], self._go_through)
+        index = open_index(list(paths), [num_records, as_lines, PICTURES_CHECKED], self._scan)
         header = index.header
         for where, cause, detail, id in header.problems:
             if problems is None:
@@ -64,7 +64,7 @@ class RowFile:
         self._rows, self.lines, self.train, self.held_out = index.rows, index.rows[:, 5], index.train, index.held_out
         self.num_rows, self.columns, self.pictures = header.num_rows, set(header.columns), header.pictures
 
-    def _go_through(self, writer: Writer) -> None:
+    def _scan(self, writer: Writer) -> None:
         header, most = writer.header, self._num_records
         pictures = hashlib.blake2b(digest_size=16)
         columns = {"source", "id", "license", "num_images"}
@@ -155,9 +155,9 @@ class RowFile:
     def _words(self, row: Row, messages: list[dict[str, Any]], answer: int) -> Record:
         begin = prompt_end(messages, answer)
         prompt, given = join(map(_words, messages[:begin])), join(map(_words, messages[begin:answer]))
-        told = _words(messages[answer]) if answer < len(messages) else None
+        answered = _words(messages[answer]) if answer < len(messages) else None
         form = check_known_columns(row.value).get("answer_form")
-        return Record(prompt, told, self.source, {}, id_of(row), where=row.where, form=form, given=given)
+        return Record(prompt, answered, self.source, {}, id_of(row), where=row.where, form=form, given=given)
 
     def __getitem__(self, at: int) -> Record:
         shard, *place, answer, _ = self._rows[at].tolist()

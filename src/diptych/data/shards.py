@@ -1,9 +1,9 @@
-"""Files of rows with random access: each is gone through once, which gives the place of every row, and is then read at places.
+"""Files of rows with random access: each is scanned once, which gives the place of every row, and is then read at places.
 
 | file | `at`, `extent` of a place | what reading a row costs |
 |---|---|---|
 | JSONL | byte, bytes | a line |
-| JSON (a list) | byte, bytes | an entry; the file is in memory while it is gone through |
+| JSON (a list) | byte, bytes | an entry; the file is in memory while it is scanned |
 | tar | byte of the sample's first header, - | the sample's members |
 | parquet | row within its group, group | the row group; the last two are kept |
 
@@ -53,7 +53,7 @@ class Place:
 
 
 class Shard(abc.ABC):
-    """`columns`: names that any row has, known when all were gone through. `reads_all`: going through them reads whole rows."""
+    """`columns`: names that any row has, known when all were scanned. `reads_all`: scanning them reads whole rows."""
 
     reads_all = True
     unit = ""

@@ -72,12 +72,12 @@ def machine(document: DocumentSize | None = None) -> dict[str, Any]:
         `fits`, which is None without a GPU and otherwise says whether the largest one suffices.
     """
     document, found = document or DocumentSize(), gpus()
-    told = versions()
+    environment = versions()
     return {
-        **{name: told[name] for name in ("diptych", "python", "torch", "transformers")},
+        **{name: environment[name] for name in ("diptych", "python", "torch", "transformers")},
         "peft": _version("peft"),
         "bitsandbytes": _version("bitsandbytes"),
-        "cpu": told["cpu"],
+        "cpu": environment["cpu"],
         "cpu_cores": _cores(),
         "ram_gib": _ram_gib(),
         "gpus": [dataclasses.asdict(gpu) for gpu in found],

@@ -118,7 +118,7 @@ class Sizes:
         return self.layers * sum(ceil(a * b / 2) + ceil(a * b / 64) + 4 * ceil(ceil(a * b / 64) / 256) for a, b in self.matrices)
 
     def kv_bytes(self, positions: int, itemsize: int = 2) -> int:
-        """Keys and values of so many positions: 2 * layers * kv_heads * head_dim * bytes each."""
+        """KV cache of so many positions: 2 * layers * kv_heads * head_dim * bytes each."""
         return positions * 2 * self.layers * self.kv_heads * self.head_dim * itemsize
 
     def answer(self, document: DocumentSize) -> int:
@@ -133,7 +133,7 @@ class Sizes:
         return self.branches * self.length * num_images, self.branches * self.length * (num_images * (num_images + 1) // 2)
 
     def sampling_bytes(self, document: DocumentSize) -> tuple[int, int]:
-        """Keys and values of the documents sampled together, and the logits of one step of theirs."""
+        """KV cache of the documents sampled together, and the logits of one step of theirs."""
         longest, _ = self.branch_positions(document.num_images)
         choices = max(self.vocab, self.codebook * (1 + self.branches) * bool(document.num_images))
         return self.kv_bytes(document.rows * (self.answer(document) + longest)), document.rows * choices * _SAMPLING_BYTES

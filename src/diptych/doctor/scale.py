@@ -55,8 +55,8 @@ class Fleet:
     shard_size: int | None = None
 
     def __post_init__(self) -> None:
-        told = {"--gpus": self.gpus, "--nodes": self.nodes, "--shard-size": self.shard}
-        for name, value in told.items():
+        options = {"--gpus": self.gpus, "--nodes": self.nodes, "--shard-size": self.shard}
+        for name, value in options.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; give at least 1")
         if not 0 < self.gpu_gib < float("inf"):

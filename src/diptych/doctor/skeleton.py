@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.utils import logging as transformers_logging
 
 from diptych.doctor.files import Stored, read_json_object, read_weights, say_misshapen, say_missing, stored_as
-from diptych.doctor.words import TOKENS, SizedStandIn, StandIn, StandInMap, check_maps, check_words, read_tokenizer
+from diptych.doctor.vocabulary import TOKENS, SizedStandIn, StandIn, StandInMap, check_maps, check_words, read_tokenizer
 from diptych.models import janus_config, janus_weights
 from diptych.models.base import UnifiedModel
 from diptych.models.chameleon import ChameleonModel, load_decoder
@@ -133,7 +133,7 @@ def _vila_u(folder: Path, problems: list[str]) -> Skeleton:
 
 
 def _emu3_5(folder: Path, problems: list[str]) -> Skeleton:
-    """Of two repositories; a vision tokenizer that is not there is taken to be the release's, so that sizes can be told all the same."""
+    """Of two repositories; a vision tokenizer that is not there is taken to be the release's, so that sizes can be given all the same."""
     skeleton = Skeleton(stored=[read_weights(folder, problems)])
     language = _attempt(lambda: emu3_5_config.read_language_config(folder), folder / "config.json", problems, "")
     options = _attempt(lambda: emu3_5_config.read_options(folder), folder / OPTIONS_FILE, problems, "")
@@ -287,7 +287,7 @@ def _check_decoder(folder: Path, hf: Any, problems: list[str]) -> None:
 
 
 def _assemble(make: Callable[[Any], UnifiedModel], tokenizer: Any, problems: list[str], before: int) -> UnifiedModel | None:
-    """The adapter, with a stand-in for a tokenizer that will not do, so that sizes can be told all the same.
+    """The adapter, with a stand-in for a tokenizer that will not do, so that sizes can be given all the same.
 
     `before`: how many problems there were before the tokenizer's; if a check has spoken since, the adapter's own refusal is no news.
     """

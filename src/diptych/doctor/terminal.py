@@ -84,11 +84,11 @@ def render_plans(found: dict[str, Plan]) -> RenderableType:
         sent = way.traffic.sampling + way.traffic.scoring + way.traffic.update
         table.add_row(*row, _WAYS[plan.choice], str(way.micro_batch_size), _sent(sent.within), _sent(sent.between))
         settings.add_row(name, way.settings)
-    told = (
+    sentence = (
         f"{_documents(some.document, pictures=False)}. yes: fits, at most {USABLE:.0%} of a GPU's memory. GB: what each GPU sends in one "
         "step, sampling, scoring and update together, within its machine and between machines."
     )
-    return Group(table, Text(), settings, Text(), Text(f"{told} {some.counted} {some.sent}", style="dim"))
+    return Group(table, Text(), settings, Text(), Text(f"{sentence} {some.counted} {some.sent}", style="dim"))
 
 
 def _plan(plan: Plan) -> RenderableType:
@@ -207,8 +207,8 @@ def _too_long(diagnosis: Diagnosis) -> list[Text]:
     if diagnosis.document is None or diagnosis.architecture is None or diagnosis.document["fits"]:
         return []
     positions, context = diagnosis.document["positions"], diagnosis.architecture["context"]
-    told = f"Such a document takes {positions} positions, more than the context of {context}: give it fewer pictures."
-    return [Text(told, style="yellow")]
+    sentence = f"Such a document takes {positions} positions, more than the context of {context}: give it fewer pictures."
+    return [Text(sentence, style="yellow")]
 
 
 def _verdict(diagnosis: Diagnosis) -> RenderableType:

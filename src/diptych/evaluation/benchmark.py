@@ -1,6 +1,6 @@
 """What a benchmark is: items that a model answers, what is submitted, and a score sheet.
 
-Three steps, each in files of its own, so that a job which is killed goes on where it stopped:
+Three steps, each in files of its own, so that a job which is killed resumes where it stopped:
 
 1. `Benchmark.read` makes items of the published layout; `answers.generate` has a model answer them.
 2. `Benchmark.submit` writes what the official scorer reads.

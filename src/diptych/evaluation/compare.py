@@ -136,7 +136,7 @@ def read_job(folder: Path, problems: Problems) -> Job:
         )
     lines = ((f"{sheet}:{number}", raw) for number, raw in enumerate(sheet.read_bytes().splitlines(), start=1))
     settings = {**config, "scoring": _scoring(folder)}
-    if isinstance(config.get("fingerprint"), dict):  # of the model; that of each of its files would be told one by one
+    if isinstance(config.get("fingerprint"), dict):  # of the model; that of each of its files would be listed one by one
         settings["fingerprint"] = {name: value for name, value in config["fingerprint"].items() if name != "files"}
     return Job(folder, config["benchmark"], str(config.get("model", "")), dict(_flat(settings)), _scores(lines, problems))
 

@@ -41,5 +41,5 @@ def differing_data(stored: Mapping[str, Any], known: Mapping[str, Any]) -> str:
     """What differs between two benchmarks' data, in words; empty where nothing does."""
     before, now = stored.get("data") or {}, known["data"]
     words = {"items": "how many items", "texts": "their texts or records", "pictures": "their pictures"}
-    others = [told for name, told in words.items() if before.get(name) != now[name]]
+    others = [word for name, word in words.items() if before.get(name) != now[name]]
     return f"data: {', '.join(others)}" if others else ""

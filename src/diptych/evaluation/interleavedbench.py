@@ -155,8 +155,8 @@ def _item(row: Row, problems: Problems) -> Item:
         raise UnusableRecord("broken record", "the request is empty")
     theirs = sum(str(turn.get("value", "")).count(MARK) for turn in record["conversations"][1:])
     if len(pictures) > needed + theirs:  # never shown: they may be the reference's
-        told = f"{len(pictures)} pictures, {needed} {MARK} in the request and {theirs} behind it; only the first {needed} are shown"
-        problems.report(row.where, UNMARKED, told, str(record["id"]))
+        mismatch = f"{len(pictures)} pictures, {needed} {MARK} in the request and {theirs} behind it; only the first {needed} are shown"
+        problems.report(row.where, UNMARKED, mismatch, str(record["id"]))
     subset = "context-based" if needed else "context-free"
     return Item(str(record["id"]), Document(tuple(segments)), f"{subset}/{record['task_name']}", record)
 

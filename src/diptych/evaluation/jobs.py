@@ -1,4 +1,4 @@
-"""One evaluation in one folder: answers, what is submitted, a score sheet, a table. Killed at any moment, it goes on.
+"""One evaluation in one folder: answers, what is submitted, a score sheet, a table. Killed at any moment, it resumes.
 
 config.yaml      the settings; another setting in the same folder is refused
 answers/         `answers.py`
@@ -125,7 +125,7 @@ class Job:
 
     @property
     def form(self) -> AnswerForm:
-        """That of the settings; of an evaluation that goes on, its own; the benchmark's."""
+        """That of the settings; of an evaluation that is resumed, its own; the benchmark's."""
         if self.settings.form is not None or not (self.out / "config.yaml").is_file():
             return self.settings.form or self.benchmark.form
         return AnswerForm(self._stored()["form"])
@@ -237,11 +237,11 @@ class Job:
                 documents[found.task.index].append(found.document)
         asked = [item for index, item in items if len(documents[index]) == item.num_answers]
         given = [documents[index] for index, item in items if len(documents[index]) == item.num_answers]
-        told = self._stored()  # the model's name as the first process was given it
+        stored = self._stored()  # the model's name as the first process was given it
         submission = self.out / "submission"
         if not submission.is_dir():
             with atomic_folder(submission) as folder:
-                self.benchmark.submit(asked, given, folder, told["model"])
+                self.benchmark.submit(asked, given, folder, stored["model"])
         scored_with = self._scoring()
         if scored_with is None:
             return json.loads((self.out / "result.json").read_text())
@@ -252,7 +252,7 @@ class Job:
             return None
         pictures = Counter(len(found.document.images) for found in answers if found.document is not None)
         result = {
-            "benchmark": self.benchmark.name, "model": told["model"], "model_hash": (told.get("fingerprint") or {}).get("hash"),
+            "benchmark": self.benchmark.name, "model": stored["model"], "model_hash": (stored.get("fingerprint") or {}).get("hash"),
             "scored_with": scored_with,
             "table": self.benchmark.table(scores),
             "aspects": summarise(scores, self.benchmark.aspects, self.benchmark.scale[0]),

@@ -226,9 +226,9 @@ class JudgedBenchmark(Benchmark):
         self._source = {"judge": f"{scoring.judge['model']}{revision}", "prompts": PROMPTS}
         scores = []
         for (item, place, answer), asked in zip(rows, counts, strict=True):
-            told = list(islice(found, asked))
-            values = dict.fromkeys(self.owed(item)) if answer is None else self.values(item, answer, told)
-            causes = [NO_ANSWER] if answer is None else [one.cause for one in told if one.cause]
+            received = list(islice(found, asked))
+            values = dict.fromkeys(self.owed(item)) if answer is None else self.values(item, answer, received)
+            causes = [NO_ANSWER] if answer is None else [one.cause for one in received if one.cause]
             scores.append(Score(item.id, item.category, values, place, causes[0] if causes else ""))
         return scores
 

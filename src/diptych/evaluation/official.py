@@ -43,5 +43,7 @@ def refuse_strangers(path: Path, entries: Entries, known: set[str], problems: Pr
 
 def nothing_usable(path: Path, problems: Problems) -> ValueError:
     first = problems.found[0] if problems.found else None
-    told = "" if first is None else f"; {first.where}: {first.cause}, {first.detail or repr(first.id)}"
-    return ValueError(f"{path} holds nothing that the official scorer wrote for this submission{told}. Give its result of this submission")
+    problem = "" if first is None else f"; {first.where}: {first.cause}, {first.detail or repr(first.id)}"
+    return ValueError(
+        f"{path} holds nothing that the official scorer wrote for this submission{problem}. Give its result of this submission"
+    )

@@ -55,7 +55,7 @@ TASK = (
 class OpenING(JudgedBenchmark):
     """A folder with `test_data.jsonl` and `images/`, or the repository above it. Categories are the names of the meta tasks.
 
-    How many steps the reference has is not told to the model; the harnesses of several published models make use of it.
+    How many steps the reference has is not given to the model; the harnesses of several published models make use of it.
     """
 
     name: ClassVar[str] = "opening"

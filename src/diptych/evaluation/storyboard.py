@@ -1,4 +1,4 @@
-"""Storyboard's benchmark: held-out prompts, the oracle's verdicts, intervals; and whether the old skills stayed."""
+"""Storyboard's benchmark: held-out prompts, the oracle's verdicts, intervals; and retention of the skills it had before."""
 
 from __future__ import annotations
 
@@ -111,11 +111,11 @@ def interval(values: np.ndarray, seed: int = 0) -> list[float]:
 def evaluate_retention(
     model: UnifiedModel, params: SamplingParams, config: EvaluateConfig, progress: Progress | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Old skills, greedily: the share of captions drawn exactly, and of descriptions and answers that are exactly right."""
-    return retention_rates(old_skills(model, params, config, progress))
+    """Retained skills, greedily: the share of captions drawn exactly, and of descriptions and answers that are exactly right."""
+    return retention_rates(retained_skills(model, params, config, progress))
 
 
-def old_skills(
+def retained_skills(
     model: UnifiedModel, params: SamplingParams, config: EvaluateConfig, progress: Progress | None = None, *, forms: bool = False
 ) -> dict[str, list[tuple[str, bool]]]:
     """For each skill the kind of every turn and whether the answer is exactly right; editing (a picture and an event to the next picture)
@@ -154,7 +154,7 @@ def retention_rates(skills: Mapping[str, Sequence[tuple[str, bool]]]) -> dict[st
 def sheet(
     greedy: Sequence[Judged], sampled: Sequence[Judged], skills: Mapping[str, Sequence[tuple[str, bool]]], config: EvaluateConfig
 ) -> list[Score]:
-    """One score for each prompt, with its rates greedily and sampled, and one for each turn of an old skill. Ids name the prompt: two
+    """One score for each prompt, with its rates greedily and sampled, and one for each turn of a retained skill. Ids name the prompt: two
     evaluations have the same one where they asked the same."""
     asked = f"{config.split}/{config.seed}"
     scores = []

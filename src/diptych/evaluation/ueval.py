@@ -113,7 +113,7 @@ class UEval(JudgedBenchmark):
         rest = iter(found)
         met: dict[str, list[float | None]] = {kind: [0.0] * len(_rubrics(item.record, kind)) for kind in ("text", "image")}
         for kind, rubrics in _asked(item, answer):
-            met[kind] = [None if (told := next(rest).values) is None else float(told[0] == MET) for _ in rubrics]
+            met[kind] = [None if (values := next(rest).values) is None else float(values[0] == MET) for _ in rubrics]
         shares = (_share(met["text"]), _share(met["image"]), _share(met["text"] + met["image"]))
         return {aspect: share for aspect, share in zip(self.aspects, shares, strict=True) if aspect in self.owed(item)}
 
@@ -139,8 +139,8 @@ class UEval(JudgedBenchmark):
                 try:
                     values, cause, usable = _official_shares(item, entry), "", usable + 1
                 except NONSENSE as error:
-                    told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
-                    self._problems.report(where, UNUSABLE, told, item.id)
+                    detail = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+                    self._problems.report(where, UNUSABLE, detail, item.id)
                     cause = "unusable entry in the file"
             scores.append(Score(item.id, item.category, values, cause=cause))
         if not usable:

@@ -1,7 +1,7 @@
-"""Attention over keys and values that Diptych lays out itself, inside transformers' own decoders.
+"""Attention over a KV cache that Diptych lays out itself, inside transformers' own decoders.
 
 A decoder of any family is called as it is; only where its layers attend to is ours: `Layout.attend` stands in for the attention
-function (transformers' `AttentionInterface`). Sampling has `SlotAttention` and `StepAttention`, scoring `PackedAttention` (`packing.py`).
+function (transformers' `AttentionInterface`). Sampling has `CacheAttention` and `StepAttention`, scoring `PackedAttention` (`packing.py`).
 """
 
 from __future__ import annotations
@@ -50,26 +50,26 @@ class CausalAttention:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)[0]
 
 
-class Slots:
-    """Keys and values of B rows that share slots: row b has something in slot s where `taken[b, s]`.
+class KVCache:
+    """The KV cache of B rows that share its slots: row b has something in slot s where `occupied[b, s]`.
 
     Every layer has a buffer (B, key-value heads, capacity, head_dim), of which the first `length` slots are in use: attention reads
     them where they lie, and a new position is written in place.
 
     full: every row has something in every slot (known without asking the device), so that no mask is needed.
-    tight: some row has something in every slot, so that `select` of all rows would free none (known likewise).
+    compact: some row has something in every slot, so that `select` of all rows would free none (known likewise).
     """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
-        self.num_rows, self.length, self.full, self.tight = num_rows, 0, True, True
-        self._taken = torch.zeros(num_rows, 0, dtype=torch.bool, device=device)  # (B, capacity)
+        self.num_rows, self.length, self.full, self.compact = num_rows, 0, True, True
+        self._occupied = torch.zeros(num_rows, 0, dtype=torch.bool, device=device)  # (B, capacity)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
 
     @property
-    def taken(self) -> Tensor:
+    def occupied(self) -> Tensor:
         """(B, length) bool."""
-        return self._taken[:, : self.length]
+        return self._occupied[:, : self.length]
 
     @property
     def num_bytes(self) -> int:
@@ -78,49 +78,49 @@ class Slots:
 
     def select(self, rows: Tensor, room: int) -> None:
         """These rows, (B',) int64, in this order and without the slots that none of them needs, with room for so many more."""
-        taken, kept, length = self._packed(rows)
-        self.num_rows, self.length, self.full, self.tight = len(rows), length, bool(taken.all()), True
-        self._change(taken, kept, length + room)
+        occupied, kept, length = self._packed(rows)
+        self.num_rows, self.length, self.full, self.compact = len(rows), length, bool(occupied.all()), True
+        self._change(occupied, kept, length + room)
 
-    def copy(self, rows: Tensor, room: int) -> Slots:
+    def copy(self, rows: Tensor, room: int) -> KVCache:
         """What `select` would leave, in buffers of its own."""
-        other = Slots(self.num_rows, self._taken.device)
-        other._taken, other.length, other.full = self._taken, self.length, self.full
+        other = KVCache(self.num_rows, self._occupied.device)
+        other._occupied, other.length, other.full = self._occupied, self.length, self.full
         other._keys, other._values = list(self._keys), list(self._values)
         other.select(rows, room)
         return other
 
-    def put_back(self, other: Slots, rows: Tensor, count: int) -> None:
+    def put_back(self, other: KVCache, rows: Tensor, count: int) -> None:
         """Takes over the last `count` slots of a copy of these rows, behind the slots in use. The other rows have nothing there."""
         end, since = self.length + count, other.length - count
         self.reserve(end)
-        self._taken[rows, self.length : end] = other._taken[:, since : other.length]
+        self._occupied[rows, self.length : end] = other._occupied[:, since : other.length]
         for mine, theirs in ((self._keys, other._keys), (self._values, other._values)):
             for buffer, states in zip(mine, theirs, strict=True):
                 buffer[:, :, self.length : end] = 0  # what memory held there before might be NaN, which no mask takes away
                 buffer[rows, :, self.length : end] = states[:, :, since : other.length]
-        self.length, self.full, self.tight = end, False, False
+        self.length, self.full, self.compact = end, False, False
 
     def reserve(self, capacity: int) -> None:
         """Room for so many slots; buffers move where they have less."""
-        if capacity > self._taken.shape[1]:
-            self._change(self.taken, lambda buffer: buffer[:, :, : self.length], capacity)
+        if capacity > self._occupied.shape[1]:
+            self._change(self.occupied, lambda buffer: buffer[:, :, : self.length], capacity)
 
     def _packed(self, rows: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor], int]:
-        """For some rows, moved to the front of their slots: what is taken, how to move a buffer, and how many slots that are."""
-        taken = self.taken[rows]
+        """For some rows, moved to the front of their slots: which are occupied, how to move a buffer, and how many slots that are."""
+        occupied = self.occupied[rows]
         if self.full:
-            return taken, lambda buffer: buffer[:, :, : self.length].index_select(0, rows), self.length
-        counts = taken.sum(1)
+            return occupied, lambda buffer: buffer[:, :, : self.length].index_select(0, rows), self.length
+        counts = occupied.sum(1)
         length = int(counts.max()) if len(rows) else 0
-        order = (~taken).long().argsort(dim=1, stable=True)[:, :length]  # (B', length): the slots of each row that hold something first
-        packed = torch.arange(length, device=taken.device) < counts[:, None]
+        order = (~occupied).long().argsort(dim=1, stable=True)[:, :length]  # (B', length): the slots of each row that hold something first
+        packed = torch.arange(length, device=occupied.device) < counts[:, None]
         return packed, lambda buffer: buffer.transpose(1, 2)[rows[:, None], order].transpose(1, 2), length
 
-    def _change(self, taken: Tensor, kept: Callable[[Tensor], Tensor], capacity: int) -> None:
+    def _change(self, occupied: Tensor, kept: Callable[[Tensor], Tensor], capacity: int) -> None:
         """`kept` of every buffer, (B, heads, length, head_dim), in buffers of another capacity."""
-        self._taken = taken.new_zeros(self.num_rows, capacity)
-        self._taken[:, : self.length] = taken
+        self._occupied = occupied.new_zeros(self.num_rows, capacity)
+        self._occupied[:, : self.length] = occupied
         for buffers in (self._keys, self._values):
             for layer, buffer in enumerate(buffers):
                 states = kept(buffer)
@@ -136,16 +136,16 @@ class Slots:
             return None
         fresh = self._ones(num_positions) if new is None else new
         if num_positions == 1:
-            return torch.cat([self.taken, torch.ones_like(fresh)], 1)[:, None, None]
+            return torch.cat([self.occupied, torch.ones_like(fresh)], 1)[:, None, None]
         itself = torch.eye(num_positions, dtype=torch.bool, device=fresh.device)
         among_new = itself | (itself.cumsum(0).bool() & fresh[:, None])  # (B, T, T)
-        return torch.cat([self.taken[:, None].expand(-1, num_positions, -1), among_new], 2)[:, None]
+        return torch.cat([self.occupied[:, None].expand(-1, num_positions, -1), among_new], 2)[:, None]
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Puts (B, heads, T, head_dim) behind the slots in use; returns all of them, (B, heads, length + T, head_dim)."""
         end = self.length + key.shape[2]
         if layer == len(self._keys):  # the first pass
-            size = (*key.shape[:2], max(end, self._taken.shape[1]), key.shape[3])
+            size = (*key.shape[:2], max(end, self._occupied.shape[1]), key.shape[3])
             self._keys.append(key.new_empty(size))
             self._values.append(value.new_empty(size))
         for buffers, states in ((self._keys, key), (self._values, value)):
@@ -163,32 +163,32 @@ class Slots:
 
     def extend(self, new: Tensor | None, num_positions: int) -> None:
         """After a pass: its positions' slots are in use."""
-        self._taken[:, self.length : self.length + num_positions] = self._ones(num_positions) if new is None else new
+        self._occupied[:, self.length : self.length + num_positions] = self._ones(num_positions) if new is None else new
         self.full &= new is None
-        self.tight &= new is None
+        self.compact &= new is None
         self.length += num_positions
 
     def clear(self) -> None:
         """Nothing behind the slots in use: what memory held there before might be NaN, which no mask takes away."""
-        self._taken[:, self.length :] = False
+        self._occupied[:, self.length :] = False
         for buffer in (*self._keys, *self._values):
             buffer[:, :, self.length :] = 0
 
     def _ones(self, num_positions: int) -> Tensor:
-        return torch.ones(self.num_rows, num_positions, dtype=torch.bool, device=self._taken.device)
+        return torch.ones(self.num_rows, num_positions, dtype=torch.bool, device=self._occupied.device)
 
 
-class SlotAttention:
-    """One pass of T positions over the rows of several `Slots`, one behind the other in the batch.
+class CacheAttention:
+    """One pass of T positions over the rows of several KV caches, one behind the other in the batch.
 
     Linear layers see all rows at once, so their weights are read once; each row attends to its own slots.
     """
 
-    def __init__(self, blocks: Sequence[Slots], num_positions: int, new: Sequence[Tensor | None]) -> None:
+    def __init__(self, blocks: Sequence[KVCache], num_positions: int, new: Sequence[Tensor | None]) -> None:
         """`new`: for each of the blocks (B, T) bool, which of the new slots hold something; None for all."""
         self.blocks, self.num_positions, self.new = blocks, num_positions, new
         for block in blocks:
-            if block.length + num_positions > block._taken.shape[1]:
+            if block.length + num_positions > block._occupied.shape[1]:
                 block.reserve(block.length + num_positions + max(64, block.length // 2))
         self.masks = [block.visible(fresh, num_positions) for block, fresh in zip(blocks, new, strict=True)]
 
@@ -206,24 +206,24 @@ class SlotAttention:
 
 
 class StepAttention:
-    """One position at a time for the rows of several `Slots`, at most `steps` times, with shapes and addresses that stay the same:
+    """One position at a time for the rows of several KV caches, at most `steps` times, with shapes and addresses that stay the same:
     what a CUDA graph can record once and replay. Where to write is a number on the device, and slots not reached yet are masked.
 
     `begin`, the layers' `attend` and `finish` are recorded; `count` is the host's part of a step.
     """
 
-    def __init__(self, blocks: Sequence[Slots], steps: int) -> None:
+    def __init__(self, blocks: Sequence[KVCache], steps: int) -> None:
         self.blocks = blocks
         for block in blocks:
             block.reserve(block.length + steps)
             block.clear()
         self.ends = [block.length + steps for block in blocks]
-        self.cursors = [torch.tensor([block.length], device=block._taken.device) for block in blocks]
+        self.cursors = [torch.tensor([block.length], device=block._occupied.device) for block in blocks]
         self.masks: list[Tensor] = []
 
     def begin(self) -> None:
         states = zip(self.blocks, self.ends, self.cursors, strict=True)
-        self.masks = [block._taken[:, :end].index_fill(1, cursor, True)[:, None, None] for block, end, cursor in states]
+        self.masks = [block._occupied[:, :end].index_fill(1, cursor, True)[:, None, None] for block, end, cursor in states]
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         found = []
@@ -235,14 +235,14 @@ class StepAttention:
     def finish(self, active: Tensor) -> None:
         """`active`: (rows of all blocks,) bool, which of them were given something."""
         for block, cursor, fresh in zip(self.blocks, self.cursors, active.split([b.num_rows for b in self.blocks]), strict=True):
-            block._taken.index_copy_(1, cursor, fresh[:, None])
+            block._occupied.index_copy_(1, cursor, fresh[:, None])
             cursor += 1
 
     def count(self, all_active: bool) -> None:
         for block in self.blocks:
             block.length += 1
             block.full &= all_active
-            block.tight &= all_active
+            block.compact &= all_active
 
     def rewind(self) -> None:
         """Undoes what steps did that were not counted."""
@@ -252,8 +252,8 @@ class StepAttention:
 
 
 def _split(
-    blocks: Sequence[Slots], masks: Sequence[Tensor | None], query: Tensor, key: Tensor, value: Tensor
-) -> Iterator[tuple[Slots, Tensor | None, Tensor, Tensor, Tensor]]:
+    blocks: Sequence[KVCache], masks: Sequence[Tensor | None], query: Tensor, key: Tensor, value: Tensor
+) -> Iterator[tuple[KVCache, Tensor | None, Tensor, Tensor, Tensor]]:
     sizes = [block.num_rows for block in blocks]
     return zip(blocks, masks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
 

@@ -69,7 +69,7 @@ class UnifiedModel(nn.Module, abc.ABC):
         """Hidden states (B, T, H) after the final norm.
 
         `attention`: (B, T) bool, True at real tokens, for causal attention within each row; or a layout, which says what each
-        position attends to and keeps keys and values (`models/attention.py`).
+        position attends to and keeps the KV cache (`models/attention.py`).
         """
 
     @abc.abstractmethod
@@ -374,8 +374,8 @@ class UnifiedModel(nn.Module, abc.ABC):
             full = begin
             kept = self.unconditional_row(len(full), lambda: full)
             begin = TokenRow.text(self.unconditional_prompt(len(full)), self.image_spec.depth) if kept is None else kept
-        told = self.encode_segments(Document((*given, *answer)), answer=True, form=form, num_given=len(given))
-        row = dataclasses.replace(TokenRow.concat([begin, told]), form=form)
+        answer_row = self.encode_segments(Document((*given, *answer)), answer=True, form=form, num_given=len(given))
+        row = dataclasses.replace(TokenRow.concat([begin, answer_row]), form=form)
         if len(row) > self.max_positions:
             raise TooLong(
                 f"the example has {len(row)} positions ({len(answer.images)} pictures in the answer) and the model's context "

@@ -75,6 +75,6 @@ def differing_model(stored: Mapping[str, Any], known: Mapping[str, Any]) -> str:
     names = before["files"].keys() | now["files"].keys()
     others = sorted(name for name in names if before["files"].get(name) != now["files"].get(name))
     commits = [each.get("commit") for each in (before, now)]
-    told = f", commit {commits[0] or 'unknown'} there, {commits[1] or 'unknown'} here" if commits[0] != commits[1] else ""
+    commits_text = f", commit {commits[0] or 'unknown'} there, {commits[1] or 'unknown'} here" if commits[0] != commits[1] else ""
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-    return f"model: its files {', '.join(others[:3])}{more} are not those that answered before{told}"
+    return f"model: its files {', '.join(others[:3])}{more} are not those that answered before{commits_text}"

@@ -152,7 +152,7 @@ class HFModel(TokenizerModel):
     def processed(self, image: PIL.Image.Image) -> Tensor:
         """(3, S, S) float32: a picture as the family's own image processor prepares it.
 
-        It is given channels first and told so: left to itself it takes the rows of a picture 1 or 3 pixels high for channels.
+        It is given channels first, and that is stated: left to itself it takes the rows of a picture 1 or 3 pixels high for channels.
         Raises ValueError for a picture that is no picture (`to_rgb`) or too long for its width.
         """
         pixels = np.asarray(not_too_long(to_rgb(image), self.family)).transpose(2, 0, 1)  # (3, height, width)

@@ -180,8 +180,8 @@ class JanusModel(HFModel):
             return super().stock_model(folder, **options)
         config, stored = cls.stock_config(folder), janus_weights.stored_tensors(folder)
         if options["dtype"] == "auto":  # as they are, whatever config.json says
-            told = stored.get(janus_weights.EMBEDDING) or next(iter(stored.values()), None)
-            options["dtype"] = told.dtype if told else torch.float32
+            tensor = stored.get(janus_weights.EMBEDDING) or next(iter(stored.values()), None)
+            options["dtype"] = tensor.dtype if tensor else torch.float32
         weights = janus_weights.in_stock_names(stored)
         return load_weights(cls.hf_class, folder, janus_weights.deepseek_name, config=config, state_dict=weights, **options)
 

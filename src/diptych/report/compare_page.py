@@ -164,7 +164,7 @@ def _settings_table(record: Record) -> str:
     rows = "".join(
         f'<tr><td>{html.escape(name)}</td><td class="left">{_setting(a)}</td><td class="left">{_setting(b)}</td></tr>'
         for name, (a, b) in record["changed_settings"].items()
-        if name not in ("model", "fingerprint.hash")  # the model is told at the top
+        if name not in ("model", "fingerprint.hash")  # the model stands at the top
     )
     if not rows:
         return ""

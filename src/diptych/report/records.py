@@ -17,7 +17,7 @@ STYLE = """<style>
 .counts { margin-top: 16px; display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 14px; align-items: start; }
 .turn { display: flex; flex-wrap: wrap; gap: 12px; align-items: center; margin: 8px 0; padding-left: 12px; }
 .turn { border-left: 3px solid var(--line); }
-.turn.told { border-color: var(--accent); }
+.turn.model { border-color: var(--accent); }
 .turn img { height: 104px; width: auto; max-width: 100%; }
 .turn p { margin: 0; flex: 1 1 320px; max-width: 75ch; overflow-wrap: anywhere; }
 .bar { display: inline-block; height: 9px; border-radius: 3px; background: var(--accent); vertical-align: middle; }
@@ -72,9 +72,9 @@ def _card(sample: Sample) -> str:
     record = sample.record
     tokens = f", {sample.num_tokens:,} tokens" if sample.num_tokens is not None else ""
     title = " · ".join(html.escape(part) for part in (record.id, record.source, record.license) if part)
-    answer = _turn(record.answer, "told") if record.answer is not None else '<p class="note">a prompt without an answer</p>'
+    answer = _turn(record.answer, "model") if record.answer is not None else '<p class="note">a prompt without an answer</p>'
     if len(record.given):
-        answer = f'<p class="note">the given beginning of the answer</p>{_turn(record.given, "told")}<p class="note">and</p>{answer}'
+        answer = f'<p class="note">the given beginning of the answer</p>{_turn(record.given, "model")}<p class="note">and</p>{answer}'
     form = f'<p class="note">form of the answer: {record.form}</p>' if record.form is not None else ""
     note = f'<div class="chips"><span class="chip bad">{html.escape(sample.note)}</span></div>' if sample.note else ""
     head = f'<p class="note">{html.escape(sample.where.rsplit("/", 1)[-1])}{tokens}</p><h3>{title}</h3>'

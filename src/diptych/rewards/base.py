@@ -185,7 +185,7 @@ _made: dict[tuple[Any, str], Callable[..., Any]] = {}
 
 
 def option_kind(reward: Callable[..., Any], name: str) -> Any:
-    """The type of a reward's option: that of its options class, its annotation, or its default value; Any where none is told."""
+    """The type of a reward's option: that of its options class, its annotation, or its default value; Any where there is none."""
     if (options := getattr(reward, "options_class", None)) is not None:
         return kind_of(options, name)
     parameter = inspect.signature(reward).parameters.get(name)
@@ -261,8 +261,8 @@ def check_columns(rewards: Sequence[tuple[RewardConfig, Callable[..., Any]]], co
 def about(config: RewardConfig, reward: Callable[..., Any]) -> str:
     """One line for people: what a reward judges and the values it gives, or its model with revision, range and rescaling."""
     made = configured(config, reward)
-    if callable(told := getattr(made, "about", None)):
-        return told()
+    if callable(describe := getattr(made, "about", None)):
+        return describe()
     if config.name in ABOUT:
         return f"{config.name}: {ABOUT[config.name].judges}; value {ABOUT[config.name].values}; packaged"
     words = inspect.getdoc(reward) or "it does not say what it is"

@@ -22,16 +22,16 @@ def format(
     values = []
     for row, messages in enumerate(completions):
         blocks = messages[-1]["content"]
-        told = [block["type"] == "text" and bool(block["text"].strip()) for block in blocks]
+        is_text = [block["type"] == "text" and bool(block["text"].strip()) for block in blocks]
         drawn = [i for i, block in enumerate(blocks) if block["type"] == "image"]
         asked = num_images[row]
         wanted = len(drawn) if asked is None else int(asked)
-        good, parts = min(sum(1 for i in drawn if i and told[i - 1]), wanted), max(len(drawn), wanted)
+        good, parts = min(sum(1 for i in drawn if i and is_text[i - 1]), wanted), max(len(drawn), wanted)
         closing = None if ends_with_text is None else ends_with_text[row]
         if closing is not None:
-            closes = bool(told) and told[-1]
+            closes = bool(is_text) and is_text[-1]
             good, parts = good + (closing and closes), parts + (closing or closes)
-        empty = [i for i, block in enumerate(blocks) if block["type"] == "text" and not told[i]]
+        empty = [i for i, block in enumerate(blocks) if block["type"] == "text" and not is_text[i]]
         parts += sum(1 for i in empty if i + 1 not in drawn and not (closing and i + 1 == len(blocks)))
         value = good / parts if parts else 1.0
         values.append(value * (0.5 if truncated and truncated[row] else 1.0))

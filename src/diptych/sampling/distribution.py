@@ -78,7 +78,7 @@ def log_distribution(logits: Tensor, params: TextSampling, allowed: Tensor | Non
     return logits.log_softmax(-1)
 
 
-def draw(log_probs: Tensor, params: TextSampling, chance: Tensor) -> Tensor:
+def draw(log_probs: Tensor, params: TextSampling, uniforms: Tensor) -> Tensor:
     """One token per row: (N, V) log-probabilities and a uniform number in [0, 1) for each, (N,) float64 -> (N,).
 
     The token in whose share of the cumulative distribution the number falls. Temperature 0: the most likely token. Where
@@ -88,6 +88,6 @@ def draw(log_probs: Tensor, params: TextSampling, chance: Tensor) -> Tensor:
         return log_probs.argmax(-1)
     upto = log_probs.exp().cumsum(-1, dtype=torch.float64)  # (N, V)
     total = upto[:, -1:]
-    mark = torch.minimum(chance[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    mark = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
     first = torch.searchsorted(upto, mark, right=True).squeeze(-1)  # that exceeds the mark; never one of probability 0
     return first.clamp(max=log_probs.shape[-1] - 1)

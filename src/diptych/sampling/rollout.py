@@ -56,7 +56,7 @@ class Piece:
 
 
 @dataclasses.dataclass
-class Draft:
+class PartialRollout:
     """An answer while it is being sampled. `prompt`: the prompt, and what of the answer stands before its first choice."""
 
     prompt: TokenRow
@@ -73,31 +73,31 @@ class Draft:
         return sum(isinstance(segment, Image) for segment in self.prompt.given)
 
 
-def finish(model: UnifiedModel, drafts: list[Draft], params: SamplingParams) -> list[Rollout]:
-    """Drafts to rollouts; their images are decoded in batches, whichever draft they are of."""
-    images = [piece.ids for draft in drafts for piece in draft.pieces if piece.modality == Modality.IMAGE]
+def finish(model: UnifiedModel, partials: list[PartialRollout], params: SamplingParams) -> list[Rollout]:
+    """Partial rollouts to rollouts; their images are decoded in batches, across rollouts."""
+    images = [piece.ids for one in partials for piece in one.pieces if piece.modality == Modality.IMAGE]
     pictures: list[PIL.Image.Image] = []
     for codes in torch.stack(images).split(PICTURES_AT_ONCE) if images else ():
         pictures += model.to_pictures(codes)
     supply = iter(pictures)
-    return [_finish_one(model, draft, params, supply) for draft in drafts]
+    return [_finish_one(model, one, params, supply) for one in partials]
 
 
-def draft_row(model: UnifiedModel, draft: Draft) -> TokenRow:
+def partial_row(model: UnifiedModel, partial: PartialRollout) -> TokenRow:
     """Prompt and answer so far, without a `begin_id` that was written last."""
-    row = _assemble(model, draft)[0]
+    row = _assemble(model, partial)[0]
     return row[:-1] if int(row.text_ids[-1]) == model.image_spec.begin_id else row
 
 
-def _assemble(model: UnifiedModel, draft: Draft) -> tuple[TokenRow, Tensor, list[Text | Tensor | Image]]:
+def _assemble(model: UnifiedModel, partial: PartialRollout) -> tuple[TokenRow, Tensor, list[Text | Tensor | Image]]:
     """Tokens, log-probabilities (T, D), and the steps: a drawn image is its codes."""
-    spec, prompt = model.image_spec, draft.prompt
+    spec, prompt = model.image_spec, partial.prompt
     rows, logprobs = [prompt], [torch.zeros(len(prompt), spec.depth)]
     steps: list[Text | Tensor | Image] = list(prompt.given)
     unfinished: list[int] = []  # of a given text that goes on
     if steps and isinstance(steps[-1], Text):
         unfinished = prompt.text_ids[(prompt.step_ids == len(steps) - 1) & (prompt.modality == Modality.TEXT)].tolist()
-    for piece in draft.pieces:
+    for piece in partial.pieces:
         if piece.modality == Modality.IMAGE:
             steps.append(piece.ids)
             span = spec.row(piece.ids, chosen=True, step=len(steps) - 1, begin_step=-1)[1:]  # what begins it is in the text before
@@ -129,12 +129,12 @@ def _text_of(model: UnifiedModel, ids: list[int]) -> str:
     return model.decode_text([i for i in ids if i not in (model.image_spec.begin_id, model.eos_id)]).strip()
 
 
-def _finish_one(model: UnifiedModel, draft: Draft, params: SamplingParams, pictures: Iterator[PIL.Image.Image]) -> Rollout:
-    row, logprobs, steps = _assemble(model, draft)
+def _finish_one(model: UnifiedModel, partial: PartialRollout, params: SamplingParams, pictures: Iterator[PIL.Image.Image]) -> Rollout:
+    row, logprobs, steps = _assemble(model, partial)
     steps = steps or [Text("")]  # an empty answer
     segments = [Image(next(pictures), step) if isinstance(step, Tensor) else step for step in steps]
     return Rollout(
-        prompt_length=draft.prompt.prompt_length, row=row, rollout_logprobs=logprobs, params=params, truncated=draft.truncated,
+        prompt_length=partial.prompt.prompt_length, row=row, rollout_logprobs=logprobs, params=params, truncated=partial.truncated,
         step_modality=tuple(Modality.TEXT if isinstance(segment, Text) else Modality.IMAGE for segment in segments),
         document=Document(tuple(segments)),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Sequences that grow together: the documents being written, and beside them their guidance twins."""
+"""Sequences that grow together: the documents being written, and beside them their other branches of guidance."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from diptych.models.attention import SlotAttention, Slots, StepAttention
+from diptych.models.attention import CacheAttention, KVCache, StepAttention
 from diptych.models.base import UnifiedModel
 from diptych.tokens import TokenRow, collate
 
@@ -16,7 +16,7 @@ POSITIONS_PER_GRAPH = 128
 
 
 class Stream:
-    """B sequences that share slots. A row that waits gets an empty slot, and positions count real tokens.
+    """B sequences that share a KV cache. A row that waits gets an empty slot, and positions count real tokens.
 
     hidden: (B, H), the state that predicts each row's next position.
     position: (B,) int64, real positions so far.
@@ -28,8 +28,8 @@ class Stream:
         device = model.device
         batch = collate(rows).to(device)
         real = None if len({len(row) for row in rows}) == 1 else batch.attention_mask
-        self.slots = Slots(len(rows), device)
-        layout = SlotAttention([self.slots], batch.text_ids.shape[1], [real])
+        self.cache = KVCache(len(rows), device)
+        layout = CacheAttention([self.cache], batch.text_ids.shape[1], [real])
         states = model.backbone(model.embed(batch), batch.position_ids, layout)
         layout.finish()
         self.position = batch.attention_mask.sum(1)
@@ -38,19 +38,19 @@ class Stream:
 
     def select(self, rows: Tensor, room: int) -> None:
         """These rows, (B',) int64, with room for so many more positions."""
-        self.slots.select(rows, room)
+        self.cache.select(rows, room)
         self.hidden, self.position = self.hidden[rows], self.position[rows]
 
-    def branch(self, rows: Tensor, room: int) -> Stream:
-        """These rows as a stream of their own, to go on by itself until `merge`."""
+    def fork(self, rows: Tensor, room: int) -> Stream:
+        """These rows as a stream of their own, which continues alone until `merge`."""
         other = copy(self)
-        other.slots = self.slots.copy(rows, room)
+        other.cache = self.cache.copy(rows, room)
         other.hidden, other.position = self.hidden[rows], self.position[rows]
         return other
 
     def merge(self, other: Stream, rows: Tensor, count: int) -> None:
-        """Takes back a branch that was fed `count` positions."""
-        self.slots.put_back(other.slots, rows, count)
+        """Takes back a fork that was fed `count` positions."""
+        self.cache.put_back(other.cache, rows, count)
         self.hidden = self.hidden.index_copy(0, rows, other.hidden)
         self.position = self.position.index_copy(0, rows, other.position)
 
@@ -63,8 +63,8 @@ def advance(model: UnifiedModel, streams: Sequence[Stream], embeds: Sequence[Ten
         active: (B,) bool for a single stream and T = 1: rows that are not active wait.
     """
     num_positions = embeds[0].shape[1]
-    layout = SlotAttention(
-        [stream.slots for stream in streams], num_positions, [None if active is None else active[:, None]] * len(streams)
+    layout = CacheAttention(
+        [stream.cache for stream in streams], num_positions, [None if active is None else active[:, None]] * len(streams)
     )
     positions = torch.cat([stream.position for stream in streams])[:, None] + torch.arange(num_positions, device=embeds[0].device)
     hidden = model.backbone(torch.cat(list(embeds)), positions, layout)[:, -1]
@@ -76,7 +76,7 @@ class Steps:
     """`advance` for up to `steps` positions, one at a time, as a CUDA graph: recorded at the start, replayed for each position, so that
     the host does not have to issue a thousand small kernels. On a CPU the same step is run without recording.
 
-    A graph attends to all slots that it may ever fill, so a long phase has one for every POSITIONS_PER_GRAPH positions.
+    A graph attends to all cache slots that it may ever fill, so a long phase has one for every POSITIONS_PER_GRAPH positions.
     """
 
     def __init__(self, model: UnifiedModel, streams: Sequence[Stream], steps: int) -> None:
@@ -108,7 +108,7 @@ class Steps:
         self.left = min(POSITIONS_PER_GRAPH, self.steps)
         assert self.left, "more positions than were announced"
         self.steps -= self.left
-        self.layout = StepAttention([stream.slots for stream in self.streams], self.left)
+        self.layout = StepAttention([stream.cache for stream in self.streams], self.left)
         self.graph = self._record() if self.positions.is_cuda else None
 
     def _step(self) -> None:

@@ -1,6 +1,6 @@
 """Before the first step: which records of a data set a model cannot take, as far as their texts tell.
 
-Every record is gone through, without opening a picture: its text must be one that the model has tokens for, and it must fit the context
+Every record is scanned, without opening a picture: its text must be one that the model has tokens for, and it must fit the context
 with an answer behind it. Most texts are so short that they fit however they are cut into tokens; the others are encoded, several at a time.
 What was found is remembered in the run's folder, for the same data, model and lengths, and in the cache for other runs with these and
 equal settings.
@@ -46,8 +46,8 @@ def admit(mixture: Mixture, length: Length, limit: int, run: RunFolder[Any], pur
 
 def note_skipped(run: RunFolder[Any], *mixtures: Mixture) -> None:
     """What was left out so far, in `skipped.json`; no file where nothing was."""
-    if told := [line for mixture in mixtures for line in mixture.told()]:
-        run.describe("skipped.json", told)
+    if skipped := [line for mixture in mixtures for line in mixture.left_out()]:
+        run.describe("skipped.json", skipped)
 
 
 def _remembered(mixture: Mixture, length: Length, limit: int, run: RunFolder[Any], purpose: str, known: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints of both trainings: written while training goes on where the model is spread over processes, and taken up again.
+"""Checkpoints of both trainings: written while training goes on where the model is spread over processes, and resumed from.
 
 A spread model is written by torch's distributed checkpoints: what each process holds is copied to the host's memory, and written from
 there. From these files the first process then writes the model in its family's layout, through files mapped into memory, so that no
@@ -69,7 +69,7 @@ class Checkpoints:
         """Raises Preempted behind a step, once it is saved, where the process was asked to stop before the last one."""
         if signal and step < self.run.config.max_steps:
             self.finish()
-            raise Preempted(f"{signal}: step {step} of {self.run.config.max_steps} is saved in {self.run.path}; the same command goes on")
+            raise Preempted(f"{signal}: step {step} of {self.run.config.max_steps} is saved in {self.run.path}; the same command resumes")
 
     def _save(self, step: int) -> None:
         state = {"optimizer": None, "schedule": self.schedule.state_dict(), "step": step}

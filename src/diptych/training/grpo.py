@@ -7,7 +7,7 @@ Where we depart from, or add to, the paper:
 3. Weight, clip range, KL and entropy are set per modality; step rewards may be discounted and normalised per step index.
 4. A rollout batch may serve several optimizer steps (`num_iterations`, `num_minibatches`).
 5. Document-level rewards reach every token (see `credit.py`).
-6. Supervised examples of old skills may be mixed into every update (`ptx`), because the KL holds the policy to the
+6. Supervised examples of existing skills may be mixed into every update (`ptx`), because the KL holds the policy to the
    reference only on documents.
 """
 
@@ -87,10 +87,10 @@ def grpo(config: GRPOConfig, progress: Progress | None = None) -> UnifiedModel:
         check_shares(config)
         seed_everything(config.seed)  # for rewards that draw while they are made
         reward_functions = [(reward, load_reward(reward.name)) for reward in config.rewards]
-        told = [{"name": reward.key, "about": about(reward, function)} for reward, function in reward_functions]  # refuses wrong options
+        abouts = [{"name": reward.key, "about": about(reward, function)} for reward, function in reward_functions]  # refuses wrong options
         folder = RunFolder(config.output_dir, config, changeable_options(reward_functions))
         with folder as run, preemptible() as requests, Reader.of(config) as reader:
-            run.describe("rewards.json", told)
+            run.describe("rewards.json", abouts)
             return _train(run, [(reward, load_reward(reward.name)) for reward in run.config.rewards], progress, requests, reader)
 
 
@@ -103,10 +103,10 @@ def _train(
     mix = partial(Mixture, seed=config.seed, max_skipped=config.max_skipped_records)
     prompts = mix(config.prompts)
     held_out_prompts = mix(config.prompts, split="validation", beside=prompts) if config.eval_steps else None
-    old_skills = mix(config.ptx.sources) if config.ptx else None
+    retained = mix(config.ptx.sources) if config.ptx else None
     check_columns(reward_functions, prompts.columns)
     needs_reference = bool(config.text.beta or config.image.beta)
-    mixtures = [mixture for mixture in (prompts, old_skills) if mixture is not None]
+    mixtures = [mixture for mixture in (prompts, retained) if mixture is not None]
     inputs = check_inputs(run, config, mixtures, config.rewards, needs_model=needs_reference or config.lora is not None)
     step = (run.steps() or [0])[-1]
     agree(step, "last checkpoint", SHARED_FOLDER)
@@ -135,8 +135,8 @@ def _train(
     for name, mixture in (("prompts", prompts), ("held_out", held_out_prompts)):
         if mixture is not None:
             admit(mixture, partial(prompt_length, model, config.sampling), model.max_positions, run, name, known)
-    if old_skills is not None:
-        admit(old_skills, partial(example_length, model), model.max_positions, run, "ptx", known)
+    if retained is not None:
+        admit(retained, partial(example_length, model), model.max_positions, run, "ptx", known)
     note_skipped(run, *mixtures)
     usable = partial(usable_prompt, model, config)
     held_out = held_out_prompts.made(0, config.num_eval_prompts, usable) if held_out_prompts else []
@@ -170,8 +170,8 @@ def _train(
         sums: list[dict[str, float]] = []
         for update, rows in enumerate(minibatches(config, len(batch), step)):
             sums.append(accumulate_gradient(model, batch, rows, old.logprobs, ref_logprobs, advantages, config))
-            if old_skills is not None:
-                metrics |= add_supervised_gradient(model, old_skills, config, step * updates_per_step(config) + update, reader)
+            if retained is not None:
+                metrics |= add_supervised_gradient(model, retained, config, step * updates_per_step(config) + update, reader)
             metrics |= optimizer_step(model, optimizer, schedule, config.optim)
         step += 1
         metrics |= update_metrics(sums) | reward_metrics(seen, config)
@@ -300,13 +300,13 @@ def accumulate_gradient(
 
 
 def add_supervised_gradient(
-    model: UnifiedModel, old_skills: Mixture, config: GRPOConfig, update: int, reader: Reader = IN_TURN
+    model: UnifiedModel, retained: Mixture, config: GRPOConfig, update: int, reader: Reader = IN_TURN
 ) -> dict[str, float]:
-    """Backward of ptx.coef * (text loss + image loss) on examples of the old skills."""
+    """Backward of ptx.coef * (text loss + image loss) on examples of the skills to retain."""
     ptx = config.ptx
     assert ptx is not None
     last = config.max_steps * updates_per_step(config)
-    batch = encode_batch(model, old_skills, ptx.batch_size, ptx.caption_dropout, config.seed, update, reader, last)
+    batch = encode_batch(model, retained, ptx.batch_size, ptx.caption_dropout, config.seed, update, reader, last)
     weights = {"text_weight": ptx.coef * ptx.text_weight, "image_weight": ptx.coef * ptx.image_weight}
     losses = supervised_gradient(model, batch, **weights, micro_batch_size=config.micro_batch_size)
     return {"ptx/loss/text": losses["loss/text"], "ptx/loss/image": losses["loss/image"]}

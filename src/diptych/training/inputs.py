@@ -1,4 +1,4 @@
-"""What a training is made of, by hashes: data, base model, rewards and their code. A run goes on with the same, or says what changed."""
+"""What a training is made of, by hashes: data, base model, rewards and their code. A run is resumed with the same, or says what changed."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def check_inputs(
 ) -> dict[str, Any]:
     """Notes in `inputs.json` what the run is made of, and gives it back.
 
-    `needs_model`: the base model is read again also where the run goes on. Raises ValueError, in every process, naming each input that is
-    not what it was when the run's checkpoints were made.
+    `needs_model`: the base model is read again where the run is resumed too. Raises ValueError, in every process, naming each input that
+    is not what it was when the run's checkpoints were made.
     """
     found = None
     if rank() == 0 or os.environ.get("LOCAL_RANK") == "0":  # of each machine one process
@@ -54,7 +54,7 @@ def check_inputs(
             found[f"image_decoder {config.image_decoder}"] = {"files": of_code(config.image_decoder)}
     seen = [one for one in gather(found) if one is not None]
     for number, other in enumerate(seen):
-        if others := [f"{key} ({told})" for key, value in seen[0].items() if (told := differing(value, other[key]))]:
+        if others := [f"{key} ({difference})" for key, value in seen[0].items() if (difference := differing(value, other[key]))]:
             raise ValueError(f"machine {number} has other inputs than machine 0: {'; '.join(others)}. Give all of them the same files")
     return on_first(lambda: _checked(run, seen[0]))
 
@@ -63,9 +63,9 @@ def _checked(run: RunFolder[Any], found: dict[str, Any]) -> dict[str, Any]:
     path = run.path / "inputs.json"
     stored = read_json(path) if run.steps() and path.is_file() else {}
     if not isinstance(stored, dict) or not all(isinstance(one, dict | None) for one in stored.values()):
-        raise ValueError(f"{path} is damaged; delete it to go on without comparing inputs")
+        raise ValueError(f"{path} is damaged; delete it to resume without comparing inputs")
     found = {key: value if value is not None else stored.get(key) for key, value in found.items()}
-    changed = [f"{key} ({told})" for key, value in found.items() if key in stored and (told := differing(stored[key], value))]
+    changed = [f"{key} ({difference})" for key, value in found.items() if key in stored and (difference := differing(stored[key], value))]
     if changed:
         raise ValueError(
             f"{run.path} was trained on other inputs: {'; '.join(changed)}. Put back what was there, or choose another output_dir. To go "
@@ -79,14 +79,14 @@ def differing(before: Any, now: Any) -> str:
     """What differs between two inputs, in words; empty where nothing does, or nothing is known of one of them."""
     if before is None or now is None or before == now:
         return ""
-    told = [f"{before[name]} {name} then, {now[name]} now" for name in ("rows",) if before.get(name) != now.get(name)]
+    differences = [f"{before[name]} {name} then, {now[name]} now" for name in ("rows",) if before.get(name) != now.get(name)]
     old, new = before.get("files") or {}, now.get("files") or {}
     others = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     others += ["pictures"] if before.get("pictures") != now.get("pictures") else []
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        told.append(f"changed: {', '.join(others[:3])}{more}")
-    return ", ".join(told or ["changed: " + ", ".join(sorted(k for k in {*before, *now} if before.get(k) != now.get(k)))])
+        differences.append(f"changed: {', '.join(others[:3])}{more}")
+    return ", ".join(differences or ["changed: " + ", ".join(sorted(k for k in {*before, *now} if before.get(k) != now.get(k)))])
 
 
 # --- data ----------------------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def of_reward(config: RewardConfig) -> dict[str, Any] | None:
     for name, value in _texts({name: value for name, value in config.options.items() if name not in free}):
         if _WRITTEN.search(name):
             continue
-        files |= {f"{name} {value}": told for told in _named(value)}
+        files |= {f"{name} {value}": content for content in _named(value)}
     if config.name in ("text_likelihood", "image_likelihood"):
         model = of_model(config.options.get("model", "storyboard"), fetch=True)
         files["model"] = model["hash"] if model else ""

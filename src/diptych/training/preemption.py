@@ -11,7 +11,7 @@ from typing import Any
 
 from diptych.runtime import gather
 
-EXIT_CODE = 75  # sysexits.h's EX_TEMPFAIL: the same command goes on
+EXIT_CODE = 75  # sysexits.h's EX_TEMPFAIL: the same command resumes
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

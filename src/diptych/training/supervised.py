@@ -1,4 +1,4 @@
-"""Supervised learning on records: warm-up's objective, and the term that keeps old skills alive during GRPO."""
+"""Supervised learning on records: warm-up's objective, and the term that retains existing skills during GRPO."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Stage 1, warm-up: supervised fine-tuning on a hybrid mixture.
 
-1. Few interleaved documents, with understanding and text-to-image data beside them so that old skills stay.
+1. Few interleaved documents, with understanding and text-to-image data beside them so that existing skills are retained.
 2. Text and image choices have losses of their own, each a mean over the global batch, added with weights.
 3. Departs from the paper (which is silent): caption dropout trains the unconditional branch that guidance needs.
 """

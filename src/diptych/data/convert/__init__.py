@@ -1,12 +1,12 @@
 """Published data sets to records: one short file for each source, one job that writes them all.
 
-To add a source: a file with `read(options, problems)` that yields a `Draft` for each record and reports what it passes over, and one
+To add a source: a file with `read(options, problems)` that yields a `RawRecord` for each record and reports what it passes over, and one
 line in `KINDS`. Everything else (pictures, exclusion, duplicates, resuming, the report) is written once, in `job.py`.
 """
 
 from diptych.data.convert import activitynet, comm, emova, genhowto, journeydb, messages, openstory, vist, wikihow
-from diptych.data.convert.draft import Draft, Kind, Message, Options
 from diptych.data.convert.job import run
+from diptych.data.convert.raw_record import Kind, Message, Options, RawRecord
 
 UNKNOWN = "unknown: see the source"
 KINDS: dict[str, Kind] = {
@@ -21,4 +21,4 @@ KINDS: dict[str, Kind] = {
     "wikihow": Kind(wikihow.read, "cc-by-nc-sa-3.0; single pictures differ", "wikiHow as VisualHow or VGSI, and its downloaded pictures"),
 }
 
-__all__ = ["KINDS", "Draft", "Kind", "Message", "Options", "run"]
+__all__ = ["KINDS", "Kind", "Message", "Options", "RawRecord", "run"]

@@ -14,8 +14,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from diptych.data.convert.draft import Block, Draft, Options, document
 from diptych.data.convert.pictures import VIDEOS, Frame, find_file
+from diptych.data.convert.raw_record import Block, Options, RawRecord, document
 from diptych.data.problems import NONSENSE, Problems
 from diptych.data.readers import read_json
 
@@ -23,7 +23,7 @@ PROMPT = "Tell what happens in the video in {n} steps, each with a picture."
 MIN_SECONDS, MAX_IOU = 1.0, 0.7
 
 
-def read(options: Options, problems: Problems) -> Iterator[Draft]:
+def read(options: Options, problems: Problems) -> Iterator[RawRecord]:
     videos = options.media_folder("the videos, named by their id")
     annotations = read_json(options.input)
     if not isinstance(annotations, dict):
@@ -45,11 +45,13 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
         if video is None:
             problems.report(where, "missing video", f"{id} is not in {videos}", id)
             continue
-        told: list[Block] = []
+        answer: list[Block] = []
         for start, end, sentence in chosen:
-            told += [sentence, (Frame(video, (start + end) / 2),)]
+            answer += [sentence, (Frame(video, (start + end) / 2),)]
         asked = options.instruction(PROMPT, n=len(chosen))
-        yield Draft(id, where, document((asked,), tuple(told)), (id, id.removeprefix("v_")), columns={"video_id": id.removeprefix("v_")})
+        yield RawRecord(
+            id, where, document((asked,), tuple(answer)), (id, id.removeprefix("v_")), columns={"video_id": id.removeprefix("v_")}
+        )
 
 
 def events(entry: dict[str, Any]) -> list[tuple[float, float, str]]:

@@ -13,15 +13,15 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
-from diptych.data.convert.draft import Block, Draft, Options, document
 from diptych.data.convert.pictures import Picture
+from diptych.data.convert.raw_record import Block, Options, RawRecord, document
 from diptych.data.problems import NONSENSE, Problems
 from diptych.data.source_ids import names_of
 
 PROMPT = "Explain step by step, with pictures: {title}"
 
 
-def read(options: Options, problems: Problems) -> Iterator[Draft]:
+def read(options: Options, problems: Problems) -> Iterator[RawRecord]:
     import torch
 
     pictures = options.media_folder("the downloaded pictures")
@@ -35,7 +35,7 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
         where = f"{options.input}:item {number}"
         id = str(item.get("data_id", "")) if isinstance(item, dict) else ""
         try:
-            title, told, names = _steps(item, pictures, options.cut_at)
+            title, answer, names = _steps(item, pictures, options.cut_at)
         except NONSENSE as error:
             problems.report(where, "not a record", f"{type(error).__name__}: {error}", id)
             continue
@@ -44,10 +44,10 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
             continue
         asked = options.instruction(PROMPT, title=title)
         columns = {"dataset_type": str(item.get("dataset_type", ""))}
-        yield Draft(
+        yield RawRecord(
             id or f"item-{number}",
             where,
-            document((asked,), tuple(told)),
+            document((asked,), tuple(answer)),
             (id, *(name for path in names for name in names_of(path))),
             columns=columns,
         )
@@ -58,7 +58,7 @@ def _steps(item: dict[str, Any], pictures: Any, most: int) -> tuple[str, list[Bl
     title = " ".join(str(item["title"] or "").split())
     if not title:
         raise ValueError("the title is empty")
-    told: list[Block] = []
+    answer: list[Block] = []
     names: list[str] = []
     for step in item["step_info"]:
         text = " ".join(" ".join(str(part["content"]).split()) for part in step if part["type"] == "text").strip()
@@ -66,6 +66,6 @@ def _steps(item: dict[str, Any], pictures: Any, most: int) -> tuple[str, list[Bl
         if len(names) + len(shown) > most:
             break
         found: list[Picture] = [pictures / name for name in shown]
-        told += [*([text] if text else []), *((picture,) for picture in found)]
+        answer += [*([text] if text else []), *((picture,) for picture in found)]
         names += shown
-    return title, told, names
+    return title, answer, names

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diptych.data.convert.draft import Block, Draft, Message, Options
 from diptych.data.convert.pictures import Picture, resolve
+from diptych.data.convert.raw_record import Block, Message, Options, RawRecord
 from diptych.data.problems import NONSENSE, Problems
 from diptych.data.readers import Row, read_rows
 
@@ -26,7 +26,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 SPEECH = ("<|speech_", "user question text", "assistant response speech", "<audio>")
 
 
-def read(options: Options, problems: Problems) -> Iterator[Draft]:
+def read(options: Options, problems: Problems) -> Iterator[RawRecord]:
     for number, row in enumerate(read_rows(options.input, problems)):
         value = row.value
         given = str(value.get("id") or f"{options.input.stem}-{number}")
@@ -45,7 +45,7 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
             problems.report(row.where, "not a record", f"{type(error).__name__}: {error}", id)
             continue
         names = [image for image in (value.get("image"),) if isinstance(image, str)]
-        yield Draft(id, row.where, messages, (given, *names))
+        yield RawRecord(id, row.where, messages, (given, *names))
 
 
 def subset_of(row: Row) -> str:

@@ -16,8 +16,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from diptych.data.convert.draft import Draft, Options, document
 from diptych.data.convert.pictures import VIDEOS, Frame, find_file
+from diptych.data.convert.raw_record import Options, RawRecord, document
 from diptych.data.problems import NONSENSE, Problems
 from diptych.userfiles import read_text
 
@@ -25,7 +25,7 @@ PROMPT = "This is the start. Show how to go on with the {category}: first the ac
 KEY = ("VID_ID", "FRAME_S1", "FRAME_AC", "FRAME_S2")
 
 
-def read(options: Options, problems: Problems) -> Iterator[Draft]:
+def read(options: Options, problems: Problems) -> Iterator[RawRecord]:
     videos = options.media_folder("the videos, named by their YouTube id")
     actions = options.input
     states = actions.with_name(actions.name.replace("actions", "states", 1))
@@ -51,7 +51,7 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
         start, action, end = (Frame(video, float(row[k])) for k in ("FRAME_S1", "FRAME_AC", "FRAME_S2"))
         asked = options.instruction(PROMPT, category=row["DS_CAT_NAME"])
         messages = document(((start,), asked), (row["FRAME_AC_PROMPT"].strip(), (action,), final["FRAME_S2_PROMPT"].strip(), (end,)))
-        yield Draft(id, where, messages, (id,), columns={"video_id": id, "category": row["DS_CAT_NAME"]})
+        yield RawRecord(id, where, messages, (id,), columns={"video_id": id, "category": row["DS_CAT_NAME"]})
 
 
 def _rows(path: Path, prompt: str, problems: Problems) -> Iterator[tuple[str, dict[str, str]]]:

@@ -1,11 +1,11 @@
-"""A conversion as a job that can be killed at any moment: the same command goes on, and gives the same bytes as an uninterrupted run.
+"""A conversion as a job that can be killed at any moment: the same command resumes, and gives the same bytes as an uninterrupted run.
 
 FOLDER/records.jsonl   FOLDER/images/ab/ab12....jpg   FOLDER/report.json
 
 1. Everything is written to FOLDER.partial, which becomes FOLDER by one rename when all is done: FOLDER is never half-written.
 2. Pictures are named by a hash of their bytes and appear by a rename, so one that is written twice is the same file.
-3. At the start and every `CHECKPOINT_DRAFTS` drafts the lengths of the files are noted. A job that goes on cuts them there, and
-   passes the drafts that were seen, which is quick: pictures are opened for new drafts only.
+3. At the start and every `CHECKPOINT_RECORDS` records the lengths of the files are noted. A resumed job cuts them there, and
+   passes the records that were seen, which is quick: pictures are opened for new records only.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from typing import Any
 import PIL.Image
 
 from diptych.data.conversation import NotARecord, answer_places, refuse_surrogates
-from diptych.data.convert.draft import Draft, Kind, Options
 from diptych.data.convert.pictures import MissingPicture, encode, load
+from diptych.data.convert.raw_record import Kind, Options, RawRecord
 from diptych.data.exclude import Exclusion
 from diptych.data.problems import Problem, Problems
 from diptych.data.sampling import is_sampled
 from diptych.runs import atomic_text, is_disk_full
 
-CHECKPOINT_DRAFTS = 100
+CHECKPOINT_RECORDS = 100
 Log = Callable[[str], None]
 
 
 def run(
     name: str, kind: Kind, options: Options, out: Path, *, exclude: Sequence[Path] = (), strict: bool = False, log: Log = lambda _: None
 ) -> dict[str, Any]:
-    """Converts a data set into the new folder `out`, or goes on with a conversion that was stopped, and returns its report.
+    """Converts a data set into the new folder `out`, or resumes a conversion that was stopped, and returns its report.
 
     Raises ValueError for input that is not of the kind, a folder that holds something else, a full disk and, under `strict`, the first
-    problem. What was done until then is kept: the same command goes on.
+    problem. What was done until then is kept: the same command resumes.
     """
     if not options.input.exists():
         raise ValueError(f"input {str(options.input)!r} does not exist; give a file or folder of {kind.summary}")
@@ -78,7 +78,7 @@ def run(
         if is_disk_full(error):
             free = shutil.disk_usage(out.absolute().parent).free // 2**20
             raise ValueError(
-                f"no space left while converting to {out} ({free} MiB free). Free some and run the same command again: it goes on."
+                f"no space left while converting to {out} ({free} MiB free). Free some and run the same command again: it resumes."
             ) from error
         raise
     return report
@@ -110,39 +110,39 @@ class _Job:
         to_pass, self.seen = self.seen, 0
         self.problems.muted = to_pass > 0
         skipped = {(problem.where, problem.id) for problem in self.problems.found}
-        for draft in kind.read(options, self.problems):
+        for record in kind.read(options, self.problems):
             if options.max_records is not None and self.kept >= options.max_records:
                 break
             if self.seen >= to_pass:
-                self._take(draft, name, kind, options)
-            elif (draft.where, draft.id) not in skipped and is_sampled(draft.id, options.share, options.seed):
-                self.ids[draft.id] = draft.where
+                self._take(record, name, kind, options)
+            elif (record.where, record.id) not in skipped and is_sampled(record.id, options.share, options.seed):
+                self.ids[record.id] = record.where
             self.seen += 1
             self.problems.muted = self.seen < to_pass
-            if self.seen % CHECKPOINT_DRAFTS == 0 and self.seen > to_pass:
+            if self.seen % CHECKPOINT_RECORDS == 0 and self.seen > to_pass:
                 self._checkpoint()
         self._checkpoint(done=True)
 
-    def _take(self, draft: Draft, name: str, kind: Kind, options: Options) -> None:
+    def _take(self, record: RawRecord, name: str, kind: Kind, options: Options) -> None:
         def skip(cause: str, detail: object = "") -> None:
-            self.problems.report(draft.where, cause, detail, draft.id)
+            self.problems.report(record.where, cause, detail, record.id)
 
         try:
-            refuse_surrogates([draft.id, draft.columns, [[b for b in m.blocks if isinstance(b, str)] for m in draft.messages]])
+            refuse_surrogates([record.id, record.columns, [[b for b in m.blocks if isinstance(b, str)] for m in record.messages]])
         except NotARecord as error:
             return skip(error.cause, error)
-        if not is_sampled(draft.id, options.share, options.seed):
+        if not is_sampled(record.id, options.share, options.seed):
             self.not_sampled += 1
             return
-        if draft.id in self.ids:
-            return skip("duplicate id", f"{draft.id} stood in {self.ids[draft.id]}")
-        number = sum(isinstance(block, tuple) for message in draft.messages for block in message.blocks)
+        if record.id in self.ids:
+            return skip("duplicate id", f"{record.id} stood in {self.ids[record.id]}")
+        number = sum(isinstance(block, tuple) for message in record.messages for block in message.blocks)
         if options.min_images is not None and number < options.min_images:
             return skip("too few pictures", f"{number}")
         if options.max_images is not None and number > options.max_images:
             return skip("too many pictures", f"{number}")
         opened: list[tuple[PIL.Image.Image, bytes | None, str | None]] = []
-        for message in draft.messages:
+        for message in record.messages:
             for block in message.blocks:
                 if isinstance(block, tuple):
                     try:
@@ -151,13 +151,13 @@ class _Job:
                         return skip("missing picture", error)
                     except ValueError as error:
                         return skip("unreadable picture", error)
-        source = str(draft.columns.get("source", name))
-        reason = self.exclusion.reason(source, (draft.id, *draft.source_ids), (pixels for pixels, _, _ in opened))
+        source = str(record.columns.get("source", name))
+        reason = self.exclusion.reason(source, (record.id, *record.source_ids), (pixels for pixels, _, _ in opened))
         if reason is not None:
             return skip("excluded", reason)
         pictures = [encode(*picture, options.image_size) for picture in opened]
         names = [f"images/{digest[:2]}/{digest}{ending}" for digest, ending in ((_digest(raw), ending) for raw, ending in pictures)]
-        line = record_line(draft, names, name, draft.license or options.license or kind.license)
+        line = record_line(record, names, name, record.license or options.license or kind.license)
         try:
             answer_places(line["messages"])
         except NotARecord as error:
@@ -165,7 +165,7 @@ class _Job:
         for file, (raw, _) in zip(names, pictures, strict=True):
             self._write_picture(self.folder / file, raw)
         self.records.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-        self.ids[draft.id] = draft.where
+        self.ids[record.id] = record.where
         self.kept += 1
         self.num_images += len(names)
 
@@ -222,11 +222,11 @@ class _Job:
         self.log(f"going on behind {self.seen} items, {self.kept} of them kept")
 
 
-def record_line(draft: Draft, names: Sequence[str], source: str, license: str) -> dict[str, Any]:
-    """The JSON line of a draft; `names`: where its pictures stand, in order."""
+def record_line(record: RawRecord, names: Sequence[str], source: str, license: str) -> dict[str, Any]:
+    """The JSON line of a record; `names`: where its pictures stand, in order."""
     waiting = iter(names)
     messages = []
-    for message in draft.messages:
+    for message in record.messages:
         content = [
             {"type": "image", "image": next(waiting)} if isinstance(block, tuple) else {"type": "text", "text": block}
             for block in message.blocks
@@ -234,7 +234,7 @@ def record_line(draft: Draft, names: Sequence[str], source: str, license: str) -
         untrained = message.role == "assistant" and not message.loss
         said = {**({"loss": False} if untrained else {}), **({"prefix": True} if message.prefix else {})}
         messages.append({"role": message.role, **said, "content": content})
-    return {"messages": messages, "source": source, **draft.columns, "id": draft.id, "license": license}
+    return {"messages": messages, "source": source, **record.columns, "id": record.id, "license": license}
 
 
 def _digest(raw: bytes) -> str:

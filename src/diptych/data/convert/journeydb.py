@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from diptych.data.convert.draft import Draft, Options, document
 from diptych.data.convert.pictures import Picture
+from diptych.data.convert.raw_record import Options, RawRecord, document
 from diptych.data.problems import NONSENSE, Problems
 from diptych.data.readers import Row, json_lines, tar_members
 from diptych.data.sampling import is_sampled
@@ -34,7 +34,7 @@ _ADDRESS = re.compile(r"<https?://[^>]*>|https?://\S+", re.IGNORECASE)
 _WEIGHT = re.compile(r"::(-?\d*\.?\d+)?")
 
 
-def read(options: Options, problems: Problems) -> Iterator[Draft]:
+def read(options: Options, problems: Problems) -> Iterator[RawRecord]:
     folder = options.input
     images = options.media or folder / "imgs"
     annotations = next((p for pattern in ANNOTATIONS for p in sorted(folder.glob(pattern))), None)
@@ -60,7 +60,7 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
         for name, picture in _pictures(images, number, list(waiting), problems):
             if name in waiting:
                 text, where = waiting.pop(name)
-                yield Draft(name, where, document((options.instruction(PROMPT, caption=text),), ((picture,),)), (name, Path(name).stem))
+                yield RawRecord(name, where, document((options.instruction(PROMPT, caption=text),), ((picture,),)), (name, Path(name).stem))
         for name, (_, where) in waiting.items():
             problems.report(where, "missing picture", f"{name} is not in {images}", name)
 

@@ -15,27 +15,27 @@ from collections.abc import Iterator
 from typing import Any
 
 from diptych.data.conversation import BLOCKS, NotARecord, answer_places, given_messages, kind_of, shown
-from diptych.data.convert.draft import Block, Draft, Message, Options
 from diptych.data.convert.pictures import resolve
+from diptych.data.convert.raw_record import Block, Message, Options, RawRecord
 from diptych.data.problems import Problems
 from diptych.data.readers import Row, read_rows
 
 USED = ("messages", "prompt", "completion", "images", "image", "id", "license")
 
 
-def read(options: Options, problems: Problems) -> Iterator[Draft]:
+def read(options: Options, problems: Problems) -> Iterator[RawRecord]:
     for row in read_rows(options.input, problems):
         id = id_of(row)
         try:
             if row.fault is not None:
                 raise row.fault
-            answer_places(given_messages(row.value))  # as it was given: a draft has no words for what it refuses
+            answer_places(given_messages(row.value))  # as it was given: a raw record has no words for what it refuses
             messages = messages_of(row)
         except ValueError as error:
             problems.report(row.where, getattr(error, "cause", "not a record"), error, id)
             continue
         license = row.value.get("license")
-        yield Draft(id, row.where, messages, license=str(license) if license else None, columns=columns_of(row))
+        yield RawRecord(id, row.where, messages, license=str(license) if license else None, columns=columns_of(row))
 
 
 def id_of(row: Row) -> str:

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diptych.data.convert.draft import Block, Draft, Options, document
 from diptych.data.convert.pictures import find_file
+from diptych.data.convert.raw_record import Block, Options, RawRecord, document
 from diptych.data.problems import NONSENSE, Problems
 from diptych.data.readers import read_rows
 
@@ -25,7 +25,7 @@ MIN_IMAGES = 3
 Shown = tuple[str, str, str, str]  # time stamp, key, caption (empty: it has none), where
 
 
-def read(options: Options, problems: Problems) -> Iterator[Draft]:
+def read(options: Options, problems: Problems) -> Iterator[RawRecord]:
     frames = options.media_folder("the frames")
     least = options.min_images or MIN_IMAGES
     videos: dict[str, list[Shown]] = {}
@@ -47,14 +47,14 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
     for video, shown in videos.items():
         runs = _unbroken(frames, video, sorted(shown), problems)
         for window in (window for run in runs for window in _windows(run, least, options.cut_at, problems)):
-            told: list[Block] = []
+            answer: list[Block] = []
             for _, key, caption, _ in window:
                 path = _frame(frames, video, key)
                 assert path is not None
-                told += [caption, (path,)]
+                answer += [caption, (path,)]
             id = window[0][1]
             asked = options.instruction(PROMPT, n=len(window), first=window[0][2])
-            yield Draft(id, window[0][3], document((asked,), tuple(told)), (id, video), columns={"video_id": video})
+            yield RawRecord(id, window[0][3], document((asked,), tuple(answer)), (id, video), columns={"video_id": video})
 
 
 def _caption(annotation: Any) -> str:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from diptych.data.convert.draft import Block, Draft, Options, document
 from diptych.data.convert.pictures import find_file
+from diptych.data.convert.raw_record import Block, Options, RawRecord, document
 from diptych.data.problems import NONSENSE, Problems
 from diptych.data.readers import read_json
 
@@ -20,7 +20,7 @@ PROMPT = "Tell a story in {n} parts, each with a picture. It begins like this: {
 ENDINGS = (".jpg", ".jpeg", ".png", ".gif")
 
 
-def read(options: Options, problems: Problems) -> Iterator[Draft]:
+def read(options: Options, problems: Problems) -> Iterator[RawRecord]:
     pictures = options.media_folder("the photographs, named by their Flickr id")
     value = read_json(options.input)
     if not isinstance(value, dict) or not isinstance(value.get("annotations"), list):
@@ -42,15 +42,15 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
         if id in broken:
             problems.report(where, "story with broken parts", "", id)
             continue
-        told: list[Block] = []
+        answer: list[Block] = []
         missing = None
         for _, photo, sentence in sorted(parts):
             path = find_file(pictures, photo, ENDINGS)
             missing = missing or (photo if path is None else None)
             if path is not None:
-                told += [sentence, (path,)]
+                answer += [sentence, (path,)]
         if missing:
             problems.report(where, "missing picture", f"{missing} is not in {pictures}", id)
             continue
         asked = options.instruction(PROMPT, n=len(parts), first=sorted(parts)[0][2])
-        yield Draft(id, where, document((asked,), tuple(told)), (id, *(photo for _, photo, _ in parts)))
+        yield RawRecord(id, where, document((asked,), tuple(answer)), (id, *(photo for _, photo, _ in parts)))

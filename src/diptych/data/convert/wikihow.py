@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from diptych.data.convert.draft import Block, Draft, Options, document
+from diptych.data.convert.raw_record import Block, Options, RawRecord, document
 from diptych.data.problems import NONSENSE, Problems
 from diptych.data.readers import json_lines, read_json
 
@@ -59,7 +59,7 @@ class Guide:
         return (self.article, plain, plain.zfill(6), *names)
 
 
-def read(options: Options, problems: Problems) -> Iterator[Draft]:
+def read(options: Options, problems: Problems) -> Iterator[RawRecord]:
     folder = options.media_folder("the downloaded pictures")
     found, missing = False, ""
     for guide in _guides(options.input, problems):
@@ -68,14 +68,14 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
         if num_pictures < (options.min_images or 1):
             problems.report(guide.where, "too few pictures", f"{num_pictures}", guide.id)
             continue
-        told: list[Block] = []
+        answer: list[Block] = []
         gone = ""
         for step in steps:
             path = next((folder / place for place in step.places if (folder / place).is_file()), None)
-            told += [step.text, *([(path,)] if path is not None else [])]
+            answer += [step.text, *([(path,)] if path is not None else [])]
             if step.places and path is None:
                 gone = gone or step.places[0]
-        found = found or any(isinstance(block, tuple) for block in told)
+        found = found or any(isinstance(block, tuple) for block in answer)
         if gone:
             missing = missing or gone
             problems.report(guide.where, "missing picture", f"{gone} is not in {folder}", guide.id)
@@ -84,7 +84,7 @@ def read(options: Options, problems: Problems) -> Iterator[Draft]:
         columns = {"article_id": guide.article, "category": guide.category, **guide.columns}
         if licenses := sorted({step.license for step in steps if step.license}):
             columns["picture_license"] = "; ".join(licenses)
-        yield Draft(guide.id, guide.where, document((asked,), tuple(told)), guide.source_ids(), columns=columns)
+        yield RawRecord(guide.id, guide.where, document((asked,), tuple(answer)), guide.source_ids(), columns=columns)
     if missing and not found:
         raise ValueError(
             f"--media {str(folder)!r} holds none of the pictures of {options.input}. The first one would be {folder / missing}; "

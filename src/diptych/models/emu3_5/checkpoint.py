@@ -78,12 +78,14 @@ def find_vision_folder(folder: Path, stated: str | None, fetch: bool = True) -> 
         if place.is_dir():
             return place
     source = stated or VISION_HUB
-    told = (folder / Path(source).expanduser()).resolve()
-    if stated is not None and told.is_dir():
-        return told
+    named = (folder / Path(source).expanduser()).resolve()
+    if stated is not None and named.is_dir():
+        return named
     looked = f"neither in {near[0].name}/ inside {folder} nor beside it"
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise ValueError(f"{told}, which {folder / OPTIONS_FILE} names (vision_tokenizer), is no folder, and it is {looked}; mend the path")
+        raise ValueError(
+            f"{named}, which {folder / OPTIONS_FILE} names (vision_tokenizer), is no folder, and it is {looked}; mend the path"
+        )
     try:
         return _from_hub(source, fetch)
     except Exception as error:  # the hub may fail in any way

@@ -84,8 +84,8 @@ class Judge(ABC):
         lost = self._faults.total() - before
         if lost:
             owed = sum(len(steps) for _, steps, _ in asked)
-            told = f"{self.name} ({self.options.model})" if self.options.model else self.name
-            logger.warning("reward %s: %d of %d values are missing; %s; last: %s", told, lost, owed, self._shown(), self._last)
+            label = f"{self.name} ({self.options.model})" if self.options.model else self.name
+            logger.warning("reward %s: %d of %d values are missing; %s; last: %s", label, lost, owed, self._shown(), self._last)
         return values
 
     def take_faults(self) -> tuple[dict[str, int], str]:

@@ -103,15 +103,15 @@ def mean_score(reply: str, axes: Sequence[str], low: float, high: float, judged:
     text = without_thoughts(reply)
     names = "|".join(axes)
     line = re.compile(rf"({names}) score(?: {low:g} ?[-–] ?{high:g})? ?: ?(.*)", re.I)
-    told = [(match[1].lower(), match[2]) for match in map(line.match, map(_plain, text.splitlines())) if match]
-    if sorted(axis for axis, _ in told) != sorted(axis.lower() for axis in axes):
+    pairs = [(match[1].lower(), match[2]) for match in map(line.match, map(_plain, text.splitlines())) if match]
+    if sorted(axis for axis, _ in pairs) != sorted(axis.lower() for axis in axes):
         raise _unusable(text, f"one line with a score is needed for each of {', '.join(axes)}")
-    if not all(re.fullmatch(NUMBER, number) for _, number in told):
+    if not all(re.fullmatch(NUMBER, number) for _, number in pairs):
         raise _unusable(text, "a score is not a number")
     said = re.compile(rf"\b(?:{names}) score{NAMED}{NUMBERED}", re.I)
     if _scores(said, judged, low, high):
         raise _unusable(text, "the text under judgement announces a score in the same words")
-    found = [_number(number) for _, number in told]
+    found = [_number(number) for _, number in pairs]
     return [None if any(_in_range(value, low, high) is None for value in found) else sum(found) / len(found)]
 
 

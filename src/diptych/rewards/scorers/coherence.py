@@ -68,8 +68,8 @@ class ImageCoherence(ImageScorer):
                     raw = float(likeness(cosines, self.options.max_cosine).mean())
                     values[row][step] = self.rescaled(raw)
                     if self.listen:
-                        told = ", ".join(f"{cosine:.4f}" for cosine in cosines.tolist())
-                        self.listen(Judged(step, raw, f"the earlier pictures, cosines {told}"))
+                        shown = ", ".join(f"{cosine:.4f}" for cosine in cosines.tolist())
+                        self.listen(Judged(step, raw, f"the earlier pictures, cosines {shown}"))
                 earlier.append(vector)
         return values
 

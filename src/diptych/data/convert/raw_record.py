@@ -1,4 +1,4 @@
-"""What a converter hands over for each record, and what it is told."""
+"""What a converter hands over for each record, and the options that it receives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Message:
 
 
 @dataclasses.dataclass(frozen=True)
-class Draft:
+class RawRecord:
     """A record before its pictures are opened. `source_ids`: of the video, article or row it was made from, for exclusion."""
 
     id: str
@@ -73,7 +73,7 @@ class Options:
             raise ValueError(f"--prompt {template!r} has the field {error}; allowed are {', '.join(f'{{{f}}}' for f in fields)}") from error
 
 
-Converter = Callable[[Options, Problems], Iterator[Draft]]
+Converter = Callable[[Options, Problems], Iterator[RawRecord]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +85,6 @@ class Kind:
     summary: str
 
 
-def document(asked: tuple[Block, ...], told: tuple[Block, ...]) -> tuple[Message, ...]:
+def document(asked: tuple[Block, ...], answer: tuple[Block, ...]) -> tuple[Message, ...]:
     """One question and its answer, which is trained."""
-    return (Message("user", asked), Message("assistant", told))
+    return (Message("user", asked), Message("assistant", answer))

@@ -106,14 +106,14 @@ class Verdict:
 
     @property
     def sentence(self) -> str:
-        told = {
+        outcome = {
             "the same": "the paper's order",
             "not shown": "these seeds do not show the paper's order, nor the opposite",
             "the opposite": "the opposite order: this differs from the paper",
             "not run": "not finished",
         }
         here = f"Here {self.shown}: " if self.shown else "Here "
-        return f"The paper has {self.better} above {self.worse} ({self.paper}). {here}{told[self.order]}."
+        return f"The paper has {self.better} above {self.worse} ({self.paper}). {here}{outcome[self.order]}."
 
 
 def verdicts(record: Record) -> list[Verdict]:
@@ -161,13 +161,13 @@ def caveats(record: Record) -> list[str]:
     for name in sorted({name for made in record["made_with"] for name in made}):
         values = sorted({str(made.get(name, "none")) for made in record["made_with"]})
         if len(values) > 1:
-            said.append(f"Cells were made with different versions of {name}: {', '.join(values)}. Differences may come from that.")
+            said.append(f"Trials were made with different versions of {name}: {', '.join(values)}. Differences may come from that.")
     return said
 
 
 def cost(record: Record) -> str:
-    """What the finished cells took, on one thread each, without the warm-ups that they share."""
-    cells = {key: s for variant in record["variants"] for key, s in zip(variant["cells"], variant["seconds"], strict=True)}
-    seconds = list(cells.values())
+    """What the finished trials took, on one thread each, without the warm-ups that they share."""
+    trials = {key: s for variant in record["variants"] for key, s in zip(variant["cells"], variant["seconds"], strict=True)}
+    seconds = list(trials.values())
     whole = f"{sum(seconds) / 3600:.1f} hours" if sum(seconds) >= 3600 else f"{sum(seconds) / 60:.0f} minutes"
-    return f"{len(seconds)} cells, {whole} on one thread each, up to {max(seconds) / 60:.0f} minutes a cell."
+    return f"{len(seconds)} trials, {whole} on one thread each, up to {max(seconds) / 60:.0f} minutes a trial."

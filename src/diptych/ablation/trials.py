@@ -1,14 +1,14 @@
-"""Cells: what is trained and evaluated once, however many suites and variants ask for it.
+"""Trials: what is trained and evaluated once, however many suites and variants ask for it.
 
-A cell is named by a hash of everything that its numbers depend on, so other settings are another cell and are never mixed
-up. Beside the cells stand the warm-ups, each trained once for all cells that start from it:
+A trial is named by a hash of everything that its numbers depend on, so other settings are another trial and are never mixed
+up. Beside the trials stand the warm-ups, each trained once for all trials that start from it:
 
 warmups/HASH/run/                    a warm-up's run folder; of a finished one only the model is kept
-cells/STAGE-HASH/settings.json       what the hash is of
+cells/STAGE-HASH/settings.json  what the hash is of
                  run/                GRPO's run folder; of a finished one only the last model is kept
                  evaluation/step_N.json   written once
-                 summary.json        written last: the cell is finished
-                 log.txt             what the worker said
+                 summary.json        written last: the trial is finished
+                 log.txt             the worker's output
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ WINDOW = 5  # logged steps before a checkpoint whose mean is its training metric
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Trial:
     """`settings` is JSON: the stage and all that its numbers depend on, without folders."""
 
     settings: dict[str, Any]
@@ -61,7 +61,7 @@ class Cell:
         return root / "cells" / self.key
 
     def summary(self, root: Path) -> dict[str, Any] | None:
-        """What a finished cell found; None where it is not finished. Raises ValueError where the folder is of other settings."""
+        """What a finished trial found; None where it is not finished. Raises ValueError where the folder is of other settings."""
         self.check(root)
         path = self.folder(root) / "summary.json"
         return json.loads(path.read_text()) if path.is_file() else None
@@ -73,7 +73,7 @@ class Cell:
             if stored != self.settings:
                 changed = ", ".join(sorted(differences(stored, self.settings)))
                 raise ValueError(
-                    f"{path} was changed ({changed}): its cell would be mixed with another. Delete {path.parent} to run it again"
+                    f"{path} was changed ({changed}): its trial would be mixed with another. Delete {path.parent} to run it again"
                 )
         elif path.parent.is_dir() and (path.parent / "summary.json").is_file():
             raise ValueError(f"{path} is missing, so nothing says what {path.parent} is of. Delete that folder to run it again")
@@ -86,8 +86,8 @@ class Cell:
             atomic_text(path, json.dumps(self.settings, indent=1) + "\n")
 
 
-def cell_of(stage: str, config: DemoConfig, steps: tuple[int, ...]) -> Cell:
-    """The cell of a variant's settings at one seed. `steps`: GRPO steps to evaluate, the last included."""
+def trial_of(stage: str, config: DemoConfig, steps: tuple[int, ...]) -> Trial:
+    """The trial of a variant's settings at one seed. `steps`: GRPO steps to evaluate, the last included."""
     settings: dict[str, Any] = {
         "stage": stage,
         "evaluate": config.evaluate.model_dump(mode="json"),
@@ -97,29 +97,29 @@ def cell_of(stage: str, config: DemoConfig, steps: tuple[int, ...]) -> Cell:
         "defaults": DEFAULTS,
     }
     if stage == "base":
-        return Cell({**settings, "model": config.warmup.model})
+        return Trial({**settings, "model": config.warmup.model})
     settings["warmup"] = _said(config.warmup, {"output_dir"})
     if stage == "warmup":
-        return Cell(settings)
+        return Trial(settings)
     save_steps = math.gcd(config.grpo.save_steps, *steps[:-1])  # the last step is always saved
     settings["grpo"] = _said(config.grpo.model_copy(update={"save_steps": save_steps}), {"output_dir", "model"})
-    return Cell({**settings, "steps": list(steps)})
+    return Trial({**settings, "steps": list(steps)})
 
 
 def _said(config: Config, without: set[str]) -> dict[str, Any]:
-    """What differs from the defaults, so that a setting that is added later makes no other cells. A default that is changed must not be
+    """What differs from the defaults, so that a setting that is added later makes no other trials. A default that is changed must not be
     taken for the old one: `tests/data/defaults.json` holds them, and `DEFAULTS` counts their changes."""
     return config.model_dump(mode="json", exclude=without, exclude_defaults=True)
 
 
-def warmup_cell(cell: Cell) -> Cell:
-    """The cell that evaluates the warm-up from which a GRPO cell starts."""
-    return Cell({**{k: v for k, v in cell.settings.items() if k not in ("grpo", "steps")}, "stage": "warmup"})
+def warmup_trial(trial: Trial) -> Trial:
+    """The trial that evaluates the warm-up from which a GRPO trial starts."""
+    return Trial({**{k: v for k, v in trial.settings.items() if k not in ("grpo", "steps")}, "stage": "warmup"})
 
 
 @functools.cache
 def packaged_weights() -> str:
-    """A hash of the weights that ship with the package: another base model or reward makes other cells."""
+    """A hash of the weights that ship with the package: another base model or reward makes other trials."""
     files = sorted(packaged_folder("").rglob("*.safetensors"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
@@ -150,36 +150,36 @@ def locked(path: Path) -> Iterator[None]:
 # --- running -------------------------------------------------------------------------------------------------------------
 
 
-def run_cell(root: Path, cell: Cell, say: Say) -> dict[str, Any]:
-    """Runs what is not done yet of a cell and returns its summary.
+def run_trial(root: Path, trial: Trial, say: Say) -> dict[str, Any]:
+    """Runs what is not done yet of a trial and returns its summary.
 
     Raises whatever the trainings raise; what was done until then is kept.
     """
-    with locked(cell.folder(root) / "lock"):
-        cell.prepare(root)
-        summary = cell.summary(root)
+    with locked(trial.folder(root) / "lock"):
+        trial.prepare(root)
+        summary = trial.summary(root)
         if summary is None:
-            found = {"base": _base, "warmup": _warmup, "grpo": _grpo}[cell.stage](root, cell, say)
-            summary = {"cell": cell.key, **found, "versions": versions()}
-            atomic_text(cell.folder(root) / "summary.json", json.dumps(summary, indent=1) + "\n")
-        if cell.stage == "grpo":
-            _keep_last_model(cell.folder(root) / "run" / "checkpoints")
+            found = {"base": _base, "warmup": _warmup, "grpo": _grpo}[trial.stage](root, trial, say)
+            summary = {"cell": trial.key, **found, "versions": versions()}
+            atomic_text(trial.folder(root) / "summary.json", json.dumps(summary, indent=1) + "\n")
+        if trial.stage == "grpo":
+            _keep_last_model(trial.folder(root) / "run" / "checkpoints")
         return summary
 
 
-def _base(root: Path, cell: Cell, say: Say) -> dict[str, Any]:
+def _base(root: Path, trial: Trial, say: Say) -> dict[str, Any]:
     say(0, 1, "evaluation")
-    return _summary(cell, root, {0: _evaluated(root, cell, 0, cell.settings["model"])}, {})
+    return _summary(trial, root, {0: _evaluated(root, trial, 0, trial.settings["model"])}, {})
 
 
-def _warmup(root: Path, cell: Cell, say: Say) -> dict[str, Any]:
-    model, seconds = trained_warmup(root, cell, say)
-    return _summary(cell, root, {0: _evaluated(root, cell, 0, model)}, {"warmup": seconds})
+def _warmup(root: Path, trial: Trial, say: Say) -> dict[str, Any]:
+    model, seconds = trained_warmup(root, trial, say)
+    return _summary(trial, root, {0: _evaluated(root, trial, 0, model)}, {"warmup": seconds})
 
 
-def trained_warmup(root: Path, cell: Cell, say: Say) -> tuple[str, float]:
-    """The model folder of the warm-up that a cell needs, and the seconds its training took; trained here if nobody did."""
-    settings = cell.settings["warmup"]
+def trained_warmup(root: Path, trial: Trial, say: Say) -> tuple[str, float]:
+    """The model folder of the warm-up that a trial needs, and the seconds its training took; trained here if nobody did."""
+    settings = trial.settings["warmup"]
     folder = root / "warmups" / digest(settings)
     config = build(WarmupConfig, {**settings, "output_dir": str(folder / "run")})
     clock, model = folder / "seconds.json", checkpoint_of(config)
@@ -197,14 +197,14 @@ def trained_warmup(root: Path, cell: Cell, say: Say) -> tuple[str, float]:
     return model, json.loads(clock.read_text())
 
 
-def _grpo(root: Path, cell: Cell, say: Say) -> dict[str, Any]:
-    model, _ = trained_warmup(root, cell, say)
-    config = build(GRPOConfig, {**cell.settings["grpo"], "model": model, "output_dir": str(cell.folder(root) / "run")})
+def _grpo(root: Path, trial: Trial, say: Say) -> dict[str, Any]:
+    model, _ = trained_warmup(root, trial, say)
+    config = build(GRPOConfig, {**trial.settings["grpo"], "model": model, "output_dir": str(trial.folder(root) / "run")})
     run = RunFolder(config.output_dir, config)
 
     def evaluate(step: int) -> None:
-        if step in cell.settings["steps"]:
-            _evaluated(root, cell, step, run.checkpoints / f"step_{step}" / "model")
+        if step in trial.settings["steps"]:
+            _evaluated(root, trial, step, run.checkpoints / f"step_{step}" / "model")
 
     def progress(step: int, total: int, metrics: dict[str, float]) -> None:
         say(step, total, f"GRPO, reward {metrics.get('reward', math.nan):.2f}")
@@ -213,8 +213,8 @@ def _grpo(root: Path, cell: Cell, say: Say) -> dict[str, Any]:
     for step in run.steps():  # saved by a process that was killed before or while it evaluated
         evaluate(step)
     grpo(config, progress)
-    found = {step: _evaluated(root, cell, step, run.checkpoints / f"step_{step}" / "model") for step in cell.settings["steps"]}
-    return _summary(cell, root, found, {"grpo": sum(line["step_time"] for line in run.metrics())})
+    found = {step: _evaluated(root, trial, step, run.checkpoints / f"step_{step}" / "model") for step in trial.settings["steps"]}
+    return _summary(trial, root, found, {"grpo": sum(line["step_time"] for line in run.metrics())})
 
 
 def _keep_last_model(checkpoints: Path) -> None:
@@ -229,13 +229,13 @@ def _keep_last_model(checkpoints: Path) -> None:
 # --- evaluating ----------------------------------------------------------------------------------------------------------
 
 
-def _evaluated(root: Path, cell: Cell, step: int, model: str | Path) -> dict[str, Any]:
+def _evaluated(root: Path, trial: Trial, step: int, model: str | Path) -> dict[str, Any]:
     """The evaluation of a checkpoint: read back where it was done before."""
-    path = cell.folder(root) / "evaluation" / f"step_{step}.json"
+    path = trial.folder(root) / "evaluation" / f"step_{step}.json"
     if not path.is_file():
-        evaluate = build(EvaluateConfig, cell.settings["evaluate"])
-        sampling = build(SamplingParams, cell.settings["sampling"])
-        atomic_text(path, json.dumps(evaluate_model(model, evaluate, sampling, cell.settings["device"])) + "\n")
+        evaluate = build(EvaluateConfig, trial.settings["evaluate"])
+        sampling = build(SamplingParams, trial.settings["sampling"])
+        atomic_text(path, json.dumps(evaluate_model(model, evaluate, sampling, trial.settings["device"])) + "\n")
     return json.loads(path.read_text())
 
 
@@ -267,15 +267,15 @@ def mean_rewards(judged: list[Judged]) -> dict[str, float]:
     return {name: round(float(values[r][used[r]].mean()), 4) for r, name in enumerate(BUILT_IN) if bool(used[r].any())}
 
 
-def _summary(cell: Cell, root: Path, evaluations: dict[int, dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
-    lines = read_jsonl(cell.folder(root) / "run" / "metrics.jsonl")
+def _summary(trial: Trial, root: Path, evaluations: dict[int, dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
+    lines = read_jsonl(trial.folder(root) / "run" / "metrics.jsonl")
     points = {}
     for step, evaluation in evaluations.items():
         measured = {name: value for name, value in evaluation.items() if name != "seconds"}
         points[str(step)] = {**measured, **_training(lines, step)}
     seconds = {**seconds, "evaluation": sum(e["seconds"] for e in evaluations.values())}
     return {
-        "seed": cell.settings["warmup"].get("seed", 0) if "warmup" in cell.settings else None,
+        "seed": trial.settings["warmup"].get("seed", 0) if "warmup" in trial.settings else None,
         "points": points,
         "parity": {f"{kind}_max": max(line[f"parity/{kind}_max"] for line in lines) for kind in ("text", "image")} if lines else {},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
