@@ -23,7 +23,7 @@ from diptych.overrides import parse_overrides
 
 RECIPES = sorted(path for path in (resources.files("diptych") / "recipes").iterdir() if path.name.endswith(".yaml"))
 CLASS_OF: dict[str, type[Config]] = {
-    "demo": DemoConfig, "warmup": WarmupConfig, "grpo": GRPOConfig, "paper_warmup": WarmupConfig, "paper_grpo": GRPOConfig,
+    "demo": DemoConfig, "demo_full": DemoConfig, "warmup": WarmupConfig, "grpo": GRPOConfig, "paper_warmup": WarmupConfig, "paper_grpo": GRPOConfig,
     "terse_warmup": WarmupConfig,
 }  # fmt: skip
 
@@ -50,12 +50,27 @@ def changed(**updates) -> dict:
     return {**yaml.safe_load(GRPO), **updates}
 
 
-def test_the_stages_alone_are_those_of_the_demo():
-    demo = load_config(DemoConfig, "demo")
+@pytest.mark.parametrize(("recipe", "before"), [("demo", "terse_"), ("demo_full", "")])
+def test_the_stages_alone_are_those_of_the_demo(recipe, before):
+    demo = load_config(DemoConfig, recipe)
     places = {"output_dir", "model"}
     for name, stage in (("warmup", demo.warmup), ("grpo", demo.grpo)):
-        assert load_config(type(stage), name).model_dump(exclude=places) == stage.model_dump(exclude=places)
-    assert load_config(GRPOConfig, "grpo").model == f"runs/warmup/checkpoints/step_{demo.warmup.max_steps}/model"
+        assert load_config(type(stage), f"{before}{name}").model_dump(exclude=places) == stage.model_dump(exclude=places)
+    assert load_config(GRPOConfig, f"{before}grpo").model == f"runs/{before}warmup/checkpoints/step_{demo.warmup.max_steps}/model"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards.2.weight": 1.0}, "change nothing"),
+        ({"rewards.2.wieght": 0}, "wieght: unknown key"),
+        ({"num_minibatches": 7}, "num_minibatches=7 does not divide"),
+    ],
+)
+def test_a_control_is_another_training_with_right_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(DemoConfig, "demo", {"control.changes": changes})
+    assert load_config(DemoConfig, "demo", {"control": None}).control is None
 
 
 @pytest.mark.parametrize(
