@@ -267,7 +267,7 @@ def test_a_falling_schedule_is_that_of_today(tiny_folder):  # noqa: F811
 def test_settings_that_change_no_result_may_change(tiny_folder, tmp_path):  # noqa: F811
     config = grpo_config(tiny_folder, tmp_path / "run", max_steps=4)
     stopped(config, grpo)
-    other = {"micro_batch_size": 3, "rollout_batch_size": 1, "save_steps": 1, "logging_steps": 2, "report_to": "tensorboard",
+    other = {"micro_batch_size": 3, "rollout_batch_size": 1, "save_steps": 1, "logging_steps": 2, "report_to": ("tensorboard",),
              "background_rewards": True, "max_missing_rewards": 0.5, "gradient_checkpointing": True, "device": "cpu"}  # fmt: skip
     grpo(config.model_copy(update=other))
     for name, value in {"seed": 1, "num_generations": 2, "prompts_per_step": 1, "loss_type": "dapo", "dtype": "float32"}.items():

@@ -76,7 +76,7 @@ class LoraConfig(Config):
 
 
 class ParallelConfig(Config):
-    """How a model is spread over the processes that torchrun starts (docs/scale.md).
+    """How a model is spread over the processes that torchrun starts (docs/how-to/scale.md).
 
     `replicate`: each holds all of it. `shard`: each holds a part of weights, gradients and moments, in float32, and computes in `dtype`.
     `auto`: shard where weights of 16 bits are trained themselves, with one process too; otherwise replicate.
@@ -123,7 +123,7 @@ class RunConfig(Config):
     parallel: ParallelConfig = ParallelConfig()
     image_size: int | None = Field(None, ge=1, description="pixels a side of drawn pictures (Emu3); None: the family's own")
     image_decoder: str | None = Field(
-        None, description="package.module:name that turns codes into pixels, in the place of the family's decoder (docs/extending.md)"
+        None, description="package.module:name that turns codes into pixels, instead of the family's decoder (docs/how-to/extending.md)"
     )
     code_cache: str | None = Field(None, description="folder for the codes of data sets' pictures; None: encoded at every use")
 
@@ -156,7 +156,7 @@ class RunConfig(Config):
 
 
 class MixtureSource(Config):
-    """One data set of a mixture: a file, folder or pattern of files (docs/data.md), or a built-in one such as `storyboard:interleaved`."""
+    """One data set of a mixture: a file, folder or pattern of files (docs/how-to/data.md), or a built-in one (`storyboard:interleaved`)."""
 
     name: str
     weight: float = Field(1.0, gt=0)

@@ -22,8 +22,9 @@ from typing import Any, Generic, TypeVar
 import yaml
 
 from diptych.config import RunConfig
-from diptych.resumption import resumed_settings, set_keys
+from diptych.resumption import leaves, resumed_settings, set_keys
 from diptych.runtime import agree, barrier, on_first, rank, versions
+from diptych.trackers import Trackers, check_installed
 from diptych.userfiles import dump_yaml
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class RunFolder(Generic[ConfigT]):
         self.checkpoints = self.path / "checkpoints"
         self._may_change = {*config.may_change, *may_change}
         self.ending = ExitStack()  # what is done before the lock is given up
-        self._writer: Any = None
+        self._trackers: Trackers | None = None
         self._lock: Any = None
 
     def __enter__(self) -> RunFolder[ConfigT]:
@@ -129,12 +130,14 @@ class RunFolder(Generic[ConfigT]):
     def __exit__(self, *_: object) -> None:
         try:
             self.ending.close()
-            if self._writer is not None:
-                self._writer.close()
+            if self._trackers is not None:
+                self._trackers.close()
         finally:
             self._release()
 
     def _open(self) -> dict[str, Any]:
+        for tracker in self.config.report_to:
+            check_installed(tracker)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / "lock").open("a")
         try:
@@ -227,20 +230,19 @@ class RunFolder(Generic[ConfigT]):
             atomic_text(self.path / name, text)
 
     def truncate_logs(self, step: int) -> None:
-        """Forgets metrics, samples and TensorBoard's events after `step`: they will be written again by the resumed run."""
+        """Forgets metrics and samples after `step`, which the resumed run will write again, and starts the trackers."""
         if rank() != 0:
             return
-        if self.config.report_to == "tensorboard":
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ValueError("report_to=tensorboard needs the extra: pip install 'diptych[track]'") from error
-            self._writer = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
         kept = [line for line in self.metrics() if line["step"] <= step]
         atomic_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
         for path in (self.path / "samples").glob("step_*.jsonl"):
             if int(path.stem.split("_")[1]) > step:
                 path.unlink()
+        if self.config.report_to:
+            self._trackers = Trackers(
+                self.config.report_to, self.path, step, project=self.config.tracker_project, options=self.config.tracker_options,
+                settings={key: json.dumps(one) if isinstance(one, list | dict) else one for key, one in leaves(self.config).items()},
+            )  # fmt: skip
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if rank() != 0:
@@ -248,9 +250,8 @@ class RunFolder(Generic[ConfigT]):
         line = {"step": step, **metrics}
         with (self.path / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps(line) + "\n")
-        if self._writer is not None:
-            for name, value in metrics.items():
-                self._writer.add_scalar(name, value, step)
+        if self._trackers is not None:
+            self._trackers.log(step, metrics)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All logged lines. A last line that a killed process left unfinished is ignored."""
@@ -261,6 +262,8 @@ class RunFolder(Generic[ConfigT]):
         if rank() == 0:
             text = "".join(json.dumps(record) + "\n" for record in records)
             atomic_text(self.path / "samples" / f"step_{step}.jsonl", text)
+            if self._trackers is not None:
+                self._trackers.documents(step, records)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

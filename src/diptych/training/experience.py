@@ -22,7 +22,7 @@ from torch import Tensor
 from diptych.config import GRPOConfig, SamplingParams
 from diptych.data import Mixture, Record
 from diptych.data.background import IN_TURN, Reader
-from diptych.document import to_json_blocks
+from diptych.document import Text, to_json_blocks
 from diptych.models import UnifiedModel
 from diptych.rewards import RewardBatch, RewardError, call_rewards
 from diptych.rewards.base import merge
@@ -327,8 +327,8 @@ def reward_metrics(seen: Seen, config: GRPOConfig) -> dict[str, float]:
         metrics[f"rewards/{reward.key}/missing"] = rewards.missing[reward.key]
     metrics |= {f"rewards/{fault}": float(count) for fault, count in rewards.faults.items()}
     metrics |= {f"rewards/{name}": sum(found) / len(found) for name, found in rewards.metrics.items()}
-    weights = torch.tensor([reward.weight for reward in config.rewards])
-    total = (values * weights[:, None]).sum(0)[~missing[trains].any(0)]
+    totals, complete = weighted_rewards(rewards, config)
+    total = totals[complete]
     if len(total):
         metrics["reward"] = float(total.mean())
         metrics["reward_std"] = float(total.std()) if len(total) > 1 else 0.0
@@ -342,6 +342,13 @@ def reward_metrics(seen: Seen, config: GRPOConfig) -> dict[str, float]:
     metrics["completions/mean_images"] = sum(seen.num_images) / count
     metrics["completions/clipped_ratio"] = sum(seen.truncated) / count
     return metrics
+
+
+def weighted_rewards(rewards: RewardBatch, config: GRPOConfig) -> tuple[Tensor, Tensor]:
+    """(B,) the weighted sum of the rewards that train, and (B,) bool: nothing of it is missing."""
+    weights = torch.tensor([reward.weight for reward in config.rewards])
+    values, _, missing = document_rewards(*_reward_parts(rewards, torch.ones_like(weights, dtype=torch.bool)))  # (R, B)
+    return (values * weights[:, None]).sum(0), ~missing[_trains(config)].any(0)
 
 
 class Silence:
@@ -371,11 +378,17 @@ class Silence:
             )
 
 
-def sample_records(experience: Experience, group_size: int, num_groups: int = 1) -> list[dict[str, Any]]:
-    """The first groups of a step as JSON: prompt, answer, and for each step what every reward said."""
+def sample_records(experience: Experience, advantages: Tensor, config: GRPOConfig) -> list[dict[str, Any]]:
+    """The first `sample_groups` groups of a step as JSON: prompt and answer; for each step what every reward said (`steps`) and the
+    advantage with which it was trained (`advantages`: of its text or picture; None where nothing of it was chosen); what was said of the
+    whole document (`document`); and the weighted sum of the rewards that train (`reward`; None where one is missing).
+
+    advantages: (B, T) float32, as `token_advantages` gives it.
+    """
     names = list(experience.rewards.missing)
+    totals, complete = weighted_rewards(experience.rewards, config)
     records = []
-    for b in range(min(num_groups * group_size, len(experience.rollouts))):
+    for b in range(min(config.sample_groups * config.num_generations, len(experience.rollouts))):
         rollout, rewards = experience.rollouts[b], experience.rewards
         steps = [
             {n: round(float(rewards.steps[r, b, j]), 4) for r, n in enumerate(names) if rewards.applies[r, b, j]}
@@ -384,11 +397,23 @@ def sample_records(experience: Experience, group_size: int, num_groups: int = 1)
         whole = {n: round(float(rewards.documents[r, b]), 4) for r, n in enumerate(names) if rewards.documents_apply[r, b]}
         records.append(
             {"prompt": to_json_blocks(experience.records[b].prompt), "answer": to_json_blocks(rollout.document),
-             "steps": steps, "document": whole}
+             "group": b // config.num_generations, "steps": steps, "document": whole,
+             "reward": round(float(totals[b]), 4) if complete[b] else None,
+             "advantages": _step_advantages(rollout, advantages[b].cpu())}
         )  # fmt: skip
         if rewards.extras:
             records[-1]["extra"] = {name: _plain(values[b]) for name, values in rewards.extras.items()}
     return records
+
+
+def _step_advantages(rollout: Rollout, advantages: Tensor) -> list[float | None]:
+    """The advantage of each step's own choices, which all have the same: a text's tokens, or a picture's codes. `advantages`: (T,)."""
+    row, found = rollout.row, []
+    for step, segment in enumerate(rollout.document):
+        modality = Modality.TEXT if isinstance(segment, Text) else Modality.IMAGE
+        chosen = advantages[: len(row)][(row.step_ids == step) & row.completion_mask & (row.modality == modality)]
+        found.append(round(float(chosen[0]), 4) if len(chosen) else None)
+    return found
 
 
 def _plain(value: Any) -> Any:

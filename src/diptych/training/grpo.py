@@ -185,7 +185,7 @@ def _train(
         if step % config.logging_steps == 0 or step == config.max_steps or evaluates:
             run.log(step, metrics)
         if step % config.sample_steps == 0 or step == config.max_steps:
-            run.save_samples(step, sample_records(experience, config.num_generations))
+            run.save_samples(step, sample_records(experience, advantages, config))
         signal = asked_to_stop(requests)
         if checkpoints.due(step, signal):
             note_skipped(run, *mixtures)
