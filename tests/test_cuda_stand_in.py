@@ -25,7 +25,7 @@ from diptych.models import UnifiedModel, load_model
 from diptych.rewards import base
 from diptych.rewards.scorers.clip import ClipScore
 from diptych.runs import read_jsonl
-from diptych.sampling import engine, stream
+from diptych.sampling import batch, stream
 from diptych.sampling.engine import sample
 from diptych.sampling.logprobs import score
 from diptych.sampling.rollout import Rollout
@@ -272,9 +272,9 @@ def waits_of(machine: Machine, model: UnifiedModel, settings: SamplingParams, fo
 def test_no_code_of_a_picture_waits_for_the_device(machine, all_folders, family, graphs, monkeypatch):
     """A picture of many codes costs as many waits as one of few: with the loop cut short, the same."""
     model = load_model(all_folders[family], image_size=SIZE.get(family)).to(C0)
-    drawn, plain = [], engine._Lockstep._draw_position
+    drawn, plain = [], batch.Batch._draw_position
     counted = lambda *given: (drawn.append(len(machine.waits)), plain(*given))[1]  # noqa: E731
-    monkeypatch.setattr(engine._Lockstep, "_draw_position", counted)
+    monkeypatch.setattr(batch.Batch, "_draw_position", counted)
     waits_of(machine, model, params(2.0), AnswerForm.IMAGE, graphs)
     assert len(drawn) == model.image_spec.num_positions
     after_first = drawn[2:] if graphs else drawn[1:]  # the first position that is fed begins the one graph

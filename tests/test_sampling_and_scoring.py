@@ -10,7 +10,7 @@ import torch
 from diptych.config import ImageSampling, SamplingParams, TextSampling
 from diptych.document import Document, Image, Text
 from diptych.models import load_model
-from diptych.sampling import engine, stream
+from diptych.sampling import batch, engine, stream
 from diptych.sampling import logprobs as scorer
 from diptych.sampling.distribution import draw, log_distribution
 from diptych.sampling.engine import sample
@@ -300,7 +300,7 @@ def test_steps_of_unchanging_shape_sample_the_same_documents(models, family, tin
 
     plainly = run()
     stepwise = run(graphs=True)
-    monkeypatch.setattr(engine, "ASK_EVERY", {"cpu": 5})
+    monkeypatch.setattr(batch, "ASK_EVERY", {"cpu": 5})
     monkeypatch.setattr(stream, "POSITIONS_PER_GRAPH", 3)
     rarely = run(graphs=True)
     assert len({len(r.document.images) for r in plainly}) >= 2
@@ -321,7 +321,7 @@ def test_rows_that_wait_for_a_long_text_are_not_computed(tiny_model, guided_para
         return logits
 
     monkeypatch.setattr(type(tiny_model), "text_logits", short)
-    computed, real = [], engine.advance
+    computed, real = [], batch.advance
 
     def counting(model, streams, embeds, active=None):
         if len(streams) == 1 and embeds[0].shape[1] == 1:  # text: pictures have other branches
@@ -329,7 +329,7 @@ def test_rows_that_wait_for_a_long_text_are_not_computed(tiny_model, guided_para
             computed.append((num_rows, num_rows if active is None else int(active.sum())))
         real(model, streams, embeds, active)
 
-    monkeypatch.setattr(engine, "advance", counting)
+    monkeypatch.setattr(batch, "advance", counting)
     roll(tiny_model, guided_params, group=8)
     rows, fed = map(sum, zip(*computed, strict=True))
     assert fed <= rows <= 1.3 * fed

@@ -82,6 +82,21 @@ class KVCache:
         self.num_rows, self.length, self.full, self.compact = len(rows), length, bool(occupied.all()), True
         self._change(occupied, kept, length + room)
 
+    def join(self, other: KVCache, room: int) -> None:
+        """Adds the rows of another behind its own, with room for so many more slots. Both are compact, and so is what comes of them."""
+        assert self.compact
+        assert other.compact
+        length, sizes = max(self.length, other.length), (self.num_rows, other.num_rows)
+        occupied = self._occupied.new_zeros(sum(sizes), length + room)
+        occupied[: sizes[0], : self.length], occupied[sizes[0] :, : other.length] = self.occupied, other.occupied
+        for mine, theirs in ((self._keys, other._keys), (self._values, other._values)):
+            for layer, (first, second) in enumerate(zip(mine, theirs, strict=True)):
+                mine[layer] = first.new_zeros(sum(sizes), first.shape[1], length + room, first.shape[3])  # NaN would reach through a mask
+                mine[layer][: sizes[0], :, : self.length] = first[:, :, : self.length]
+                mine[layer][sizes[0] :, :, : other.length] = second[:, :, : other.length]
+        self.full = self.full and other.full and self.length == other.length
+        self.num_rows, self.length, self._occupied = sum(sizes), length, occupied
+
     def copy(self, rows: Tensor, room: int) -> KVCache:
         """What `select` would leave, in buffers of its own."""
         other = KVCache(self.num_rows, self._occupied.device)

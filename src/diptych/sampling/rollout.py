@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import PIL.Image
 import torch
@@ -55,13 +55,15 @@ class Piece:
         return cls(Modality.TEXT, torch.tensor(ids), torch.zeros(len(ids)), torch.zeros(len(ids), dtype=torch.bool))
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class PartialRollout:
-    """An answer while it is being sampled. `prompt`: the prompt, and what of the answer stands before its first choice."""
+    """An answer while it is being sampled. `prompt`: the prompt, and what of the answer stands before its first choice. `pictures`: its
+    images, as far as they were decoded."""
 
     prompt: TokenRow
     pieces: list[Piece] = dataclasses.field(default_factory=list)
     truncated: bool = False
+    pictures: list[PIL.Image.Image] = dataclasses.field(default_factory=list)
 
     @property
     def form(self) -> AnswerForm:
@@ -73,14 +75,28 @@ class PartialRollout:
         return sum(isinstance(segment, Image) for segment in self.prompt.given)
 
 
-def finish(model: UnifiedModel, partials: list[PartialRollout], params: SamplingParams) -> list[Rollout]:
-    """Partial rollouts to rollouts; their images are decoded in batches, across rollouts."""
-    images = [piece.ids for one in partials for piece in one.pieces if piece.modality == Modality.IMAGE]
-    pictures: list[PIL.Image.Image] = []
-    for codes in torch.stack(images).split(PICTURES_AT_ONCE) if images else ():
-        pictures += model.to_pictures(codes)
-    supply = iter(pictures)
-    return [_finish_one(model, one, params, supply) for one in partials]
+def decode_pictures(model: UnifiedModel, partials: Sequence[PartialRollout]) -> None:
+    """Decodes what was drawn and not decoded yet, in batches, across rollouts."""
+    waiting = [
+        (one, codes) for one in partials
+        for codes in [piece.ids for piece in one.pieces if piece.modality == Modality.IMAGE][len(one.pictures) :]
+    ]  # fmt: skip
+    for start in range(0, len(waiting), PICTURES_AT_ONCE):
+        some = waiting[start : start + PICTURES_AT_ONCE]
+        pictures = model.to_pictures(torch.stack([codes for _, codes in some]))
+        for (one, _), picture in zip(some, pictures, strict=True):
+            one.pictures.append(picture)
+
+
+def is_broken(partial: PartialRollout) -> bool:
+    """Whether the model's logits were NaN."""
+    return any(bool(piece.logprobs.isnan().any()) for piece in partial.pieces)
+
+
+def finish(model: UnifiedModel, partials: Sequence[PartialRollout], params: SamplingParams) -> list[Rollout]:
+    """Partial rollouts to rollouts."""
+    decode_pictures(model, partials)
+    return [_finish_one(model, one, params) for one in partials]
 
 
 def partial_row(model: UnifiedModel, partial: PartialRollout) -> TokenRow:
@@ -129,8 +145,9 @@ def _text_of(model: UnifiedModel, ids: list[int]) -> str:
     return model.decode_text([i for i in ids if i not in (model.image_spec.begin_id, model.eos_id)]).strip()
 
 
-def _finish_one(model: UnifiedModel, partial: PartialRollout, params: SamplingParams, pictures: Iterator[PIL.Image.Image]) -> Rollout:
+def _finish_one(model: UnifiedModel, partial: PartialRollout, params: SamplingParams) -> Rollout:
     row, logprobs, steps = _assemble(model, partial)
+    pictures = iter(partial.pictures)
     steps = steps or [Text("")]  # an empty answer
     segments = [Image(next(pictures), step) if isinstance(step, Tensor) else step for step in steps]
     return Rollout(

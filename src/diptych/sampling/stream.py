@@ -36,6 +36,11 @@ class Stream:
         self.hidden = states[torch.arange(len(rows), device=device), self.position - 1]
         self.select(repeat.to(device), room)
 
+    def join(self, other: Stream, room: int) -> None:
+        """Adds the sequences of another behind its own, with room for so many more positions."""
+        self.cache.join(other.cache, room)
+        self.hidden, self.position = torch.cat([self.hidden, other.hidden]), torch.cat([self.position, other.position])
+
     def select(self, rows: Tensor, room: int) -> None:
         """These rows, (B',) int64, with room for so many more positions."""
         self.cache.select(rows, room)
