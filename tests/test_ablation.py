@@ -207,11 +207,26 @@ def test_a_trial_is_named_by_what_differs_from_the_defaults():
     assert trials._said(again, {"output_dir", "model"}) == trial.settings["grpo"]
 
 
-def test_other_packaged_weights_make_other_cells(tmp_path, monkeypatch):
-    _, suite = load_suite(str(suite_of(tmp_path)))
-    before = [entry.trial.key for entry in grid(suite, [0])]
-    monkeypatch.setattr(trials, "packaged_weights", lambda: "retrained")
-    assert not set(before) & {entry.trial.key for entry in grid(suite, [0])}
+def test_other_packaged_weights_make_other_trials_where_they_are_used(tmp_path, monkeypatch):
+    """A package that is added, or trained again, leaves trials alone that neither train with it nor are asked by it."""
+    monkeypatch.setattr(trials, "packaged_folder", lambda name: tmp_path / name)
+
+    def trained(name: str, weights: bytes) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+        trials._hash_of.cache_clear()
+
+    def hashes() -> list[str]:
+        return [trials.packaged_weights({"grpo": {"rewards": [{"name": name}]}}) for name in ("format", "next_picture")]
+
+    trained("storyboard", b"1")
+    alone = hashes()
+    assert alone[0] == alone[1]
+    trained("next_picture", b"1")
+    added = hashes()
+    assert (added[0] == alone[0], added[1] == alone[1]) == (True, False)
+    trained("storyboard", b"2")
+    assert not set(hashes()) & set(added)
 
 
 def test_changes_come_after_the_base_and_overrides_before_the_variant(tmp_path):

@@ -25,8 +25,10 @@ average): compare directions, not sizes. Unless a variant says otherwise, it has
 have, or does not tell of: supervised examples in every update (ptx), rewards of which each trains one modality, and credit for each step
 index on its own with discount 0.5.
 
-The text reward of most suites is `text_critic`, the weaker one (`grpo.rewards.1.name` in the settings below a table; the demo's is
-`text_likelihood`): most were run before the demo had another, and a reward that is wrong somewhere is what is met in practice.
+Suites named `terse_...` are of the recipe `demo`: a text tells only what happens, and pictures must remember the rest. The others are of
+the recipe `demo_full`, in which every text tells the whole scene, so that a picture is right where its text is. The text reward of most of
+those is `text_critic`, the weaker one (`grpo.rewards.1.name` in the settings below a table): a reward that is wrong somewhere is what is
+met in practice.
 
 A *trial* is one variant with one seed. *Reaches the reference's end at step*: the first of the evaluated steps at which the variant's mean
 is at least the reference's last mean; it has no interval. *Training*: means over the last five steps. *Parity*: the largest
@@ -69,19 +71,29 @@ def results_document(folder: Path) -> str:
     return "\n".join([HEAD, *paper_section(records), *sections, *others])
 
 
+TELLINGS = {
+    "demo": "Where pictures must remember (recipe `demo`)",
+    "demo_full": "Where every text tells the whole scene (recipe `demo_full`)",
+}  # by the recipe of a suite
+
+
 def paper_section(records: Sequence[Record]) -> list[str]:
-    """One table of all orders that the paper reports, over all suites."""
-    rows = [
-        f"| {verdict.better} above {verdict.worse} | {verdict.paper} | {verdict.shown or '–'} | {verdict.order} | {record['title']} |"
-        for record in records
-        for verdict in verdicts(record)
-    ]
-    if not rows:
+    """All orders that the paper reports, over all suites: a table for each telling."""
+    lines = []
+    for recipe in [*TELLINGS, *dict.fromkeys(r["base"]["recipe"] for r in records if r["base"]["recipe"] not in TELLINGS)]:
+        rows = [
+            f"| {verdict.better} above {verdict.worse} | {verdict.paper} | {verdict.shown or '–'} | {verdict.order} | {record['title']} |"
+            for record in records if record["base"]["recipe"] == recipe
+            for verdict in verdicts(record)
+        ]  # fmt: skip
+        if rows:
+            head = "| the paper's order | its numbers (MMIE / InterleavedBench) | difference here | order here | suite |"
+            lines += [f"### {TELLINGS.get(recipe, f'Recipe `{recipe}`')}", "", head, "|---" * 5 + "|", *rows, ""]
+    if not lines:
         return []
-    head = "| the paper's order | its numbers (MMIE / InterleavedBench) | difference here | order here | suite |"
     words = ("`the same`, `the opposite`: the 95 % interval of the paired difference lies on one side of zero. `not shown`: it holds zero. "
              "Not corrected for their number.")  # fmt: skip
-    return ["## Against the paper", "", head, "|---" * 5 + "|", *rows, "", words, ""]
+    return ["## Against the paper", "", *lines, words, ""]
 
 
 def suite_section(record: Record) -> str:

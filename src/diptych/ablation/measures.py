@@ -8,8 +8,13 @@ RATES = {
     "score": "score", "format": "format right", "text": "texts right", "image": "pictures right", "order": "order right",
     "document": "whole documents right",
 }  # fmt: skip
-REWARDS = {"text_critic": "text critic", "text_likelihood": "text likelihood", "image_text": "image agreement", "format": "format"}
-SKILLS = {"text_to_image": "text to image kept", "understanding": "understanding kept"}
+MEMORY = {"given": "pictures right given text and picture before", "kept": "things kept"}
+"""Rates of the terse telling alone: there pictures must remember."""
+REWARDS = {
+    "text_critic": "text critic", "text_likelihood": "text likelihood", "image_text": "image agreement", "format": "format",
+    "image_likelihood": "picture likelihood",
+}  # fmt: skip
+SKILLS = {"text_to_image": "text to image kept", "understanding": "understanding kept", "editing": "editing kept"}
 TRAINING = {
     "reward": "reward", "reward_std": "reward spread", "frac_reward_zero_std": "groups without spread", "kl/text": "KL per text choice",
     "kl/image": "KL per code", "entropy/text": "entropy per text choice", "entropy/image": "entropy per code",
@@ -40,7 +45,7 @@ class Measure:
 def _all() -> dict[str, Measure]:
     found = []
     for mode in ("greedy", "sampled"):
-        found += [Measure(f"{mode}/{name}", f"{label}, {mode}", True, True) for name, label in RATES.items()]
+        found += [Measure(f"{mode}/{name}", f"{label}, {mode}", True, True) for name, label in (RATES | MEMORY).items()]
         found += [Measure(f"{mode}_reward/{name}", f"reward: {label}, {mode}", True, True) for name, label in REWARDS.items()]
     found += [Measure(f"retention/{name}", label, True, True) for name, label in SKILLS.items()]
     found += [Measure(f"train/{name}", f"training: {label}", False, False) for name, label in TRAINING.items()]

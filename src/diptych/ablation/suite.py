@@ -148,7 +148,7 @@ def variant_config(suite: Suite, variant: Variant, seed: int) -> DemoConfig:
     changes = {**suite.base.changes, **variant.changes}
     _refuse(variant.name, changes)
     try:
-        config = load_config(DemoConfig, suite.base.recipe, changes)
+        config = load_config(DemoConfig, suite.base.recipe, {"control": None, **changes})  # variants are each other's controls
     except ValueError as error:
         raise ValueError(f"variant {variant.name!r}: {error}") from None
     stages = {"seed": seed, "num_threads": 1}  # one thread: numbers do not depend on how many workers share the machine

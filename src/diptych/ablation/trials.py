@@ -26,11 +26,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diptych.ablation.measures import RATES, TRAINING
+from diptych.ablation.measures import MEMORY, RATES, TRAINING
 from diptych.config import Config, DemoConfig, EvaluateConfig, GRPOConfig, RewardConfig, SamplingParams, WarmupConfig, build
 from diptych.evaluation.storyboard import Judged, evaluate_documents, evaluate_retention, held_out_tasks, rates, reward_columns
 from diptych.models import load_model, packaged_folder
-from diptych.rewards import BUILT_IN, call_rewards, load_reward
+from diptych.rewards import call_rewards, load_reward
 from diptych.runs import RunFolder, atomic_text, read_jsonl
 from diptych.runtime import pick_device, versions
 from diptych.training.credit import document_rewards
@@ -40,6 +40,8 @@ from diptych.training.warmup import checkpoint_of, warmup
 Say = Callable[[int, int, str], None]
 """(steps done, steps in all, a few words)"""
 DEFAULTS = 1  # raised whenever the default of a setting changes
+ASKED = ("format", "image_text", "text_critic", "text_likelihood", "image_likelihood")  # in every evaluation
+WEIGHTS = ("image_text", "storyboard", "storyboard_terse", "text_critic")  # packages that they need
 WINDOW = 5  # logged steps before a checkpoint whose mean is its training metrics
 
 
@@ -93,7 +95,7 @@ def trial_of(stage: str, config: DemoConfig, steps: tuple[int, ...]) -> Trial:
         "evaluate": config.evaluate.model_dump(mode="json"),
         "sampling": config.grpo.sampling.model_dump(mode="json"),
         "device": config.grpo.device,
-        "weights": packaged_weights(),
+        "weights": packaged_weights(config.model_dump(mode="json", include={"warmup", "grpo"})),
         "defaults": DEFAULTS,
     }
     if stage == "base":
@@ -117,10 +119,16 @@ def warmup_trial(trial: Trial) -> Trial:
     return Trial({**{k: v for k, v in trial.settings.items() if k not in ("grpo", "steps")}, "stage": "warmup"})
 
 
+def packaged_weights(settings: Mapping[str, Any]) -> str:
+    """A hash of the packaged weights that the settings name and evaluations need: another base model or reward makes other trials."""
+    said = json.dumps(settings)
+    names = sorted(path.name for path in packaged_folder("").iterdir() if path.name in WEIGHTS or f'"{path.name}"' in said)
+    return _hash_of(tuple(names))
+
+
 @functools.cache
-def packaged_weights() -> str:
-    """A hash of the weights that ship with the package: another base model or reward makes other trials."""
-    files = sorted(packaged_folder("").rglob("*.safetensors"))
+def _hash_of(packages: tuple[str, ...]) -> str:
+    files = [file for name in packages for file in sorted(packaged_folder(name).rglob("*.safetensors"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
@@ -250,7 +258,7 @@ def evaluate_model(source: str | Path, config: EvaluateConfig, sampling: Samplin
     for mode, params in (("greedy", sampling.greedy()), ("sampled", sampling)):
         judged = evaluate_documents(model, tasks, params, config)
         oracle = rates(judged)
-        found |= {f"{mode}/{name}": oracle[name] for name in RATES}
+        found |= {f"{mode}/{name}": oracle[name] for name in (*RATES, *(MEMORY if config.telling == "terse" else ()))}
         found |= {f"{mode}_reward/{name}": value for name, value in mean_rewards(judged).items()}
     kept = evaluate_retention(model, sampling, config)
     found |= {f"retention/{name}": value["accuracy"] for name, value in kept.items()}
@@ -258,13 +266,13 @@ def evaluate_model(source: str | Path, config: EvaluateConfig, sampling: Samplin
 
 
 def mean_rewards(judged: list[Judged]) -> dict[str, float]:
-    """What each packaged reward says of the answers, on average over those that it speaks of. None of them is trained on here:
+    """What each of `ASKED` says of the answers, on average over those that it speaks of. None of them is trained on here:
     beside the oracle's rates this shows a policy that pleases its rewards and nothing else."""
-    functions = [(RewardConfig(name=name), load_reward(name)) for name in BUILT_IN]
+    functions = [(RewardConfig(name=name), load_reward(name)) for name in ASKED]
     batch = call_rewards(functions, [j.task.prompt for j in judged], [j.answer for j in judged], reward_columns(judged))
     values, speaks, missing = document_rewards(batch.steps, batch.applies, batch.documents, batch.documents_apply)  # (R, B)
     used = speaks & ~missing
-    return {name: round(float(values[r][used[r]].mean()), 4) for r, name in enumerate(BUILT_IN) if bool(used[r].any())}
+    return {name: round(float(values[r][used[r]].mean()), 4) for r, name in enumerate(ASKED) if bool(used[r].any())}
 
 
 def _summary(trial: Trial, root: Path, evaluations: dict[int, dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:

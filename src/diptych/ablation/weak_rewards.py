@@ -1,5 +1,5 @@
-"""Image rewards that are worse than `image_text`, to see what a reward's strength is worth. Each is a function of the content
-alone: the same text and picture always get the same value.
+"""Image rewards that are worse than `image_text` or `image_likelihood`, to see what a reward's strength is worth. Each depends on
+the content alone: the same picture in the same place always gets the same value.
 
 How weak: a right picture (by the oracle) gets more than a wrong one with probability 0.72 from `image_text`, 0.61 from
 `noisy_image_text` and 0.54 from `coarse_image_text` (299 pictures sampled by the demo's warm-up, seed 0; chance is 0.5). None is near
@@ -9,9 +9,11 @@ How weak: a right picture (by the oracle) gets more than a wrong one with probab
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from diptych.document import Document, Image
+from diptych.rewards.image_likelihood import ImageLikelihood
 from diptych.rewards.image_text import image_text
 
 NOISE = 0.5  # share of the value that says nothing
@@ -32,6 +34,32 @@ def noisy_image_text(completions: list[list[dict[str, Any]]], **_: Any) -> list[
 def coarse_image_text(completions: list[list[dict[str, Any]]], **_: Any) -> list[list[float | None]]:
     """1 where `image_text` is at least a half, else 0: a scorer that says "fits" or "does not", and never how well."""
     return [[None if value is None else float(value >= COARSE) for value in row] for row in image_text(completions)]
+
+
+class NoisyImageLikelihood(ImageLikelihood):
+    """Half `image_likelihood`, half a number between 0 and 1 drawn from a hash of the picture and its text."""
+
+    def __call__(
+        self, prompts: list[list[dict[str, Any]]], completions: list[list[dict[str, Any]]],
+        completion_documents: Sequence[Document] | None = None, **_: Any,
+    ) -> list[list[float | None]]:  # fmt: skip
+        values = super().__call__(prompts, completions, completion_documents)
+        for row, messages in zip(values, completions, strict=True):
+            for step, caption, image in Document.from_blocks(messages[-1]["content"]).captions():
+                value = row[step]
+                row[step] = None if value is None else (1 - NOISE) * value + NOISE * _noise(caption, image)
+        return values
+
+
+class CoarseImageLikelihood(ImageLikelihood):
+    """1 where `image_likelihood` is at least a half, else 0."""
+
+    def __call__(
+        self, prompts: list[list[dict[str, Any]]], completions: list[list[dict[str, Any]]],
+        completion_documents: Sequence[Document] | None = None, **_: Any,
+    ) -> list[list[float | None]]:  # fmt: skip
+        values = super().__call__(prompts, completions, completion_documents)
+        return [[value if value is None or value != value else float(value >= COARSE) for value in row] for row in values]
 
 
 def _noise(caption: str, image: Image) -> float:
