@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, docs/python.md and docs/your_own.md are run as they stand there, the last one at toy size."""
+"""The examples of extending.md, python.md and your_own.md in docs/how-to are run as they stand there, the last one at toy size."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def blocks_of(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S)
 
 
-BLOCKS = blocks_of("extending.md")
+BLOCKS = blocks_of("how-to/extending.md")
 
 
 def block(start: str) -> str:
@@ -42,7 +42,7 @@ def block(start: str) -> str:
 def as_module(name: str, source: str, monkeypatch) -> types.ModuleType:
     module = types.ModuleType(name)
     monkeypatch.setitem(sys.modules, name, module)
-    exec(compile(source, f"docs/extending.md ({name})", "exec"), module.__dict__)
+    exec(compile(source, f"docs/how-to/extending.md ({name})", "exec"), module.__dict__)
     return module
 
 
@@ -61,7 +61,7 @@ def test_the_picture_decoder(monkeypatch):
 
 
 def test_the_loss(monkeypatch):
-    exec(compile(block("def quadratic_surrogate"), "docs/extending.md", "exec"), losses.__dict__)
+    exec(compile(block("def quadratic_surrogate"), "docs/how-to/extending.md", "exec"), losses.__dict__)
     monkeypatch.setitem(losses.LOSSES, "spo", (losses.quadratic_surrogate, losses.per_rollout))
     as_module("its_test", block("import math\n\nimport pytest"), monkeypatch).test_spo_by_hand()
     del losses.quadratic_surrogate
@@ -82,15 +82,15 @@ def test_the_family(monkeypatch, tmp_path):
 def test_the_page_on_python(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     found: dict[str, Any] = {}
-    for number, source in enumerate(blocks_of("python.md")):
-        exec(compile(source, f"docs/python.md ({number})", "exec"), found)
+    for number, source in enumerate(blocks_of("how-to/python.md")):
+        exec(compile(source, f"docs/how-to/python.md ({number})", "exec"), found)
     assert len(found["rollouts"]) == 4
     sampled = torch.stack([rollout.rollout_logprobs.sum() for rollout in found["rollouts"]])
     torch.testing.assert_close(found["scores"].logprobs.sum((1, 2)), sampled, atol=1e-3, rtol=0)
     assert [len(read_jsonl(tmp_path / "runs" / "py" / stage / "metrics.jsonl")) for stage in ("warmup", "grpo")] == [2, 2]
 
 
-SMALLER = {  # of docs/your_own.md, for a toy model and a test
+SMALLER = {  # of docs/how-to/your_own.md, for a toy model and a test
     "step_400": "step_2", "max_steps: 400": "max_steps: 2", "step_200": "step_1", "max_steps: 200": "max_steps: 1",
     "batch_size: 16": "batch_size: 2", "prompts_per_step: 4": "prompts_per_step: 2", "num_generations: 8": "num_generations: 2",
     "max_text_tokens: 96": "max_text_tokens: 12",
@@ -99,7 +99,7 @@ SMALLER = {  # of docs/your_own.md, for a toy model and a test
 
 def test_the_page_on_documents_of_your_own(monkeypatch, tmp_path):
     """Its files are written as they stand (fewer steps), its commands run one after the other; only downloads are made here."""
-    page = (DOCS / "your_own.md").read_text()
+    page = (DOCS / "how-to" / "your_own.md").read_text()
     for given, smaller in SMALLER.items():
         assert given in page
         page = page.replace(given, smaller)
@@ -124,3 +124,8 @@ def test_the_page_on_documents_of_your_own(monkeypatch, tmp_path):
     for column in re.findall(r"^\| `([^`]+)`(?:, `([^`]+)`)? \|", page, re.M):
         for name in filter(None, column):
             assert name.replace("NAME", "format") in line, f"the page's metric {name} is not logged"
+    known = re.findall(r"`([\w/.]+)`", (DOCS / "reference" / "metrics.md").read_text())
+    patterns = [re.escape(name).replace("NAME", r"\w+").replace(r"rewards/\.\.\.", r"rewards/.*") for name in known]
+    for stage in ("warmup", "grpo"):
+        for name in read_jsonl(tmp_path / "runs" / "mine" / stage / "metrics.jsonl")[-1]:
+            assert name == "step" or any(re.fullmatch(pattern, name) for pattern in patterns), f"docs/reference/metrics.md lacks {name}"

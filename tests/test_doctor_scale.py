@@ -320,8 +320,8 @@ def test_the_command(monkeypatch):
 
 # --- the documents -----------------------------------------------------------------------------------------------------
 def test_tables_of_the_documents_are_what_is_printed():
-    """Every row of docs/scale.md's tables, under the command that stands above it."""
-    text = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+    """Every row of docs/how-to/scale.md's tables, under the command that stands above it."""
+    text = (Path(__file__).parents[1] / "docs" / "how-to" / "scale.md").read_text()
     blocks = re.findall(r"^\$ diptych (doctor --gpus .*)\n((?:[^`\n].*\n)+)", text, re.MULTILINE)
     assert len(blocks) == 4
     for command, rows in blocks:

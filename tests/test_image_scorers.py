@@ -577,7 +577,7 @@ def test_wrong_options(toys, options, message):
 
 
 def test_the_page_of_the_docs_names_what_there_is():
-    page = (Path(__file__).parents[1] / "docs" / "image_scorers.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "image_scorers.md").read_text()
     for entry in yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])["rewards"]:
         config = build(RewardConfig, entry)
         if config.name in SCORERS:

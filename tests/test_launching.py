@@ -1,4 +1,4 @@
-"""The launching scripts of docs/scale.md, with stand-ins for what they call."""
+"""The launching scripts of docs/how-to/scale.md, with stand-ins for what they call."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.distributed.run import get_args_parser as launch_options
 
 
 def block(language: str, part: str) -> str:
-    """The one code block of docs/scale.md that has `part`."""
-    text = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+    """The one code block of docs/how-to/scale.md that has `part`."""
+    text = (Path(__file__).parents[1] / "docs" / "how-to" / "scale.md").read_text()
     (found,) = [code for code in re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if part in code]
     return found
 

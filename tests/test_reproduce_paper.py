@@ -1,4 +1,4 @@
-"""docs/reproduce_paper.md: every command, option, recipe, setting and file name on it exists, and its steps fit together."""
+"""docs/how-to/reproduce_paper.md: every command, option, recipe, setting and file name on it exists, and its steps fit together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from diptych.rewards.judges.options import JudgeOptions
 from diptych.training.grpo import checkpoint_of as grpo_checkpoint
 from diptych.training.warmup import checkpoint_of as warmup_checkpoint
 
-PAGE = (Path(__file__).parents[1] / "docs" / "reproduce_paper.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "how-to" / "reproduce_paper.md").read_text()
 SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.S))
 BASE = "checkpoints/vila-u-7b-256"
 
@@ -176,5 +176,5 @@ def test_the_recipes_say_what_the_paper_says():
 
 def test_files_that_the_page_links_to_exist():
     for link in re.findall(r"\]\(((?!http)[^)#]+)", PAGE):
-        assert (Path(__file__).parents[1] / "docs" / link).exists(), link
+        assert (Path(__file__).parents[1] / "docs" / "how-to" / link).exists(), link
     assert (Path(__file__).parents[1] / "benchmarks" / "real_size.py").is_file()

@@ -34,7 +34,7 @@ def convert(
     image_size: Annotated[int | None, typer.Option(min=8, help="cut pictures square, so many pixels a side; left out: as they are")] = None,
     min_images: Annotated[int | None, typer.Option(min=1, help="leave out records with fewer; left out: the kind's own")] = None,
     max_images: Annotated[
-        int | None, typer.Option(min=1, help="leave out records with more, or end them there (see docs/data.md); left out: end at 6")
+        int | None, typer.Option(min=1, help="leave out records with more, or end them there (see docs/how-to/data.md); left out: end at 6")
     ] = None,
     share: Annotated[float, typer.Option(min=0, max=1, help="a fixed random share of the records")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the share")] = 0,

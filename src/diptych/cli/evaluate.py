@@ -96,7 +96,7 @@ def benchmark(
     load_in_4bit: FourBit = False,
     device: Device = "auto",
 ) -> None:
-    """Answers a published benchmark, writes what its scorer reads, and makes the table. See docs/evaluation.md."""
+    """Answers a published benchmark, writes what its scorer reads, and makes the table. See docs/how-to/evaluation.md."""
     from diptych.cli.figures import show_benchmark
     from diptych.document import valid_text
     from diptych.evaluation.jobs import Job, Settings, nothing_scored

@@ -20,7 +20,7 @@ def list_rewards() -> None:
 
     from diptych.rewards.base import ABOUT
 
-    table = Table("name", "judges", "values", "needs", caption="Your own: package.module:function. See docs/rewards.md")
+    table = Table("name", "judges", "values", "needs", caption="Your own: package.module:function. See docs/how-to/rewards.md")
     for name, about in ABOUT.items():
         table.add_row(name, *about)
     console.print(table)

@@ -10,7 +10,7 @@ Only `messages` is needed; other keys are columns for rewards. Image paths are r
 last assistant's message. A conversation of several turns is one record for each answer that is trained; what came before it is its
 prompt. An answer that is not to be trained says `"loss": false` beside its role. An assistant message that says `"prefix": true` is the
 given beginning of the answer that follows, or is to be sampled. The column `answer_form` says what the answer may hold (`AnswerForm`).
-How such files are made is in docs/data.md.
+How such files are made is in docs/how-to/data.md.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def read(options: Options, problems: Problems) -> Iterator[RawRecord]:
     if missing and not found:
         raise ValueError(
             f"--media {str(folder)!r} holds none of the pictures of {options.input}. The first one would be {folder / missing}; "
-            f"found there: {_listing(folder)}. Give the folder that file names are relative to (docs/data.md, wikihow)"
+            f"found there: {_listing(folder)}. Give the folder that file names are relative to (docs/how-to/data.md, wikihow)"
         )
 
 

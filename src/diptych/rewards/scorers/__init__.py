@@ -1,4 +1,4 @@
-"""Rewards that run an image scorer in this process: see docs/image_scorers.md.
+"""Rewards that run an image scorer in this process: see docs/how-to/image_scorers.md.
 
 `base` has what they share: options, captions, batches, memory, rescaling, checkpoints. `clip` has the three that are CLIP models,
 `image_reward` ImageReward's network on transformers' BLIP, `coherence` the likeness of a document's pictures; `open_clip` converts HPSv2's
