@@ -21,6 +21,7 @@ from diptych.models.hf import decode
 from diptych.models.image_spec import ImageSpec
 from diptych.models.storyboard.codec import PatchCodec
 from diptych.tokens import TokenRow
+from diptych.worlds.storyboard.world import look_alike
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>", "<user>", "<assistant>", "<vis>", "</vis>")
 PAD, UNK, BOS, EOS, USER, ASSISTANT, BEGIN_IMAGE, END_IMAGE = range(len(SPECIAL_TOKENS))
@@ -161,7 +162,7 @@ class StoryboardModel(UnifiedModel):
 
     def check_world(self, world: str) -> None:
         own = self.config.world
-        if world != own:
+        if not look_alike(world, own):
             raise ValueError(
                 f"this model knows the words and pictures of the world {own!r} ({self.config.grid} x {self.config.grid} positions of "
                 f"{self.config.depth} codes, {self.image_spec.pixel_size} pixels a side), and was asked for those of {world!r}; give a "

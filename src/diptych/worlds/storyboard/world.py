@@ -127,6 +127,7 @@ class World:
 
 FULL = World()
 TERSE = World(telling="terse", families=("story", "how_to"))
+LONG = World(telling="terse", families=("story",), events=(5, 5))
 LARGE = World(
     telling="terse", families=("story", "how_to", "recall"), characters=CHARACTERS, max_count=2, rows=2, things=(3, 4), events=(3, 5),
     verbs=("paint", "grow", "shrink", "move", "leave", "background", "add", "join", "part", "dress"), held_out=16,
@@ -135,6 +136,7 @@ LARGE_128 = dataclasses.replace(LARGE, columns=("far left", "left", "right", "fa
 
 WORLDS: dict[str, dict[str, World]] = {
     "standard": {"full": FULL, "terse": TERSE},
+    "long": {"terse": LONG},
     "large": {"terse": LARGE},
     "large_128": {"terse": LARGE_128},
 }
@@ -148,3 +150,8 @@ def world_named(name: str, telling: str) -> World:
     if telling not in WORLDS[name]:
         raise ValueError(f"the world {name!r} has no telling {telling!r}; set telling to {' or '.join(WORLDS[name])}")
     return WORLDS[name][telling]
+
+
+def look_alike(one: str, other: str) -> bool:
+    """Whether what knows the words and pictures of one world knows those of the other: their tasks alone differ."""
+    return world_named(one, "terse").looks == world_named(other, "terse").looks
