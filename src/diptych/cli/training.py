@@ -48,14 +48,29 @@ def grpo(context: typer.Context, recipe: Recipe = "grpo") -> None:
     say(f"saved: {checkpoint_of(config)}")
 
 
-@app.command(epilog="Example: diptych view runs/demo/grpo")
-def view(run: Annotated[Path, typer.Argument(help="the output_dir of a warmup or grpo run")]) -> None:
-    """Writes `report.html` into a run folder: curves, and every saved document with its rewards."""
+@app.command(epilog="Example: diptych view runs/demo/grpo; diptych view runs --serve")
+def view(
+    runs: Annotated[list[Path], typer.Argument(help="output_dirs of warmup or grpo runs; with --serve also folders that hold runs")],
+    serve: Annotated[bool, typer.Option("--serve", help="a page that follows all runs in the folders while they train")] = False,
+    host: Annotated[str, typer.Option(help="address to serve at; at 0.0.0.0 all who reach this machine can read the runs")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 8420,
+) -> None:
+    """Curves, and every saved document with its rewards: as `report.html` in each run's folder, or served while the runs go on."""
+    if serve:
+        try:
+            from diptych.report.live import address, listen, show
+        except ModuleNotFoundError as error:
+            raise ValueError(f"--serve needs {error.name}, which is not installed: pip install 'diptych[serve]'") from error
+
+        with listen(host, port) as listening:
+            show(runs, listening, host, lambda: say(f"open {address(listening, host)} (Ctrl-C ends it)"))
+        return
     from diptych.report import run_page
     from diptych.runs import atomic_text
 
-    atomic_text(run / "report.html", run_page(run))
-    say(f"open {run / 'report.html'}")
+    for run in runs:
+        atomic_text(run / "report.html", run_page(run))
+        say(f"open {run / 'report.html'}")
 
 
 @app.command(epilog="Example: diptych pretrain --output-dir runs/pretrain")
