@@ -61,7 +61,7 @@ class Documents:
 
         `more`: the step to go on before, where there may be others.
         """
-        steps = [step] if step is not None else [one for one in reversed(self.saved()) if before is None or one < before]
+        steps = [one for one in reversed(self.saved()) if (step is None or one == step) and (before is None or one < before)]
         groups: list[dict[str, Any]] = []
         for one in steps:
             if len(groups) >= MOST_GROUPS:

@@ -35,8 +35,9 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """What config.yaml says; nothing where it cannot be read."""
+        file = self.folder / "config.yaml"
         try:
-            content = yaml.safe_load((self.folder / "config.yaml").read_text())
+            content = {} if file.is_symlink() else yaml.safe_load(file.read_text())
             found = content["config"]
         except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
             return {}
@@ -72,8 +73,9 @@ class Run:
     def _rewards(self, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Name, weight, modality and description of each."""
         about: dict[str, str] = {}
+        file = self.folder / "rewards.json"
         try:
-            for entry in read_json(self.folder / "rewards.json"):
+            for entry in [] if file.is_symlink() else read_json(file):
                 about[str(entry["name"])] = str(entry["about"])
         except (OSError, ValueError, LookupError, TypeError):
             pass  # an older run, or a warm-up
