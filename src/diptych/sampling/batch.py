@@ -29,7 +29,7 @@ ASK_EVERY = {"cpu": 1}  # text tokens between two questions whether all rows are
 Watch = Callable[[list[tuple[PartialRollout, list[int]]]], None]  # is given text tokens as they are chosen
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Asked:
     """`count` documents of one prompt.
 

@@ -10,7 +10,8 @@ from diptych.models.base import UnifiedModel
 class Wording:
     """Of one text. What its parts say, one after the other, is what the document's text says in the end.
 
-    Held back are spaces at the end, which a text loses, and a character of which some bytes are still to come.
+    Held back are spaces at the end, which a text loses, and a character of which some bytes are still to come. (Only where bytes make no
+    character do some tokenizers take back what stood before them; then what comes after is said behind it.)
     """
 
     def __init__(self, model: UnifiedModel) -> None:
@@ -25,7 +26,9 @@ class Wording:
 
     def end(self) -> str:
         """What was held back."""
-        return self._until(self._text())
+        text = self._text()
+        kept = next((place for place, (one, other) in enumerate(zip(self.said, text, strict=False)) if one != other), len(self.said))
+        return text[kept:]
 
     def _text(self) -> str:
         return self.model.decode_text(self.ids).strip() if self.ids else ""
