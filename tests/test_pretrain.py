@@ -38,7 +38,7 @@ def test_a_part_goes_on_from_a_checkpoint_and_keeps_its_image_tokenizer(tmp_path
 
 
 def test_an_unknown_part_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no part 'critic' to pretrain; the parts are storyboard, image_text, text_critic"):
+    with pytest.raises(ValueError, match="no part 'critic' to pretrain; the parts are storyboard, image_text, text_critic, next_picture"):
         pretrain(tmp_path / "out", seed=0, scale=1, log=print, parts=("critic",))
     assert not (tmp_path / "out").exists()
 

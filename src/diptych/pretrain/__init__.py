@@ -14,6 +14,7 @@ from diptych.models.storyboard.codec import PatchCodec
 from diptych.models.storyboard.model import StoryboardModel
 from diptych.pretrain.base_model import measure_answers, new_model, pretrain_base
 from diptych.pretrain.codec import MEASURED, measure_codec, measure_reading, patches_of, train_codec
+from diptych.pretrain.next_picture import measure_next_picture, train_next_picture
 from diptych.pretrain.reward_models import Redrawer, measure_critic, measure_image_text, train_image_text, train_text_critic
 from diptych.pretrain.settings import PARTS, SETTINGS, setting_named
 from diptych.runs import atomic_folder
@@ -25,7 +26,7 @@ def pretrain(
     output_dir: Path, *, seed: int, scale: float, log: Callable[[str], None],
     parts: Sequence[str] | None = None, init_from: Path | None = None, setting: str = "standard",
 ) -> None:  # fmt: skip
-    """Trains all parts of a setting into `output_dir/{storyboard,image_text,text_critic}`. Finished parts are kept, so it resumes.
+    """Trains all parts of a setting, each into a folder of its name in `output_dir`. Finished parts are kept, so it resumes.
 
     `scale` multiplies the steps (tests use a small one). `parts` allows to train them in processes of their own, once
     the image tokenizer is there; None: all that the setting has. `init_from`: a checkpoint whose image tokenizer is kept and whose weights
@@ -79,3 +80,7 @@ def pretrain(
         critic = train_text_critic(work, steps(rewards["text_critic"]), seed, log)
         with atomic_folder(output_dir / "text_critic") as folder:
             critic.save(folder, measure_critic(critic))
+    if "next_picture" in parts and not (output_dir / "next_picture").is_dir():
+        judge = train_next_picture(codec, work, steps(rewards["next_picture"]), seed, log)
+        with atomic_folder(output_dir / "next_picture") as folder:
+            judge.save(folder, measure_next_picture(judge, Redrawer(codec)))

@@ -145,7 +145,7 @@ def train_image_text(codec: PatchCodec, work: Path, steps: int, seed: int, log: 
         own = torch.eye(size).repeat_interleave(3, dim=1).bool()
         return losses[own].mean() + losses[~own].mean()
 
-    _train(model, loss_of, work / "image_text_checkpoint", steps, 1.5e-3, seed, lambda: measure_image_text(model, redrawer), log)
+    train_critic(model, loss_of, work / "image_text_checkpoint", steps, 1.5e-3, seed, lambda: measure_image_text(model, redrawer), log)
     return model
 
 
@@ -206,7 +206,7 @@ def train_text_critic(work: Path, steps: int, seed: int, log: Log) -> DocumentEn
         right = labels == 1
         return -logs[right].sum() / lengths[right].sum()
 
-    _train(model, loss_of, work / "text_critic_checkpoint", steps, 2e-3, seed, lambda: measure_critic(model), log)
+    train_critic(model, loss_of, work / "text_critic_checkpoint", steps, 2e-3, seed, lambda: measure_critic(model), log)
     return model
 
 
@@ -231,8 +231,8 @@ def measure_critic(model: DocumentEncoder) -> dict[str, float]:
     }
 
 
-def _train(
-    model: DocumentEncoder, loss_of: Callable[[np.random.Generator], Tensor], saved: Path, steps: int, lr: float, seed: int,
+def train_critic(
+    model: nn.Module, loss_of: Callable[[np.random.Generator], Tensor], saved: Path, steps: int, lr: float, seed: int,
     measure: Callable[[], dict[str, float]], log: Log,
 ) -> None:  # fmt: skip
     """Resumable from `saved`."""

@@ -9,7 +9,7 @@ from diptych.worlds.storyboard.conversations import TURNS, turns_of
 from diptych.worlds.storyboard.language import vocabulary
 from diptych.worlds.storyboard.world import World, world_named
 
-PARTS = ("storyboard", "image_text", "text_critic")
+PARTS = ("storyboard", "image_text", "text_critic", "next_picture")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +93,11 @@ def check_geometry(config: StoryboardConfig, world: World) -> None:
 
 
 SETTINGS: dict[str, Setting] = {
-    "standard": Setting(reward_steps=(("image_text", 1500), ("text_critic", 2000))),
+    "standard": Setting(reward_steps=(("image_text", 1500), ("text_critic", 2000), ("next_picture", 2500))),
     "large": Setting(
         world="large", telling="terse", codec_steps=12_000, base_steps=20_000, course=recall_course(world_named("large", "terse"), 24, 38),
         sizes={
-            "grid": 6, "patch": 16, "depth": 2, "levels": (8, 8, 8, 8), "hidden_size": 192, "num_layers": 6, "num_heads": 6,
+            "grid": 6, "patch": 16, "depth": 2, "levels": (4, 4, 4, 4, 4, 4), "hidden_size": 192, "num_layers": 6, "num_heads": 6,
             "intermediate_size": 512, "max_positions": 640,
         },
     ),
@@ -105,7 +105,7 @@ SETTINGS: dict[str, Setting] = {
         world="large_128", telling="terse", codec_steps=20_000, base_steps=40_000,
         course=recall_course(world_named("large_128", "terse"), 32, 66),
         sizes={
-            "grid": 8, "patch": 16, "depth": 2, "levels": (8, 8, 8, 8), "hidden_size": 768, "num_layers": 12, "num_heads": 12,
+            "grid": 8, "patch": 16, "depth": 2, "levels": (4, 4, 4, 4, 4, 4), "hidden_size": 768, "num_layers": 12, "num_heads": 12,
             "intermediate_size": 2304, "depth_hidden_size": 256, "depth_layers": 3, "max_positions": 1024, "codec_width": 96,
         },
     ),

@@ -48,6 +48,7 @@ BUILT_IN = {
     "text_critic": "diptych.rewards.text_critic:text_critic",
     "text_likelihood": "diptych.rewards.text_likelihood:TextLikelihood",
     "image_likelihood": "diptych.rewards.image_likelihood:ImageLikelihood",
+    "next_picture": "diptych.rewards.next_picture:next_picture",
 }  # run anywhere as they are
 JUDGES = {
     "llm_text_critic": "diptych.rewards.judges:LLMTextCritic",
@@ -89,6 +90,9 @@ ABOUT = {
         "each picture, by how likely a frozen model finds its codes after the picture before it and its text",
         "0..1 a picture",
         "codes as sampled; packaged, or option model",
+    ),
+    "next_picture": About(
+        "each picture against its text and the picture before, by a trained critic (Storyboard)", "0..1 a picture", "nothing: packaged"
     ),
     "llm_text_critic": About("each text against the prompt (LLaVA-Critic's prompt)", "0..1 a text, from 0..100", _SERVER),
     "unified_reward": About("each picture against the text just before it (UnifiedReward's)", "0..1 a picture, from 1..5", _SERVER),

@@ -137,7 +137,8 @@ def of_reward(config: RewardConfig) -> dict[str, Any] | None:
             continue
         files |= {f"{name} {value}": content for content in _named(value)}
     if config.name in ("text_likelihood", "image_likelihood"):
-        model = of_model(config.options.get("model", "storyboard"), fetch=True)
+        default = vars(reward)["options_class"].model_fields["model"].default
+        model = of_model(config.options.get("model", default), fetch=True)
         files["model"] = model["hash"] if model else ""
     return {"files": files} if files else None
 
