@@ -113,7 +113,7 @@ class RunConfig(Config):
     save_steps: int = Field(20, ge=1)
     logging_steps: int = Field(1, ge=1)
     sample_steps: int = Field(10, ge=1, description="save sampled documents every so many steps")
-    report_to: tuple[Tracker, ...] = Field((), description="trackers of metrics and documents, one or several (docs/watching.md)")
+    report_to: tuple[Tracker, ...] = Field((), description="trackers of metrics and documents, one or several (docs/how-to/watching.md)")
     tracker_project: str = Field("diptych", min_length=1, description="the trackers' project, or experiment")
     tracker_options: dict[Tracker, dict[str, Any]] = Field({}, description="of a tracker's own start, such as wandb.init's `entity`")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="that the model computes in; auto: the checkpoint's own")

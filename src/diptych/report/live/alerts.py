@@ -1,4 +1,4 @@
-"""What in a run's metrics deserves a look, each by a rule that says its numbers (docs/watching.md has the rules)."""
+"""What in a run's metrics deserves a look, each by a rule that says its numbers (docs/how-to/watching.md has the rules)."""
 
 from __future__ import annotations
 
