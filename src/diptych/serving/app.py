@@ -104,6 +104,8 @@ def build(scheduler: Scheduler) -> Guard:
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> Response:
         found = APIError(error.status_code, str(error.detail))
+        if error.status_code == 400:  # FastAPI's: what Python's JSON cannot take (depth, digits, other bytes than UTF-8)
+            found = invalid("the body is no valid JSON in UTF-8, or nested too deeply", code="invalid_json")
         if error.status_code in (404, 405):
             found.message = f"there is nothing at {request.method[:20]} {request.url.path[:100]}; /openapi.json lists what there is"
         return JSONResponse(found.body(), found.status, {**found.headers, **(error.headers or {})})
@@ -120,18 +122,18 @@ def build(scheduler: Scheduler) -> Guard:
 
 
 def _first_of(error: RequestValidationError) -> APIError:
-    """The first of pydantic's errors, as one of OpenAI's."""
-    first = error.errors()[0]
-    place = [str(step)[:60] for step in first["loc"] if step != "body"]
+    """The first of pydantic's errors, as one of OpenAI's; where kinds of content are a choice, that of the kind which came furthest."""
+    errors = error.errors()
+    first = max(errors[:20], key=lambda one: len(one["loc"])) if len(errors[0]["loc"]) > 3 else errors[0]
+    name = ".".join(str(step)[:60] for step in first["loc"] if step != "body" and str(step) != "str" and "[" not in str(step))
     if first["type"] == "json_invalid":
         return invalid(f"the body is no valid JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}", code="invalid_json")
-    if not place:
+    if not name and first["type"] != "value_error":
         return invalid("the body must be a JSON object, sent with Content-Type: application/json", code="invalid_json")
-    name = ".".join(place)
     if first["type"] == "extra_forbidden":
         return invalid(f"{name!r} is not known, or not offered here", param=name, code="unknown_parameter")
-    words = str(first["msg"]).removeprefix("Value error, ")
-    return invalid(f"{name}: {words[:300]}", param=name, code="missing_parameter" if first["type"] == "missing" else "invalid_value")
+    words = f"{name}: {first['msg']}".replace("Value error, ", "").removeprefix(": ")
+    return invalid(words[:400], param=name or None, code="missing_parameter" if first["type"] == "missing" else "invalid_value")
 
 
 class _Desk:

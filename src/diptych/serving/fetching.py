@@ -55,7 +55,10 @@ def _get(url: str, most_bytes: int, deadline: float) -> bytes | str:
             return str(response.headers["Location"])
         if response.status != 200:
             raise ValueError(f"the picture's address answers with status {response.status}")
-        return _body(response, most_bytes)
+        found = _body(response, most_bytes)
+        if time.monotonic() >= deadline:  # what was ended looks like an end
+            raise TimeoutError
+        return found
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         raise ValueError(f"the picture's address cannot be read: {type(error).__name__}") from error
     finally:

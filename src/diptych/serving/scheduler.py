@@ -119,6 +119,7 @@ class Scheduler:
             while self._wait():
                 self._drop()
                 self._let_in()
+                self._tell()
                 for lane in list(self._lanes):
                     self._phase(lane)
                 self._tell()
