@@ -81,7 +81,7 @@ def build(site: Path, staged: Path) -> None:
     if done.returncode:
         sys.exit(done.returncode)
     shutil.rmtree(site, ignore_errors=True)
-    shutil.copytree(staged / "site", site)
+    shutil.copytree(staged / "site", site, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":
