@@ -281,6 +281,7 @@ class _Desk:
     async def _stream(self, job: Job, request: Request, tells_usage: bool) -> AsyncGenerator[bytes, None]:
         """Server-sent events, behind an empty piece when writing begins. What goes wrong after that is told as one of them."""
         finished: list[Finished] = []
+        drawn = [0] * job.count  # pictures of each choice
         async with self._watched(job, request):
             completion, usage = Completion(job), Usage((await self._begin(job, request)).prompt_tokens)
             try:
@@ -293,7 +294,8 @@ class _Desk:
                         yield completion.chunk(event.choice, {"content": event.text})
                     elif isinstance(event, Picture):
                         part = await asyncio.to_thread(answers.picture_part, event.pixels)
-                        yield completion.chunk(event.choice, {"images": [part]})
+                        yield completion.chunk(event.choice, {"images": [{"index": drawn[event.choice], **part}]})
+                        drawn[event.choice] += 1
                     elif isinstance(event, Finished):
                         finished.append(event)
                         usage.add(event)
