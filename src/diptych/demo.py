@@ -241,7 +241,7 @@ def _examples(judged: list[Judged], rewards: RewardBatch, config: DemoConfig) ->
                 elif config.evaluate.telling == "full":
                     values["oracle/picture"] = picture
                 elif (given := item.verdict.steps_given[drawn]) is not None:
-                    values["oracle/picture after the one before"] = given
+                    values["oracle/picture"] = given
             drawn += block["type"] == "image"
             steps.append(values)
         whole = {"oracle/whole document": item.verdict.document == 1}

@@ -26,6 +26,7 @@ def demo_page(results: Mapping[str, Any], examples: Sequence[dict[str, Any]], fo
     labels, parity, seconds = results["labels"], results["parity"], results["seconds"]
     against = "control" if "control" in labels else "warmup"
     changed = [example for example in examples[NUM_FIRST:] if _right(example, against) != _right(example, "grpo")][:NUM_CHANGED]
+    given = "their text and the picture before" if results["telling"] == "terse" else "the task"
     meaning = " ".join(f"{name}: {MEANING[name]}." for name in results["rates"])
     body = f"""
 <h1>A model learns to write illustrated documents</h1>
@@ -42,7 +43,7 @@ which no training has seen; and the mean of the rewards that judge pictures, on 
 <h2>Retention</h2>
 <div class="card">{retention_table(results["retention"], labels)}</div>
 <h2>The same prompts, before and after</h2>
-<p class="note">Greedy answers. Numbers: what the rewards say. Green and red: the oracle's verdict.</p>
+<p class="note">Greedy answers. Numbers: what the rewards say. Green and red: the oracle's verdict, of pictures given {given}.</p>
 {"".join(example_html(example, labels) for example in examples[:NUM_FIRST])}"""
     if changed:
         body += f"""
