@@ -620,6 +620,15 @@ def test_what_the_paper_says_is_answered(tmp_path, better, noise, order, shown):
     assert f"| {verdict.better} above {verdict.worse} | 2 against 1 | {verdict.shown} | {order} | Tiny |" in text
     assert f"- {verdict.sentence}" in text
     assert ("this differs from the paper" in verdict.sentence) == (order == "the opposite")
+    record["claims"][0]["measure"] = record["measures"][1]
+    (other,) = sentences.verdicts(record)
+    assert other.shown.startswith(MEASURES[record["measures"][1]].label)
+
+
+def test_a_claim_about_an_unknown_measure_is_refused(tmp_path):
+    told = {"claims": [{**claims("outcome", "packaged")["claims"][0], "measure": "greedy/taste"}]}
+    with pytest.raises(ValueError, match="unknown measures greedy/taste"):
+        load_suite(str(suite_of(tmp_path, **told)))
 
 
 def test_a_claim_about_what_is_not_finished_is_open(record):

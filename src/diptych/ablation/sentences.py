@@ -120,9 +120,9 @@ def verdicts(record: Record) -> list[Verdict]:
     """The suite's claims, each with the difference on common seeds. `the same` and `the opposite`: its 95 % interval is on one side
     of zero (claims are stated before anything runs; intervals are not corrected for their number)."""
     variants = {variant["name"]: variant for variant in record["variants"]}
-    measure = record["measures"][0]
     found = []
     for claim in record.get("claims", []):
+        measure = claim.get("measure") or record["measures"][0]
         better, worse = variants[claim["better"]], variants[claim["worse"]]
         gap = difference(better, worse, measure)
         words = ""

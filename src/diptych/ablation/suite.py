@@ -42,11 +42,12 @@ class Variant(Config):
 
 
 class Claim(Config):
-    """An order that the paper reports: the variant `better` above the variant `worse`, by the first measure."""
+    """An order that the paper reports: the variant `better` above the variant `worse`, by the suite's first measure or another."""
 
     better: str
     worse: str
     paper: str = Field(description="the paper's numbers, better against worse")
+    measure: str | None = Field(None, description="what the order is about; None: the suite's first measure")
 
 
 class Suite(Config):
@@ -75,7 +76,8 @@ class Suite(Config):
             wrong = [name for name in (claim.better, claim.worse) if name not in names]
             if wrong or claim.better == claim.worse:
                 raise ValueError(f"claim {claim.better!r} above {claim.worse!r}: give two different ones of: {', '.join(names)}")
-        unknown = sorted({m for m in (*self.measures, *(m for chart in self.overlays for m in chart)) if m not in MEASURES})
+        named = (*self.measures, *(m for chart in self.overlays for m in chart), *(c.measure for c in self.claims if c.measure))
+        unknown = sorted({m for m in named if m not in MEASURES})
         if unknown:
             raise ValueError(f"unknown measures {', '.join(unknown)}; allowed are: {', '.join(MEASURES)}")
         if any(step < 1 for step in self.checkpoints):

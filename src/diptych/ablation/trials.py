@@ -90,9 +90,10 @@ class Trial:
 
 def trial_of(stage: str, config: DemoConfig, steps: tuple[int, ...]) -> Trial:
     """The trial of a variant's settings at one seed. `steps`: GRPO steps to evaluate, the last included."""
+    later = {"world"} if config.evaluate.world == "standard" else None  # a setting that came later makes no other trials
     settings: dict[str, Any] = {
         "stage": stage,
-        "evaluate": config.evaluate.model_dump(mode="json"),
+        "evaluate": config.evaluate.model_dump(mode="json", exclude=later),
         "sampling": config.grpo.sampling.model_dump(mode="json"),
         "device": config.grpo.device,
         "weights": packaged_weights(config.model_dump(mode="json", include={"warmup", "grpo"})),
