@@ -54,7 +54,7 @@ function showDefaults() {
   }));
 }
 async function add(files) {
-  for (const file of files) {
+  for (const file of [...files]) {  // the list is emptied behind us
     if (!file.type.startsWith("image/")) { complain(`${file.name} is no picture`); continue; }
     pictures.push(await new Promise((done, fail) => {
       const reader = new FileReader();
