@@ -20,7 +20,7 @@ RECHECKED = 12  # pairs of a back and a front thing that are compared at full si
 def read_pictures(pictures: Sequence[PIL.Image.Image], world: World = FULL) -> list[Scene | None]:
     """The scene that each picture shows; None where a column looks like nothing that can be drawn.
 
-    The background is the one that fits all columns best.
+    The background is the one that fits all columns best; in two rows, that of the sky, which nothing covers.
     """
     return [scene if error <= UNREADABLE else None for scene, error in closest(pictures, world)]
 
@@ -128,10 +128,21 @@ def _backs(background: str, column: int, world: World) -> tuple[np.ndarray, np.n
 def _closest_of_two_rows(array: np.ndarray, world: World) -> tuple[Scene, float]:
     width = world.pixels // len(world.columns)
     columns = [array[:, c * width : (c + 1) * width] for c in range(len(world.columns))]
-    fits = {b: [_closest_pair(column, b, c, world) for c, column in enumerate(columns)] for b in world.backgrounds}
-    background = min(fits, key=lambda name: sum(error for error, _, _ in fits[name]))
-    backs, fronts = [back for _, back, _ in fits[background]], [front for _, _, front in fits[background]]
-    return Scene(background, (*backs, *fronts)), max(error for error, _, _ in fits[background])
+    sky = array[: _sky_height(world)].astype(np.float32)
+    background = min(world.backgrounds, key=lambda name: float(((sky - _sky(name, world)) ** 2).sum()))
+    errors, backs, fronts = zip(*[_closest_pair(column, background, c, world) for c, column in enumerate(columns)], strict=True)
+    return Scene(background, (*backs, *fronts)), max(errors)
+
+
+def _sky_height(world: World) -> int:
+    """Rows of pixels that nothing in a world of two rows reaches."""
+    return world.pixels * 3 // 8
+
+
+@functools.cache
+def _sky(background: str, world: World) -> np.ndarray:
+    columns = [strip(background, column, None, world) for column in range(len(world.columns))]
+    return np.concatenate(columns, axis=1)[: _sky_height(world)].astype(np.float32)
 
 
 def _closest_pair(column: np.ndarray, background: str, number: int, world: World) -> tuple[float, Thing | None, Thing | None]:

@@ -119,6 +119,8 @@ class World:
             raise ValueError(f"events is {self.events}; there are words for 5 pictures and the one of the prompt at most")
         if self.telling == "full" and (self.characters or self.max_count > 1 or self.rows > 1 or "recall" in self.families):
             raise ValueError("characters, counts, two rows and the family 'recall' are told tersely; set telling to 'terse'")
+        if "reasoning" in self.families and (len(self.places) < 3 or self.things[0] < 2):
+            raise ValueError("the family 'reasoning' moves and compares two things: it needs three places, and `things` from 2 on")
         if {"join", "part"} & set(self.verbs) and self.max_count == 1:
             raise ValueError("verbs has 'join' or 'part', which need a max_count of 2")
         if "dress" in self.verbs and not self.characters:
