@@ -326,7 +326,7 @@ class EvaluateConfig(Config):
     num_retention: int = Field(240, ge=1)
     batch_size: int = Field(120, ge=1)
     split: Literal["validation", "test"] = "test"
-    world: Literal["standard", "long", "large", "large_128"] = Field("standard", description="whose prompts are asked (docs/worlds.md)")
+    world: Literal["standard", "long", "large", "large_128"] = Field("standard", description="whose prompts (docs/explanation/worlds.md)")
     telling: Literal["full", "terse"] = Field("full", description="how much the texts of Storyboard's documents tell")
     seed: int = 1234
     max_images: int = Field(4, ge=0, description="of one answer; lower it for models with a short context or large pictures")

@@ -81,7 +81,7 @@ def pretrain(
     scale: Annotated[float, typer.Option(min=0, help="multiplies the number of steps of every part")] = 1.0,
     part: Annotated[list[str] | None, typer.Option(help="train this part only (may be repeated)")] = None,
     init_from: Annotated[Path | None, typer.Option(help="a base model to go on from, image tokenizer included")] = None,
-    setting: Annotated[str, typer.Option(help="standard: what is packaged; large, large_100m: docs/worlds.md")] = "standard",
+    setting: Annotated[str, typer.Option(help="standard: what is packaged; large, large_100m: docs/explanation/worlds.md")] = "standard",
 ) -> None:
     """Trains what is packaged: image tokenizer, base model, learned rewards. Resumes where it stopped."""
     from diptych.pretrain import pretrain as run
