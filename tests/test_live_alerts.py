@@ -72,9 +72,10 @@ def test_a_reward_that_trains_may_fall_while_the_sum_rises():
     assert kinds(curves) == []
 
 
-def test_a_fall_alone_is_no_contradiction():
+@pytest.mark.parametrize("reward", [0.0, -0.4, 0.02])
+def test_a_fall_alone_is_no_contradiction(reward):
     draw = np.random.default_rng(0)
-    curves = healthy(0) | {"reward": curve(0.5 + draw.normal(0, 0.03, 200)),
+    curves = healthy(0) | {"reward": curve(0.5 + reward * np.linspace(0, 1, 200) + draw.normal(0, 0.03, 200)),
                            "rewards/watcher/mean": curve(np.linspace(0.9, 0.2, 200) + draw.normal(0, 0.02, 200))}  # fmt: skip
     assert kinds(curves) == []
 

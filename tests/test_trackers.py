@@ -290,6 +290,22 @@ def test_a_tracker_that_fails_for_a_while_has_the_rest(stub, tmp_path):
     assert had == [1, 3]
 
 
+def test_a_resumed_run_sends_what_its_tracker_does_not_have(stub, tmp_path):
+    had: list[Any] = []
+    stub(
+        type(
+            "Noting", (Stub,), {"log": lambda _, values, step=None: had.append(step), "start": lambda self: had.append(self.options["id"])}
+        )
+    )
+    for begin, steps in ((0, (1, 2, 3)), (2, (3, 4)), (0, (1, 2, 3, 4, 5))):
+        tracker = trackers(tmp_path, "wandb", step=begin)
+        for step in steps:
+            tracker.log(step, {"loss": 1.0})
+        tracker.close()
+    run = json.loads((tmp_path / "trackers.json").read_text())["run"]
+    assert had == [run, 1, 2, 3, run, 4, run, 5]
+
+
 def test_a_tracker_that_hangs_loses_what_it_cannot_take(stub, tmp_path, caplog, monkeypatch):
     release = threading.Event()
     monkeypatch.setattr(background, "PATIENCE", 0.2)

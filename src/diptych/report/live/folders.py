@@ -31,20 +31,23 @@ class Run:
         self.id, self.folder = id, folder
         self.metrics = Metrics(folder / "metrics.jsonl")
         self.documents = Documents(folder / "samples")
+        self._settings: tuple[int, dict[str, Any]] = (0, {})
         self._alerts: tuple[tuple[str, int, int], list[Alert]] = (("", 0, 0), [])
 
     def settings(self) -> dict[str, Any]:
         """What config.yaml says; nothing where it cannot be read."""
         file = self.folder / "config.yaml"
         try:
-            content = {} if file.is_symlink() else yaml.safe_load(file.read_text())
-            found = content["config"]
+            written = file.stat(follow_symlinks=False).st_mtime_ns
+            if written != self._settings[0]:
+                content = {} if file.is_symlink() else yaml.safe_load(file.read_text())
+                self._settings = (written, dict(content["config"]))
         except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
-            return {}
-        return found if isinstance(found, dict) else {}
+            self._settings = (0, {})
+        return self._settings[1]
 
     def alerts(self, settings: Mapping[str, Any]) -> list[Alert]:
-        now = (self.metrics.generation, self.metrics.num_lines, hash(str(settings)))
+        now = (self.metrics.generation, self.metrics.num_lines, self._settings[0])
         if self._alerts[0] != now:
             self._alerts = (now, alerts(self.metrics.curves(), settings))
         return self._alerts[1]

@@ -25,7 +25,7 @@ class Metrics:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._lock = path, threading.Lock()
+        self.path, self._lock = path, threading.RLock()  # questions are answered in several threads
         self._forget()
 
     def _forget(self) -> None:
@@ -74,7 +74,8 @@ class Metrics:
 
     def curve(self, name: str) -> Curve:
         """All finite values of a metric."""
-        steps, values = np.array(self._steps.get(name, ()), dtype=np.int64), np.array(self._values.get(name, ()), dtype=np.float64)
+        with self._lock:
+            steps, values = np.array(self._steps.get(name, ()), dtype=np.int64), np.array(self._values.get(name, ()), dtype=np.float64)
         return steps[np.isfinite(values)], values[np.isfinite(values)]
 
     def last(self, name: str) -> float | None:
