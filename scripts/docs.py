@@ -90,4 +90,4 @@ if __name__ == "__main__":
     parser.add_argument("--staged", type=Path, default=ROOT / "build" / "docs", help="where its sources are put together")
     arguments = parser.parse_args()
     build(arguments.site, arguments.staged)
-    print(f"open {arguments.site / 'index.html'}")
+    print(f"open {arguments.site / 'index.html'}; to search, serve it: python -m http.server -d {arguments.site}")

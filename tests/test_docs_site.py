@@ -31,6 +31,17 @@ def test_the_site_builds_and_holds_commands_settings_and_rewards(scripts, tmp_pa
     assert not [path for path in (tmp_path / "site").rglob("*.html") if 'src="http' in path.read_text()]  # nothing is fetched
 
 
+def test_every_setting_is_described(scripts, monkeypatch):
+    monkeypatch.syspath_prepend(scripts)
+    import reference
+
+    page = reference.settings()
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    assert len(rows) > 150
+    assert not [row[0] for row in rows if not row[3].strip(" |")]
+    assert not [row[0] for row in rows if row[3].startswith(("at least", "above"))]  # limits alone say nothing
+
+
 def test_what_is_broken_is_named(scripts, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(scripts)
     import docs

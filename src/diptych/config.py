@@ -24,9 +24,9 @@ class Config(BaseModel):
 class TextSampling(Config):
     """Temperature 0 takes the most likely token. No truncation in training: the whole distribution is the policy."""
 
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, ge=0, description="0: the likeliest choice")
     top_k: int = Field(0, ge=0, description="0: off")
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1, description="1: off")
 
 
 class ImageSampling(TextSampling):
@@ -39,8 +39,8 @@ class ImageSampling(TextSampling):
 class SamplingParams(Config):
     """How documents are sampled. Travels with every rollout, so that scoring can repeat it exactly."""
 
-    text: TextSampling = TextSampling()
-    image: ImageSampling = ImageSampling()
+    text: TextSampling = Field(TextSampling(), description="how text tokens are drawn")
+    image: ImageSampling = Field(ImageSampling(), description="how image codes are drawn")
     form: AnswerForm = Field(AnswerForm.FREE, description="what an answer holds, where its record and its source do not say")
     max_images: int = Field(4, ge=0, description="a free answer draws no more; its given beginning counts")
     max_text_tokens: int = Field(64, ge=1, description="per text segment; a longer one truncates the document")
@@ -57,21 +57,27 @@ class SamplingParams(Config):
 class OptimConfig(Config):
     """AdamW. `adamw_8bit` keeps its moments in 8 bits, by blocks of 256 (bitsandbytes; arXiv:2110.02861)."""
 
-    name: Literal["adamw", "adamw_8bit"] = "adamw"
-    lr: float = Field(gt=0)
-    warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    name: Literal["adamw", "adamw_8bit"] = Field("adamw", description="moments in float32, or in 8 bits (extra `gpu`)")
+    lr: float = Field(gt=0, description="the highest learning rate")
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises to `lr`")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the learning rate behind the warm-up: as it is, or falling to 0 at `max_steps`"
+    )
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates of the two moments")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, decoupled from the gradient")
+    max_grad_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
 
 
 class LoraConfig(Config):
     """Low-rank adapters on the decoder layers (arXiv:2106.09685). No dropout: the policy that is scored is the one that samples."""
 
-    r: int = Field(16, ge=1)
-    alpha: int = Field(32, ge=1)
-    target_modules: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1)
+    r: int = Field(16, ge=1, description="rank")
+    alpha: int = Field(32, ge=1, description="the product of the adapters is scaled by alpha / r")
+    target_modules: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="matrices of the decoder layers that are adapted",
+    )
     train_in_full: tuple[str, ...] = Field((), description="parameters trained beside the adapters, by regular expression on their name")
 
 
@@ -82,7 +88,7 @@ class ParallelConfig(Config):
     `auto`: shard where weights of 16 bits are trained themselves, with one process too; otherwise replicate.
     """
 
-    mode: Literal["auto", "replicate", "shard"] = "auto"
+    mode: Literal["auto", "replicate", "shard"] = Field("auto", description="each process holds all of the model, or a part of it")
     shard_size: int | None = Field(None, ge=1, description="processes that hold one copy between them; None: those of one machine")
 
     def sharded(self, trains_half: bool) -> bool:
@@ -105,13 +111,13 @@ class RunConfig(Config):
     )  # fmt: skip
 
     model: str = Field("storyboard", description="packaged name, checkpoint or adapter folder, or hub id")
-    output_dir: str
-    seed: int = 0
-    device: str = "auto"
+    output_dir: str = Field(description="the run's folder; a run that is there is resumed")
+    seed: int = Field(0, description="of data order, dropout and sampling")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; fixed for bitwise repeatable runs")
-    max_steps: int = Field(ge=1)
-    save_steps: int = Field(20, ge=1)
-    logging_steps: int = Field(1, ge=1)
+    max_steps: int = Field(ge=1, description="steps of the whole run")
+    save_steps: int = Field(20, ge=1, description="a checkpoint every so many steps")
+    logging_steps: int = Field(1, ge=1, description="metrics every so many steps")
     sample_steps: int = Field(10, ge=1, description="save sampled documents every so many steps")
     report_to: tuple[Tracker, ...] = Field((), description="trackers of metrics and documents, one or several (docs/how-to/watching.md)")
     tracker_project: str = Field("diptych", min_length=1, description="the trackers' project, or experiment")
@@ -119,8 +125,8 @@ class RunConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="that the model computes in; auto: the checkpoint's own")
     load_in_4bit: bool = Field(False, description="QLoRA: the language model in NF4; needs `lora`")
     lora: LoraConfig | None = Field(None, description="train adapters; None: train all but the image tokenizer")
-    gradient_checkpointing: bool = False
-    parallel: ParallelConfig = ParallelConfig()
+    gradient_checkpointing: bool = Field(False, description="recompute decoder layers in the backward pass: less memory, more time")
+    parallel: ParallelConfig = Field(ParallelConfig(), description="how the model is spread over processes")
     image_size: int | None = Field(None, ge=1, description="pixels a side of drawn pictures (Emu3); None: the family's own")
     image_decoder: str | None = Field(
         None, description="package.module:name that turns codes into pixels, instead of the family's decoder (docs/how-to/extending.md)"
@@ -158,8 +164,8 @@ class RunConfig(Config):
 class MixtureSource(Config):
     """One data set of a mixture: a file, folder or pattern of files (docs/how-to/data.md), or a built-in one (`storyboard:interleaved`)."""
 
-    name: str
-    weight: float = Field(1.0, gt=0)
+    name: str = Field(description="file, folder, pattern, or name of a built-in source")
+    weight: float = Field(1.0, gt=0, description="share of the records that are drawn, relative to the other sources")
     num_records: int | None = Field(None, ge=1, description="use only the first so many; None: all")
     form: AnswerForm | None = Field(None, description="of answers whose record names none (column `answer_form`)")
 
@@ -169,16 +175,16 @@ class WarmupConfig(RunConfig):
 
     may_change: ClassVar[frozenset[str]] = RunConfig.may_change | {"micro_batch_size", "eval_steps", "num_eval_records"}
 
-    optim: OptimConfig
-    sources: tuple[MixtureSource, ...] = Field(min_length=1)
-    batch_size: int = Field(16, ge=1)
+    optim: OptimConfig = Field(description="optimizer and learning rate")
+    sources: tuple[MixtureSource, ...] = Field(min_length=1, description="data sets that are mixed, record by record")
+    batch_size: int = Field(16, ge=1, description="records of a step")
     micro_batch_size: int | None = Field(None, ge=1, description="None: the whole batch at once")
-    text_weight: float = Field(1.0, ge=0)
-    image_weight: float = Field(1.0, ge=0)
+    text_weight: float = Field(1.0, ge=0, description="of the loss of texts")
+    image_weight: float = Field(1.0, ge=0, description="of the loss of pictures")
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of image-only answers trained without prompt")
-    eval_steps: int = Field(10, ge=1)
-    num_eval_records: int = Field(48, ge=1)
-    sampling: SamplingParams = SamplingParams()
+    eval_steps: int = Field(10, ge=1, description="the loss on held-out records every so many steps")
+    num_eval_records: int = Field(48, ge=1, description="how many held-out records")
+    sampling: SamplingParams = Field(SamplingParams(), description="how the saved documents are sampled")
 
     @model_validator(mode="after")
     def _check(self) -> WarmupConfig:
@@ -190,12 +196,12 @@ class WarmupConfig(RunConfig):
 class RewardConfig(Config):
     """One reward. `name` is built in (`diptych rewards list`) or `package.module:function`."""
 
-    name: str
+    name: str = Field(description="a built-in reward, or package.module:function")
     label: str = Field("", pattern=r"^[^/]*$", description="its name in metrics and documents; for one reward that is listed twice")
     weight: float = Field(1.0, description="0: watches; it is called and logged, and trains nothing")
     scale: float = Field(1.0, gt=0, description="the raw value is divided by this after `shift` is subtracted")
-    shift: float = 0.0
-    modality: Literal["text", "image", "both"] = "both"
+    shift: float = Field(0.0, description="subtracted from the raw value")
+    modality: Literal["text", "image", "both"] = Field("both", description="which choices it trains")
     content: Literal["blocks", "text"] = Field(
         "blocks", description="what the function sees: text and image blocks, or one string (TRL's own functions)"
     )
@@ -217,11 +223,11 @@ class RewardConfig(Config):
 class ModalityConfig(Config):
     """What the objective does with the choices of one modality."""
 
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(1.0, ge=0, description="of this modality's loss, its KL and entropy terms included")
     epsilon: float = Field(0.2, gt=0, description="clip range below 1")
     epsilon_high: float | None = Field(None, gt=0, description="clip range above 1; None: epsilon")
     beta: float = Field(0.0, ge=0, description="KL coefficient")
-    entropy_coef: float = 0.0
+    entropy_coef: float = Field(0.0, description="weight of the entropy bonus")
 
 
 class AdvantageConfig(Config):
@@ -232,22 +238,24 @@ class AdvantageConfig(Config):
     which showed no gain over `outcome` where `step` did (docs/results.md).
     """
 
-    credit: Literal["outcome", "process", "mixed"] = "process"
+    credit: Literal["outcome", "process", "mixed"] = Field("process", description="an advantage a document, a step, or a mixture of both")
     outcome_share: float = Field(0.5, ge=0, le=1, description="share of the outcome advantage under `mixed`")
-    discount: float = Field(1.0, ge=0, le=1)
-    normalize: Literal["step", "group"] = "step"
+    discount: float = Field(1.0, ge=0, le=1, description="what a later step is worth to the one before it")
+    normalize: Literal["step", "group"] = Field("step", description="over which steps of a group mean and deviation are taken")
     scale_rewards: bool = Field(True, description="divide by the standard deviation")
-    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
+        "sum_then_normalize", description="whether rewards are added before or after they are normalised"
+    )
 
 
 class PTXConfig(Config):
     """Supervised examples in every GRPO update, so that existing skills are retained. PPO-ptx, arXiv:2203.02155, Eq. 2."""
 
-    sources: tuple[MixtureSource, ...] = Field(min_length=1)
+    sources: tuple[MixtureSource, ...] = Field(min_length=1, description="data sets that are mixed, record by record")
     coef: float = Field(gt=0, description="weight of the supervised loss beside the policy loss")
     batch_size: int = Field(16, ge=1, description="examples per update")
-    text_weight: float = Field(1.0, ge=0)
-    image_weight: float = Field(1.0, ge=0)
+    text_weight: float = Field(1.0, ge=0, description="of the loss of texts")
+    image_weight: float = Field(1.0, ge=0, description="of the loss of pictures")
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of image-only answers trained without prompt")
 
 
@@ -259,22 +267,24 @@ class GRPOConfig(RunConfig):
         "parity_bound", "sample_groups",
     }  # fmt: skip
 
-    optim: OptimConfig
+    optim: OptimConfig = Field(description="optimizer and learning rate")
     prompts: tuple[MixtureSource, ...] = Field(
         (MixtureSource(name="storyboard:prompts", weight=1.0),), min_length=1, description="one source, or a list of them"
     )
-    rewards: tuple[RewardConfig, ...] = Field(min_length=1)
+    rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="what is rewarded; their weighted sum trains")
     num_generations: int = Field(8, ge=2, description="G, the rollouts of one prompt")
-    prompts_per_step: int = Field(12, ge=1)
+    prompts_per_step: int = Field(12, ge=1, description="groups of a rollout batch")
     num_iterations: int = Field(1, ge=1, description="passes over a rollout batch")
     num_minibatches: int = Field(1, ge=1, description="optimizer steps per pass")
     micro_batch_size: int = Field(48, ge=1, description="rollouts per forward pass; does not change the gradient")
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
-    advantages: AdvantageConfig = AdvantageConfig()
-    text: ModalityConfig = ModalityConfig()
-    image: ModalityConfig = ModalityConfig()
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = Field(
+        "grpo", description="the objective of a choice, and what its sum is divided by (docs/explanation/method.md)"
+    )
+    advantages: AdvantageConfig = Field(AdvantageConfig(), description="from rewards to the advantage of every choice")
+    text: ModalityConfig = Field(ModalityConfig(), description="the objective of text tokens")
+    image: ModalityConfig = Field(ModalityConfig(), description="the objective of image codes")
     ptx: PTXConfig | None = Field(None, description="supervised examples mixed in; None: the policy loss alone (the paper)")
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = Field(SamplingParams(), description="how rollouts are sampled")
     score_guidance: Literal["exact", "ignore"] = Field(
         "exact", description="`ignore` scores the unguided policy (the field's habit); its gap is logged"
     )
@@ -289,7 +299,7 @@ class GRPOConfig(RunConfig):
     eval_steps: int | None = Field(
         None, ge=1, description="every so many steps, the rewards of greedy answers to held-out prompts; None: never"
     )
-    num_eval_prompts: int = Field(48, ge=1)
+    num_eval_prompts: int = Field(48, ge=1, description="how many held-out prompts")
     sample_groups: int = Field(1, ge=1, description="groups of a step whose documents are saved, every `sample_steps`")
     max_missing_rewards: float = Field(0.2, ge=0, le=1, description="a larger share of missing rewards stops the run")
     parity_bound: float = Field(1e-3, gt=0, description="largest allowed |replayed - sampled| log-probability")
@@ -322,13 +332,13 @@ class GRPOConfig(RunConfig):
 
 
 class EvaluateConfig(Config):
-    num_prompts: int = Field(240, ge=1)
-    num_retention: int = Field(240, ge=1)
-    batch_size: int = Field(120, ge=1)
-    split: Literal["validation", "test"] = "test"
+    num_prompts: int = Field(240, ge=1, description="held-out prompts of documents")
+    num_retention: int = Field(240, ge=1, description="turns of each skill that shall be retained")
+    batch_size: int = Field(120, ge=1, description="prompts sampled together")
+    split: Literal["validation", "test"] = Field("test", description="which held-out prompts")
     world: Literal["standard", "long", "large", "large_128"] = Field("standard", description="whose prompts (docs/explanation/worlds.md)")
     telling: Literal["full", "terse"] = Field("full", description="how much the texts of Storyboard's documents tell")
-    seed: int = 1234
+    seed: int = Field(1234, description="which prompts, and the numbers that sample")
     max_images: int = Field(4, ge=0, description="of one answer; lower it for models with a short context or large pictures")
     max_text_tokens: int = Field(64, ge=1, description="per text segment")
 
@@ -345,12 +355,12 @@ class ControlConfig(Config):
 
 
 class DemoConfig(Config):
-    output_dir: str = "runs/demo"
-    seed: int = 0
-    warmup: WarmupConfig
-    grpo: GRPOConfig
+    output_dir: str = Field("runs/demo", description="the folder of both trainings, their evaluations and the report")
+    seed: int = Field(0, description="of both trainings")
+    warmup: WarmupConfig = Field(description="stage 1")
+    grpo: GRPOConfig = Field(description="stage 2")
     control: ControlConfig | None = Field(None, description="a second training of GRPO from the same warm-up, to compare the first with")
-    evaluate: EvaluateConfig = EvaluateConfig()
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="the held-out prompts")
 
     @model_validator(mode="after")
     def _check_control(self) -> DemoConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,10 +17,12 @@ from diptych.config import MixtureSource
 from diptych.data.conversation import Record
 from diptych.data.problems import Problem, Problems
 from diptych.data.records import Source, open_source, split_of
-from diptych.models.base import UnifiedModel
 from diptych.runtime import gather, world_size
 from diptych.runtime import rng as make_rng
 from diptych.worlds.storyboard.scene import Split
+
+if TYPE_CHECKING:
+    from diptych.models.base import UnifiedModel  # which takes torch
 
 logger = logging.getLogger(__name__)
 
