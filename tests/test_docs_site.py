@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,16 @@ def test_what_is_broken_is_named(scripts, tmp_path, monkeypatch):
     assert list(docs.missing_pictures(pages)) == ["a.md shows none.png, which is not there"]
     text = "[a](docs/tasks.md#recipes) [b](CONTRIBUTING.md) [c](src/x.py) [d](https://x.y) [e](#f)"
     assert docs.for_the_site(text) == "[a](../tasks.md#recipes) [b](contributing.md) c [d](https://x.y) [e](#f)"
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
+def test_links_of_the_files_at_the_root(name):
+    root = SCRIPTS.parent
+    for path, anchor in re.findall(r"\]\((?![a-z]+:)([^)#\s]*)#?([^)\s]*)\)", (root / name).read_text()):
+        target = root / (path or name)
+        assert target.exists(), path
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if anchor else ()
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in headings}, anchor
 
 
 @pytest.mark.parametrize(("line", "said"), [("[x](tasks.md#nowhere)", "anchor does not exist"), ("[x](nothing.md)", "page does not exist")])
