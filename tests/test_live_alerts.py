@@ -99,7 +99,7 @@ def test_groups_without_spread():
     flat = {"frac_reward_zero_std": curve(np.concatenate([np.full(190, 0.2), np.full(10, 0.75)]))}
     (alert,) = alerts(healthy(0) | flat, SETTINGS)
     assert (alert.kind, alert.level) == ("flat_groups", "note")
-    assert alert.text.startswith("in 75% of the groups of the last 10 logged steps (to step 200)")
+    assert alert.text.startswith("In 75% of the groups of the last 10 logged steps (to step 200)")
     constant = {"reward": curve(np.zeros(200))}
     assert kinds(healthy(0) | flat | constant, level="alert") == ["flat_groups"]
     assert kinds(healthy(0) | {"frac_reward_zero_std": curve(np.full(200, 0.49))}) == []

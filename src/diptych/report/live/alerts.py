@@ -134,7 +134,7 @@ def _flat_groups(curves: Mapping[str, Curve], _: Mapping[str, Any]) -> Iterator[
     if len(values) >= RECENT and (share := float(values[-RECENT:].mean())) >= FLAT_GROUPS:
         yield Alert(
             "flat_groups", "Most groups have no spread",
-            f"in {share:.0%} of the groups of the last {RECENT} logged steps (to step {steps[-1]}) every reward gave all members the same: "
+            f"In {share:.0%} of the groups of the last {RECENT} logged steps (to step {steps[-1]}) every reward gave all members the same: "
             f"nothing is learned from them. {why} Harder prompts, a finer reward, a higher temperature or resample_attempts change that.",
             ("frac_reward_zero_std",), level,
         )  # fmt: skip

@@ -72,7 +72,7 @@ function why(member, members, rewards) {
     const known = members.map(other => saidBy(other, reward.key)).filter(value => typeof value === "number");
     return [reward.key, reward.weight * (saidBy(member, reward.key) - mean(known))];
   }).filter(([, difference]) => Math.abs(difference) >= 0.005).sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]));
-  return parts.length ? `to its group: ${parts.slice(0, 3).map(([key, difference]) => `${key} ${signed(difference)}`).join(", ")}` : "";
+  return parts.length ? `against its group: ${parts.slice(0, 3).map(([key, difference]) => `${key} ${signed(difference)}`).join(", ")}` : "";
 }
 
 function step(block, said, advantage) {
