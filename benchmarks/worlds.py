@@ -7,7 +7,8 @@
 Without `--model` the weights are random, which costs the same but for how long documents become. Warm-up and GRPO are the recipes
 `large_warmup` and `large_grpo` (for the standard world `terse_warmup` and `terse_grpo`) with the setting's world and model in them. Seconds
 are the median over steps, by the clock and of this process's CPU time, which other programs on the machine do not lengthen; hours are what
-all steps of the setting and of its recipes take at that CPU time.
+all steps of the setting and of its recipes take at that CPU time. With fewer `--rows` and `--prompts` a step is measured on a share of its
+rows, and hours are for the whole.
 
 Prints a table, then one JSON line.
 """
@@ -15,6 +16,7 @@ Prints a table, then one JSON line.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 import time
@@ -62,8 +64,8 @@ def between_steps(run: Callable[[Any], Any], steps: int) -> tuple[dict[str, floa
     return {"seconds": round(float(clock), 3), "cpu_seconds": round(float(cpu), 3), "measured": max(1, steps - 1)}, last
 
 
-def pretraining(setting: Setting, model: StoryboardModel, steps: int) -> dict[str, dict[str, float]]:
-    """A step of the image tokenizer, and of the base model in each of its lessons."""
+def pretraining(setting: Setting, model: StoryboardModel, steps: int, rows: int | None) -> dict[str, dict[str, float]]:
+    """A step of the image tokenizer, and of the base model in each of its lessons, with at most so many rows."""
     config, world = model.config, setting.told
     codec = PatchCodec(config.grid, config.patch, config.depth, config.levels, config.codec_width)
     patches = patches_of(world, config.patch, num_scenes=200)
@@ -72,14 +74,15 @@ def pretraining(setting: Setting, model: StoryboardModel, steps: int) -> dict[st
     optimizer, cap, codes = MuonAdamW(model, 3e-3, 1000, 8e-3, decay=0.1), AttentionCap(model.llama), PatchCodes(model)
     model.train()
     for name in ("facts", "words", "alone", "amid"):
-        plan = getattr(setting.course, name)
+        whole = getattr(setting.course, name)
+        plan = dataclasses.replace(whole, rows=whole.rows if rows is None else min(rows, whole.rows))
 
         def step(number: int, plan: Any = plan) -> None:
             loss, _ = likelihood_loss(model, make_batch(model, codes, 0, number, plan, world))
             optimizer.step(loss)
             cap.apply(50)
 
-        found[f"base, {name}"] = timed(steps, step)
+        found[f"base, {name}"] = timed(steps, step) | {"share": plan.rows / whole.rows}
     model.eval()
     return found
 
@@ -94,7 +97,7 @@ def hours(found: dict[str, dict[str, float]], setting: Setting, steps: dict[str,
     share = setting.base_steps
     parts = {"base, facts": share / 4, "base, words": share / 6, "base, alone": share * 7 / 24, "base, amid": share * 7 / 24}
     counts = {"codec": setting.codec_steps, **parts, **steps}
-    return {name: counts[name] * found[name]["cpu_seconds"] / 3600 for name in found}
+    return {name: counts[name] * found[name]["cpu_seconds"] / found[name].get("share", 1) / 3600 for name in found}
 
 
 def main() -> None:
@@ -106,9 +109,10 @@ def main() -> None:
     parser.add_argument(
         "--prompts", type=int, help="prompts of a step of GRPO, and records of a step of warm-up / 4; left out: the recipe's"
     )
-    parser.add_argument("--quick", action="store_true", help="two steps, two prompts")
+    parser.add_argument("--rows", type=int, help="rows of a step of pretraining, at most; left out: the setting's")
+    parser.add_argument("--quick", action="store_true", help="two steps, two prompts, four rows")
     arguments = parser.parse_args()
-    steps, prompts = (2, 2) if arguments.quick else (arguments.steps, arguments.prompts)
+    steps, prompts, rows = (2, 2, 4) if arguments.quick else (arguments.steps, arguments.prompts, arguments.rows)
     set_threads(arguments.threads)
     setting = setting_named(arguments.setting)
     config = setting.config()
@@ -122,7 +126,7 @@ def main() -> None:
             new_model(codec, 0, setting).save_pretrained(Path(folder))
         model = StoryboardModel.load(folder)
         size = sum(p.numel() for p in model.parameters())
-        found = pretraining(setting, model, steps)
+        found = pretraining(setting, model, steps, rows)
         del model
         kind = "terse" if setting.world == "standard" else "large"
         common = {"num_threads": arguments.threads, "max_steps": steps, "save_steps": steps, "sample_steps": steps}
@@ -142,12 +146,17 @@ def main() -> None:
     stages = {
         "warm-up": load_config(WarmupConfig, f"{kind}_warmup").max_steps, "GRPO": load_config(GRPOConfig, f"{kind}_grpo").max_steps,
     }  # fmt: skip
+    found["warm-up"]["share"] = first.batch_size / load_config(WarmupConfig, f"{kind}_warmup").batch_size
+    found["GRPO"]["share"] = second.prompts_per_step / load_config(GRPOConfig, f"{kind}_grpo").prompts_per_step
     all_hours = hours(found, setting, stages)
     print(f"{arguments.setting}: {size / 1e6:.1f} M parameters, {config.grid**2} positions x {config.depth} codes\n")
-    print("| step of | seconds | CPU seconds | steps measured | hours of all steps |\n|---|---|---|---|---|")
+    print(
+        "| step of | share of its rows | seconds | CPU seconds | steps measured | hours of all steps, in full |\n|---|---|---|---|---|---|"
+    )
     for name, values in found.items():
-        print(f"| {name} | {values['seconds']:.2f} | {values['cpu_seconds']:.2f} | {values['measured']} | {all_hours[name]:.2f} |")
-    print(f"| all | | | | {sum(all_hours.values()):.2f} |")
+        seconds = f"{values['seconds']:.2f} | {values['cpu_seconds']:.2f} | {values['measured']:.0f}"
+        print(f"| {name} | {values.get('share', 1):.2g} | {seconds} | {all_hours[name]:.2f} |")
+    print(f"| all | | | | | {sum(all_hours.values()):.2f} |")
     shown = {k: v for k, v in metrics.items() if k.startswith(("rewards/", "parity/", "seconds/")) and not k.endswith("/std")}
     print(json.dumps({
         "name": "worlds", "setting": arguments.setting, "parameters": size, "model": arguments.model or "random weights", "steps": steps,
