@@ -1,6 +1,6 @@
 """Documents in OpenAI's form: a chat completion, its stream, and generated images.
 
-OpenAI's form has no place for a picture in an assistant's message, so (docs/serving.md):
+OpenAI's form has no place for a picture in an assistant's message, so (docs/how-to/serving.md):
 - a whole answer's `message.content` is a list of parts, the same that a user's message has; under the form `text` it is a string;
 - in a stream `delta.content` is always a string, and a picture comes as a chunk whose `delta.images` holds one `image_url` part
   with its number (`index`), by which clients that add chunks up know it from the one before.
