@@ -50,7 +50,7 @@ class Trackers:
         about = About(folder, project, settings, self._state["run"])
         self._workers = [_Worker(name, about, step, options.get(name, {}), self) for name in names]
         for worker in self._workers:
-            tracker_class(worker.tracker)  # accelerate is imported here: threads that import parts of the same packages may meet half of one
+            tracker_class(worker.tracker)  # imports accelerate here: of two threads that import it, one may meet half of it
             worker.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
