@@ -8,7 +8,7 @@ Without `--model` the weights are random, which costs the same but for how long 
 `large_warmup` and `large_grpo` (for the standard world `terse_warmup` and `terse_grpo`) with the setting's world and model in them. Seconds
 are the median over steps, by the clock and of this process's CPU time, which other programs on the machine do not lengthen; hours are what
 all steps of the setting and of its recipes take at that CPU time. With fewer `--rows` and `--prompts` a step is measured on a share of its
-rows, and hours are for the whole.
+rows, and hours are for the whole. Of pretraining at most six steps are measured.
 
 Prints a table, then one JSON line.
 """
@@ -126,7 +126,7 @@ def main() -> None:
             new_model(codec, 0, setting).save_pretrained(Path(folder))
         model = StoryboardModel.load(folder)
         size = sum(p.numel() for p in model.parameters())
-        found = pretraining(setting, model, steps, rows)
+        found = pretraining(setting, model, min(steps, 6), rows)
         del model
         kind = "terse" if setting.world == "standard" else "large"
         common = {"num_threads": arguments.threads, "max_steps": steps, "save_steps": steps, "sample_steps": steps}

@@ -24,9 +24,11 @@ from diptych.pretrain import pretrain
 from diptych.pretrain.base_model import Lesson, PatchCodes, make_batch, new_model
 from diptych.pretrain.codec import patches_of
 from diptych.pretrain.settings import SETTINGS, check_geometry
+from diptych.rewards import load_reward
 from diptych.sampling.engine import sample
 from diptych.sampling.logprobs import score
 from diptych.tokens import collate
+from diptych.training.grpo import check_judges
 from diptych.worlds.storyboard import language
 from diptych.worlds.storyboard.conversations import RECALL_TURNS, make_turn
 from diptych.worlds.storyboard.oracle import Verdict, judge, read_pictures
@@ -399,6 +401,15 @@ def test_a_world_that_differs_in_its_tasks_alone_is_known_to_the_same_models():
     records = [open_source("storyboard:long/interleaved", 6)[i] for i in range(6)]
     assert {record.answer.images[0].pixels.size for record in records} == {(96, 96)}
     assert {len(record.answer.images) for record in records} == {5}
+
+
+def test_a_reward_that_judges_by_a_model_of_another_world_is_refused_at_the_start():
+    changes = {"rewards": [{"name": "format"}, {"name": "text_likelihood", "label": "words", "options": {"model": "storyboard"}}]}
+    config = load_config(GRPOConfig, "large_grpo", changes)
+    functions = [(reward, load_reward(reward.name)) for reward in config.rewards]
+    with pytest.raises(ValueError, match=r"reward 'words' judges by storyboard: storyboard:large/prompts: this model knows"):
+        check_judges(functions, Mixture(config.prompts, 0))
+    check_judges(functions, Mixture(load_config(GRPOConfig, "terse_grpo").prompts, 0))
 
 
 def test_pictures_of_model_and_world_must_have_one_size():

@@ -29,7 +29,7 @@ from diptych.models import UnifiedModel, equip, open_policy
 from diptych.models.codes import defer_codes
 from diptych.models.loading import Reference
 from diptych.rewards import load_reward
-from diptych.rewards.base import about, changeable_options, check_columns
+from diptych.rewards.base import about, changeable_options, check_columns, configured
 from diptych.runs import SHARED_FOLDER, RunFolder
 from diptych.runtime import (
     agree,
@@ -105,6 +105,7 @@ def _train(
     held_out_prompts = mix(config.prompts, split="validation", beside=prompts) if config.eval_steps else None
     retained = mix(config.ptx.sources) if config.ptx else None
     check_columns(reward_functions, prompts.columns)
+    check_judges(reward_functions, prompts)
     needs_reference = bool(config.text.beta or config.image.beta)
     mixtures = [mixture for mixture in (prompts, retained) if mixture is not None]
     inputs = check_inputs(run, config, mixtures, config.rewards, needs_model=needs_reference or config.lora is not None)
@@ -117,8 +118,8 @@ def _train(
         folder, state = run.load(step)
     seed_everything(config.seed)  # again: the adapters are the same whatever the rewards drew
     model = open_policy(config, folder).eval()  # no dropout: the policy that is scored is the policy that samples
-    for mixture in mixtures:
-        mixture.check_model(model)
+    for source in mixtures:
+        source.check_model(model)
     agree(weights_checksum(model), "weights (by their checksum)", SHARED_FOLDER)
     model = equip(parallelize(model, config, device), config)
     if config.offload and (model.is_sharded or device.type == "cpu"):
@@ -203,6 +204,17 @@ def check_shares(config: GRPOConfig) -> None:
         raise ValueError(f"prompts_per_step={config.prompts_per_step} cannot be shared by {world_size()} processes")
     if config.prompts_per_step * config.num_generations // world_size() % config.num_minibatches:
         raise ValueError(f"num_minibatches={config.num_minibatches} does not divide the rollouts of one of {world_size()} processes")
+
+
+def check_judges(reward_functions: RewardFunctions, prompts: Mixture) -> None:
+    """Raises ValueError where a reward judges by a model that does not know the words and pictures of the prompts' world."""
+    for reward, function in reward_functions:
+        judge = getattr(configured(reward, function), "model", None)
+        if isinstance(judge, UnifiedModel):
+            try:
+                prompts.check_model(judge)
+            except ValueError as error:
+                raise ValueError(f"reward {reward.key!r} judges by {reward.options.get('model', 'its own model')}: {error}") from None
 
 
 # --- score -------------------------------------------------------------------------------------------------------------
