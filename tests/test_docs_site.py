@@ -21,7 +21,7 @@ def scripts() -> Path:
 def test_the_site_builds_and_holds_commands_settings_and_rewards(scripts, tmp_path):
     done = subprocess.run(
         [sys.executable, scripts / "docs.py", "--site", tmp_path / "site", "--staged", tmp_path / "staged"],
-        capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
+        capture_output=True, text=True, timeout=280, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     reference = tmp_path / "site" / "reference"
