@@ -56,13 +56,15 @@ def same(one: Rollout, other: Rollout) -> None:
 
 
 @torch.no_grad()
-def written(model: UnifiedModel, params: SamplingParams, waiting: list[Asked], rng: random.Random, leave: float = 0.0) -> list:
+def written(
+    model: UnifiedModel, params: SamplingParams, waiting: list[Asked], rng: random.Random, leave: float = 0.0, yields: bool = True
+) -> list:
     """Joins a few at every phase that they can join, in turn; returns the finished rollouts by what was asked, and who left."""
     model.eval()
-    batch, done, owner, left = Batch(model, params), {}, {}, set()
+    batch, done, owner, left = Batch(model, params, yields=yields), {}, {}, set()
     waiting = list(waiting)
     while waiting or batch.partials:
-        joins = [one for one in waiting[: rng.randint(0, 3)] if not batch.drawing or one.prompt.form is AnswerForm.IMAGE]
+        joins = [one for one in waiting[: rng.randint(0, 3)] if yields or not batch.drawing or one.prompt.form is AnswerForm.IMAGE]
         if not batch.partials:
             joins = joins or waiting[:1]
         if joins:
@@ -79,12 +81,12 @@ def written(model: UnifiedModel, params: SamplingParams, waiting: list[Asked], r
 
 
 @pytest.mark.parametrize("name", ["storyboard", "storyboard_terse"])
-@pytest.mark.parametrize(("temperature", "scale"), [(1.0, 1.5), (0.0, 1.0)])
-def test_who_joins_late_gets_what_he_would_have_got_alone(name, temperature, scale):
+@pytest.mark.parametrize(("temperature", "scale", "yields"), [(1.0, 1.5, True), (0.0, 1.0, True), (1.0, 1.0, False)])
+def test_who_joins_late_gets_what_he_would_have_got_alone(name, temperature, scale, yields):
     model, params = drawing(name), warm(temperature, scale)
     asked = asked_of(model, 10)
     expected = [alone(model, one, params) for one in asked]
-    found, _ = written(model, params, asked, random.Random(0))
+    found, _ = written(model, params, asked, random.Random(0), yields=yields)
     assert len({len(rollout.document.images) for rollouts in expected for rollout in rollouts}) >= 3
     for one, rollouts in zip(asked, expected, strict=True):
         for mine, theirs in zip(found[one], rollouts, strict=True):
@@ -103,25 +105,27 @@ def test_who_leaves_changes_nothing_for_the_others(tiny_model):
                 same(mine, theirs)
 
 
-def test_steps_of_unchanging_shape_join_too(tiny_model, monkeypatch):
+@pytest.mark.parametrize("yields", [True, False])
+def test_steps_of_unchanging_shape_join_too(tiny_model, monkeypatch, yields):
     """What a GPU records as graphs."""
     params, asked = warm(0.8, 3.0, max_text_tokens=6), asked_of(tiny_model, 8)
     expected = [alone(tiny_model, one, params) for one in asked]
     plain = Batch.__init__
-    monkeypatch.setattr(Batch, "__init__", lambda self, model, params: plain(self, model, params, graphs=True))
-    found, _ = written(tiny_model, params, asked, random.Random(2))
+    monkeypatch.setattr(Batch, "__init__", lambda self, model, params, yields: plain(self, model, params, True, yields))
+    found, _ = written(tiny_model, params, asked, random.Random(2), yields=yields)
     for one, rollouts in zip(asked, expected, strict=True):
         for mine, theirs in zip(found[one], rollouts, strict=True):
             same(mine, theirs)
 
 
+@pytest.mark.parametrize("yields", [True, False])
 @pytest.mark.parametrize("limit", [1, 3, 9])
 @torch.no_grad()
-def test_all_texts_of_a_document_together_have_a_limit(tiny_model, limit):
+def test_all_texts_of_a_document_together_have_a_limit(tiny_model, limit, yields):
     """Up to it the document is the same; it ends where its texts have so many tokens, but for the picture that its form ends with."""
     params = warm(0.8, 3.0, max_text_tokens=6, max_images=3)
     expected = [alone(tiny_model, one, params)[0] for one in texts_of(tiny_model)]
-    batch, cut = Batch(tiny_model, params), 0
+    batch, cut = Batch(tiny_model, params, yields=yields), 0
     bounded = texts_of(tiny_model, max_text_tokens=limit)
     partials = batch.join(bounded)
     while batch.partials:
@@ -141,7 +145,7 @@ def test_all_texts_of_a_document_together_have_a_limit(tiny_model, limit):
 @torch.no_grad()
 def test_tokens_are_told_as_they_are_chosen(tiny_model):
     params, asked = warm(0.8, 3.0, max_text_tokens=6), asked_of(tiny_model, 10)
-    batch, told = Batch(tiny_model, params), {}
+    batch, told = Batch(tiny_model, params, yields=True), {}
     partials = batch.join(asked)
     steps = []
 

@@ -48,16 +48,17 @@ class Asked:
 class _Rows:
     """What is known of each row, (B, ...) each.
 
-    round: texts written so far. num_images: images begun. limit: the most images after which text may be chosen, and one more begun.
-    draws_first: its image is begun in its prompt. text_left: text tokens that it may still write.
+    round: texts written so far. place: tokens of the text that it writes. draws: its image is begun. num_images: images begun. limit: the
+    most images after which text may be chosen, and one more begun. text_left: text tokens that it may still write.
     text_uniforms: (B, rounds, max_text_tokens) float64, one number for each choice; image_uniforms: (B, rounds, num_positions, D).
     """
 
     round: Tensor
+    place: Tensor
+    draws: Tensor
     num_images: Tensor
     limit: Tensor
     must_draw: Tensor
-    draws_first: Tensor
     ends_with_image: Tensor
     text_left: Tensor
     text_uniforms: Tensor
@@ -77,15 +78,19 @@ class _Rows:
 
 
 class Batch:
-    """`partials`: the documents that are being written, row by row. `drawing`: the next phase is one of images."""
+    """`partials`: the documents that are being written, row by row. `drawing`: the next phase is one of images.
+
+    `yields`: a text phase ends as soon as half of its rows or fewer still write, and these go on in the next one; the images that were
+    begun are drawn meanwhile. So phases are short and full, for documents that come and go. Otherwise all rows are in one phase.
+    """
 
     rows: _Rows
     stream: Stream
 
-    def __init__(self, model: UnifiedModel, params: SamplingParams, graphs: bool | None = None) -> None:
+    def __init__(self, model: UnifiedModel, params: SamplingParams, graphs: bool | None = None, yields: bool = False) -> None:
         """`params`: resolved for the model; of all documents, but for `max_images`, which each brings.
         `graphs`: steps of unchanging shape, replayed as CUDA graphs; None: on a GPU."""
-        self.model, self.params = model, params
+        self.model, self.params, self.yields = model, params, yields
         self.spec, self.device = model.image_spec, model.device
         self.grammar = Grammar.of(model, params)
         self.graphs = self.device.type == "cuda" if graphs is None else graphs
@@ -97,14 +102,16 @@ class Batch:
     # --- who is in the batch ---------------------------------------------------------------------------------------------
     def join(self, asked: Sequence[Asked]) -> list[PartialRollout]:
         """Prefills the prompts, and adds their documents behind those that are being written; those of one prompt are adjacent. Between a
-        text phase and the images after it, only documents that begin with their image can join."""
+        text phase and the images after it, only documents that begin with their image can join, unless the batch yields."""
         assert asked
         new = [PartialRollout(one.prompt) for one in asked for _ in range(one.count)]
-        assert not self.drawing or all(one.form is AnswerForm.IMAGE for one in new), "texts cannot join an image phase"
+        assert self.yields or not self.drawing or all(one.form is AnswerForm.IMAGE for one in new), "texts cannot join an image phase"
         rows = self._rows(asked, new)
         repeat = torch.arange(len(asked)).repeat_interleave(torch.tensor([one.count for one in asked]))
         stream = Stream(self.model, [one.prompt for one in asked], repeat, self.room)
         if self.partials:
+            if not self.stream.cache.compact:
+                self._keep(torch.ones(len(self.partials), dtype=torch.bool, device=self.device))
             self.rows.join(rows)
             self.stream.join(stream, self.room)
         else:
@@ -119,20 +126,20 @@ class Batch:
         self._keep(torch.tensor([id(one) not in gone for one in self.partials], device=self.device))
 
     def advance(self, watch: Watch | None = None) -> list[PartialRollout]:
-        """One phase: texts until each row has begun an image or ended, or one image for each row. Returns the documents that are finished.
+        """One phase: texts until each row has begun an image or ended, or one image for each row that began one. Returns the documents
+        that are finished.
 
         `watch`: is given the tokens of texts meanwhile; on a GPU those of a few steps at once.
         """
         before = self.partials
         if not self.drawing:
             self._keep(self._text_phase(watch))
-            self.drawing = bool(self.partials)
+            self.drawing = bool(self.partials) and (not self.yields or bool(self.rows.draws.any()))
         else:
-            self._image_phase()
-            self.rows.round += 1
+            drew = self._image_phase()
             self.drawing = False
             if any(one.form.ends_with_image for one in self.partials):
-                self._end_with_image()
+                self._end_with_image(drew)
         left = {id(one) for one in self.partials}
         return [one for one in before if id(one) not in left]
 
@@ -152,10 +159,11 @@ class Batch:
 
         return _Rows(
             round=torch.zeros(len(new), dtype=torch.long, device=self.device),
+            place=torch.zeros(len(new), dtype=torch.long, device=self.device),
+            draws=placed([form is AnswerForm.IMAGE for form in forms]),
             num_images=placed([one.num_given for one in new]),
             limit=placed([grammar.limit(form) for grammar, form in zip(limits, forms, strict=True)]),
             must_draw=placed([form is AnswerForm.TEXT_IMAGE for form in forms]),
-            draws_first=placed([form is AnswerForm.IMAGE for form in forms]),
             ends_with_image=placed([form.ends_with_image for form in forms]),
             text_left=placed(left),
             text_uniforms=numbers[..., :texts],
@@ -169,23 +177,23 @@ class Batch:
             self.rows.select(rows)
             self.stream.select(rows, self.room)
 
-    def _end_with_image(self) -> None:
-        """Drops the rows whose form ends with their picture; the end stands behind it."""
-        ends = self.rows.ends_with_image
+    def _end_with_image(self, drew: Tensor) -> None:
+        """Drops the rows that drew, (B,) bool, and whose form ends with their picture; the end stands behind it."""
+        ends = self.rows.ends_with_image & drew
         for row in ends.nonzero().flatten().tolist():
             self.partials[row].pieces.append(Piece.forced(self.model.answer_end_ids))
         self._keep(~ends)
 
     # --- texts -----------------------------------------------------------------------------------------------------------
     def _text_phase(self, watch: Watch | None) -> Tensor:
-        """All rows write text until each has begun an image or ended. Returns (B,) bool, True where a row draws.
+        """All rows write text until each has begun an image or ended. Returns (B,) bool, True where a document is not finished.
 
         Where steps are not recorded, rows that still write continue by themselves as soon as they are half of the rows or fewer, so that
-        a long text does not keep the whole batch computing.
+        a long text does not keep the whole batch computing. Where the batch yields, they wait for the next phase instead.
         """
         limit, known = self.params.max_text_tokens, self.rows
         forms = {one.form for one in self.partials}
-        draws = known.draws_first.clone()
+        draws = known.draws
         if forms == {AnswerForm.IMAGE}:
             return draws
         shape = (len(self.partials), limit)
@@ -199,11 +207,14 @@ class Batch:
         forks: list[tuple[Stream, Tensor, int]] = []  # (what was forked, which of its rows, tokens until then)
         truncated = ~draws & (known.text_left <= 0)
         step, writing = self._steps([stream], limit), ~draws & ~truncated
+        unfinished = torch.zeros_like(draws)
         num_fed = num_told = 0
         for count in range(limit):
+            places = known.place[rows] + count if self.yields else None
             logits, may_draw = self.model.text_logits(stream.hidden), known.num_images[rows] < known.limit[rows]
             log_dist = self.grammar.log_distribution(logits, self.params.text, may_draw, None if must_draw is None else must_draw[rows])
-            token = draw(log_dist, self.params.text, uniforms[rows, count])  # (B',)
+            numbers = uniforms[rows, count] if places is None else uniforms[rows, places.clamp(max=limit - 1)]  # waiting rows draw none
+            token = draw(log_dist, self.params.text, numbers)  # (B',)
             tokens[rows, count] = token
             values[rows, count] = log_dist.gather(-1, token[:, None]).squeeze(-1)
             wrote[rows, count] = writing
@@ -211,8 +222,9 @@ class Batch:
             draws[rows] |= begins
             known.num_images[rows] += begins
             going_on = writing & ~begins & (token != self.model.eos_id)
-            if count == limit - 1 or self.bounded:
-                cut = going_on if count == limit - 1 else going_on & (known.text_left[rows] <= count + 1)
+            if count == limit - 1 or self.bounded or places is not None:
+                cut = going_on & (known.text_left[rows] <= count + 1)
+                cut |= going_on if count == limit - 1 else going_on & (places >= limit - 1) if places is not None else False
                 truncated[rows] |= cut
                 going_on = going_on & ~cut
             fed = going_on | begins
@@ -228,6 +240,9 @@ class Batch:
             left = int(writing.sum()) if asks else len(rows)
             if not left:
                 break
+            if self.yields and asks and 2 * left <= len(rows):
+                unfinished = writing
+                break
             if not self.graphs and 2 * left <= len(rows):
                 picked = writing.nonzero().squeeze(1)
                 forks.append((stream, picked, num_fed))
@@ -239,10 +254,11 @@ class Batch:
         num_written = wrote.sum(1)
         known.text_left -= num_written
         self._record_text(tokens.cpu(), values.cpu(), wrote.cpu(), truncated)
-        if must_draw is None:
-            return draws
-        last = tokens.gather(1, (num_written - 1).clamp(min=0)[:, None]).squeeze(1)
-        return draws | self._begin_images(truncated & must_draw, last)
+        known.place += num_written
+        if must_draw is not None:
+            last = tokens.gather(1, (num_written - 1).clamp(min=0)[:, None]).squeeze(1)
+            draws |= self._begin_images(truncated & must_draw, last)
+        return draws | unfinished
 
     def _tell(self, watch: Watch, tokens: Tensor, wrote: Tensor) -> None:
         """`tokens`, `wrote`: (B, steps) of the steps since it was told last."""
@@ -253,10 +269,14 @@ class Batch:
         watch(told)
 
     def _record_text(self, tokens: Tensor, values: Tensor, wrote: Tensor, truncated: Tensor) -> None:
+        goes_on = self.rows.place.tolist() if self.yields else [0] * len(self.partials)
         for i, (written, cut) in enumerate(zip(self.partials, truncated.tolist(), strict=True)):
             kept = wrote[i]
             if bool(kept.any()):
-                written.pieces.append(Piece(Modality.TEXT, tokens[i][kept], values[i][kept], kept[kept]))
+                piece = Piece(Modality.TEXT, tokens[i][kept], values[i][kept], kept[kept])
+                if goes_on[i]:
+                    piece = written.pieces.pop().longer(piece)
+                written.pieces.append(piece)
             written.truncated |= cut
 
     def _begin_images(self, rows: Tensor, last: Tensor) -> Tensor:
@@ -270,58 +290,68 @@ class Batch:
         return rows
 
     # --- images ----------------------------------------------------------------------------------------------------------
-    def _image_phase(self) -> None:
-        """Every row draws one image: codes where the layout has them, forced tokens where it says so.
+    def _image_phase(self) -> Tensor:
+        """Every row that began an image draws it: codes where the layout has them, forced tokens where it says so. Returns (B,) bool, who.
 
         Its other branches of guidance share every forward pass, until the last code is drawn. What is known is fed at once: a code and
         the forced tokens behind it make one pass.
         """
-        branches = self._guidance_branches()
-        step = self._steps([self.stream, *branches], self.spec.code_offsets[-1])
-        every = torch.arange(len(self.partials), device=self.device)
-        uniforms = self.rows.image_uniforms[every, self.rows.round]  # (B, num_positions, D)
+        known, drew = self.rows, self.rows.draws.clone()
+        rows = drew.nonzero().squeeze(1)
+        partials = [self.partials[row] for row in rows.tolist()]
+        together = len(partials) == len(self.partials)
+        stream = self.stream if together else self.stream.fork(rows, len(self.spec.layout))
+        branches = self._guidance_branches(partials)
+        streams = [stream, *branches]
+        step = self._steps(streams, self.spec.code_offsets[-1])
+        uniforms = known.image_uniforms[rows, known.round[rows]]  # (B', num_positions, D)
         all_codes: list[Tensor] = []
         all_values: list[Tensor] = []
-        waiting: list[Tensor] = []  # (B, H) each: embeddings not fed yet
+        waiting: list[Tensor] = []  # (B', H) each: embeddings not fed yet
         for kind in self.spec.layout:
             if kind == CODE:
                 if waiting:
-                    step([torch.stack(waiting, 1)] * (1 + len(branches)))
-                codes, values = self._draw_position(branches, uniforms[:, len(all_codes)])
+                    step([torch.stack(waiting, 1)] * len(streams))
+                codes, values = self._draw_position(streams, uniforms[:, len(all_codes)])
                 all_codes.append(codes)
                 all_values.append(values)
                 waiting = [self.model.embed_codes(codes)]
             else:
-                waiting.append(self.model.embed_text(torch.full_like(every, kind)))
-        advance(self.model, [self.stream], [torch.stack(waiting, 1)])
-        images, numbers = torch.stack(all_codes, 1).cpu(), torch.stack(all_values, 1).cpu()  # (B, positions, D)
-        for i, written in enumerate(self.partials):
+                waiting.append(self.model.embed_text(torch.full_like(rows, kind)))
+        advance(self.model, [stream], [torch.stack(waiting, 1)])
+        if not together:
+            self.stream.merge(stream, rows, len(self.spec.layout))
+        images, numbers = torch.stack(all_codes, 1).cpu(), torch.stack(all_values, 1).cpu()  # (B', positions, D)
+        for i, written in enumerate(partials):
             chosen = torch.ones(len(images[i]), dtype=torch.bool)
             written.pieces.append(Piece(Modality.IMAGE, images[i], numbers[i], chosen))
+        known.round += drew
+        known.place.masked_fill_(drew, 0)
+        known.draws = torch.zeros_like(drew)
+        return drew
 
     def _steps(self, streams: list[Stream], steps: int) -> Callable[..., None]:
         """What feeds these streams for up to so many positions."""
         return Steps(self.model, streams, steps) if self.graphs and steps else partial(advance, self.model, streams)
 
-    def _draw_position(self, branches: list[Stream], uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """The D codes of one position, depth by depth: (B, D) codes and their log-probabilities."""
-        hidden = torch.cat([self.stream.hidden, *(branch.hidden for branch in branches)])
-        size = len(self.partials)
+    def _draw_position(self, streams: list[Stream], uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """The D codes of one position, depth by depth: (B', D) codes and their log-probabilities. `streams`: conditional first."""
+        hidden, size = torch.cat([stream.hidden for stream in streams]), len(uniforms)
         codes = torch.empty(size, 0, dtype=torch.long, device=self.device)
         values = []
         for depth in range(self.spec.depth):
-            conditional, *others = self.model.image_step(hidden, codes.repeat(1 + len(branches), 1)).split(size)
+            conditional, *others = self.model.image_step(hidden, codes.repeat(len(streams), 1)).split(size)
             log_dist = log_distribution(mix(conditional, others, self.params.image), self.params.image)
             code = draw(log_dist, self.params.image, uniforms[:, depth])
             values.append(log_dist.gather(-1, code[:, None]).squeeze(-1))
             codes = torch.cat([codes, code[:, None]], dim=1)
         return codes, torch.stack(values, 1)
 
-    def _guidance_branches(self) -> list[Stream]:
+    def _guidance_branches(self, partials: Sequence[PartialRollout]) -> list[Stream]:
         """A stream for each other branch of guidance, at `begin_id`; rows with the same prefix share its prefill."""
         count = num_branches(self.params.image)
         prefixes = []
-        for written in self.partials if count else []:
+        for written in partials if count else []:
             length = written.prompt.prompt_length
             prefixes.append(branch_prefixes(self.model, self.params.image, length, partial(partial_row, self.model, written)))
         branches = []

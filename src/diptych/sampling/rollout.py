@@ -54,6 +54,11 @@ class Piece:
     def forced(cls, ids: list[int]) -> Piece:
         return cls(Modality.TEXT, torch.tensor(ids), torch.zeros(len(ids)), torch.zeros(len(ids), dtype=torch.bool))
 
+    def longer(self, more: Piece) -> Piece:
+        """The text that goes on with `more`."""
+        joined = {name: torch.cat([getattr(self, name), getattr(more, name)]) for name in ("ids", "logprobs", "chosen")}
+        return Piece(self.modality, **joined)
+
 
 @dataclasses.dataclass(eq=False)
 class PartialRollout:

@@ -1,8 +1,8 @@
 """One thread writes all documents of all models; requests join and leave between phases.
 
 Documents with the same sampling settings are written together (`sampling.engine.Batch`). At each round the thread drops the documents whose
-client left, lets waiting requests in, in the order in which they came, and runs one phase of every batch: texts until each has begun a
-picture or ended, or one picture each.
+client left, lets waiting requests in, in the order in which they came, and runs one phase of every batch: texts until half of them have
+begun a picture or ended, or the pictures that were begun.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from diptych.config import SamplingParams
-from diptych.forms import AnswerForm
 from diptych.models.base import TooLong, UnifiedModel
 from diptych.models.steps import prepared
 from diptych.runtime import generator
@@ -160,10 +159,8 @@ class Scheduler:
                 continue
             lane = next((one for one in self._lanes if one.key == entry.key), None)
             if lane is None:
-                lane = _Lane(entry.key, Batch(self.models[job.model], entry.params))
+                lane = _Lane(entry.key, Batch(self.models[job.model], entry.params, yields=self.settings.join))
                 self._lanes.append(lane)
-            elif lane.batch.drawing and not entry.draws_first:
-                continue  # it begins with a text, and pictures are next here
             self._remove(job, Accepted(len(entry.asked.prompt)))
             joining.setdefault(lane, []).append(entry)
             room -= job.count
@@ -324,10 +321,6 @@ class _Entry:
     @property
     def key(self) -> tuple[str, SamplingParams]:
         return self.job.model, self.params.model_copy(update={"max_images": 0})
-
-    @property
-    def draws_first(self) -> bool:
-        return self.asked.prompt.form is AnswerForm.IMAGE
 
 
 class _Lane:
