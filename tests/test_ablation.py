@@ -774,6 +774,20 @@ def test_weak_rewards_are_functions_of_the_content(monkeypatch):
     assert weak_rewards.coarse_image_text(answers) == [[None, 1.0], [None, 1.0], [None, 0.0], [None, 1.0]]
 
 
+def test_weaker_likelihoods_keep_what_is_missing_and_what_says_nothing(monkeypatch):
+    said = [[None, 0.9], [None, 0.4], [None, math.nan], [None, None]]
+    monkeypatch.setattr(weak_rewards.ImageLikelihood, "__call__", lambda self, *_: [list(row) for row in said])
+    answers = [[to_message("assistant", Document((Text("a"), picture(v))))] for v in (10, 10, 11, 11)]
+    noisy, coarse = (object.__new__(kind)([], answers) for kind in (weak_rewards.NoisyImageLikelihood, weak_rewards.CoarseImageLikelihood))
+    assert [row[1] for row in coarse[:2]] == [1.0, 0.0]
+    noise = [2 * noisy[i][1] - said[i][1] for i in (0, 1)]
+    assert noise[0] == pytest.approx(noise[1])  # the same picture and text
+    assert 0 <= noise[0] <= 1
+    for values in (noisy, coarse):
+        assert math.isnan(values[2][1])
+        assert [row[0] for row in values] + values[3] == [None] * 6
+
+
 def test_under_torchrun_it_says_to_run_without(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="ablate starts its own processes"):

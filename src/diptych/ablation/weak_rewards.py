@@ -36,9 +36,7 @@ def coarse_image_text(completions: list[list[dict[str, Any]]], **_: Any) -> list
     return [[None if value is None else float(value >= COARSE) for value in row] for row in image_text(completions)]
 
 
-class NoisyImageLikelihood(ImageLikelihood):
-    """Half `image_likelihood`, half a number between 0 and 1 drawn from a hash of the picture and its text."""
-
+class _WeakerLikelihood(ImageLikelihood):
     def __call__(
         self, prompts: list[list[dict[str, Any]]], completions: list[list[dict[str, Any]]],
         completion_documents: Sequence[Document] | None = None, **_: Any,
@@ -47,19 +45,26 @@ class NoisyImageLikelihood(ImageLikelihood):
         for row, messages in zip(values, completions, strict=True):
             for step, caption, image in Document.from_blocks(messages[-1]["content"]).captions():
                 value = row[step]
-                row[step] = None if value is None else (1 - NOISE) * value + NOISE * _noise(caption, image)
+                if value is not None and value == value:  # what is missing stays missing
+                    row[step] = self.weaker(value, caption, image)
         return values
 
+    def weaker(self, value: float, caption: str, image: Image) -> float:
+        raise NotImplementedError
 
-class CoarseImageLikelihood(ImageLikelihood):
+
+class NoisyImageLikelihood(_WeakerLikelihood):
+    """Half `image_likelihood`, half a number between 0 and 1 drawn from a hash of the picture and its text."""
+
+    def weaker(self, value: float, caption: str, image: Image) -> float:
+        return (1 - NOISE) * value + NOISE * _noise(caption, image)
+
+
+class CoarseImageLikelihood(_WeakerLikelihood):
     """1 where `image_likelihood` is at least a half, else 0."""
 
-    def __call__(
-        self, prompts: list[list[dict[str, Any]]], completions: list[list[dict[str, Any]]],
-        completion_documents: Sequence[Document] | None = None, **_: Any,
-    ) -> list[list[float | None]]:  # fmt: skip
-        values = super().__call__(prompts, completions, completion_documents)
-        return [[value if value is None or value != value else float(value >= COARSE) for value in row] for row in values]
+    def weaker(self, value: float, caption: str, image: Image) -> float:
+        return float(value >= COARSE)
 
 
 def _noise(caption: str, image: Image) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,32 @@ from diptych.document import Document, Text
 from diptych.models.pixels import to_pixels
 
 
-class DocumentEncoder(nn.Module):
+class Critic(nn.Module):
+    """What a packaged learned reward has on disk: weights, its tokenizer, and the `settings` that it is made with."""
+
+    tokenizer: Tokenizer
+    settings: dict[str, int]
+
+    def save(self, folder: Path, measures: dict[str, float] | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({**self.settings, "measures": measures or {}}, indent=1) + "\n")
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+        save_file(self.state_dict(), folder / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Raises ValueError where the folder is missing or damaged."""
+        try:
+            settings = json.loads((folder / "config.json").read_text())
+            settings.pop("measures", None)
+            model = cls(Tokenizer.from_file(str(folder / "tokenizer.json")), **settings)
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+        except Exception as error:
+            raise ValueError(f"cannot load the reward model in {folder}: {str(error)[:300]}") from error
+        return model.eval().requires_grad_(False)
+
+
+class DocumentEncoder(Critic):
     """Words and 32 x 32 picture patches through a causal transformer; every segment ends in a read-out state.
 
     `head_size` outputs are read at the end of each segment.
@@ -81,21 +107,3 @@ class DocumentEncoder(nn.Module):
         pixels = to_pixels(pictures, self.pixel_size)  # (N, 3, S, S)
         tiles = nn.functional.unfold(pixels, self.patch, stride=self.patch).transpose(1, 2)  # (N, 9, 3072)
         return self.patches(tiles)
-
-    def save(self, folder: Path, measures: dict | None = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({**self.settings, "measures": measures or {}}, indent=1) + "\n")
-        self.tokenizer.save(str(folder / "tokenizer.json"))
-        save_file(self.state_dict(), folder / "model.safetensors")
-
-    @classmethod
-    def load(cls, folder: Path) -> DocumentEncoder:
-        """Raises ValueError where the folder is missing or damaged."""
-        try:
-            settings = json.loads((folder / "config.json").read_text())
-            settings.pop("measures", None)
-            model = cls(Tokenizer.from_file(str(folder / "tokenizer.json")), **settings)
-            model.load_state_dict(load_file(folder / "model.safetensors"))
-        except Exception as error:
-            raise ValueError(f"cannot load the reward model in {folder}: {str(error)[:300]}") from error
-        return model.eval().requires_grad_(False)

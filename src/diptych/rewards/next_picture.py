@@ -7,14 +7,11 @@ not. It is learned from scenes of its own, and is no part of the policy: it can 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import PIL.Image
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
@@ -23,6 +20,7 @@ from diptych.document import Document, Image, Text
 from diptych.models import packaged_folder
 from diptych.models.pixels import to_pixels
 from diptych.rewards.captions import no_values
+from diptych.rewards.encoder import Critic
 
 BATCH = 256  # pictures in one forward pass
 
@@ -35,7 +33,7 @@ class Step(NamedTuple):
     picture: PIL.Image.Image
 
 
-class NextPictureCritic(nn.Module):
+class NextPictureCritic(Critic):
     """Words, then the patches of a picture, each joined with the same patch of the picture before, through a causal transformer.
 
     To compare two pictures patch by patch is given, not learned: with the pictures one behind the other the transformer had learned nothing
@@ -78,23 +76,6 @@ class NextPictureCritic(nn.Module):
     def _tiles(self, pictures: Sequence[PIL.Image.Image]) -> Tensor:
         pixels = to_pixels(list(pictures), self.pixel_size)  # (N, 3, S, S)
         return self.patches(nn.functional.unfold(pixels, self.patch, stride=self.patch).transpose(1, 2))
-
-    def save(self, folder: Path, measures: dict[str, float]) -> None:
-        (folder / "config.json").write_text(json.dumps({**self.settings, "measures": measures}, indent=1) + "\n")
-        self.tokenizer.save(str(folder / "tokenizer.json"))
-        save_file(self.state_dict(), folder / "model.safetensors")
-
-    @classmethod
-    def load(cls, folder: Path) -> NextPictureCritic:
-        """Raises ValueError where the folder is missing or damaged."""
-        try:
-            settings = json.loads((folder / "config.json").read_text())
-            settings.pop("measures")
-            model = cls(Tokenizer.from_file(str(folder / "tokenizer.json")), **settings)
-            model.load_state_dict(load_file(folder / "model.safetensors"))
-        except Exception as error:
-            raise ValueError(f"cannot load the reward model in {folder}: {str(error)[:300]}") from error
-        return model.eval().requires_grad_(False)
 
 
 @functools.cache
