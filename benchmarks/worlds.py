@@ -8,7 +8,8 @@ Without `--model` the weights are random, which costs the same but for how long 
 `large_warmup` and `large_grpo` (for the standard world `terse_warmup` and `terse_grpo`) with the setting's world and model in them. Seconds
 are the median over steps, by the clock and of this process's CPU time, which other programs on the machine do not lengthen; hours are what
 all steps of the setting and of its recipes take at that CPU time. With fewer `--rows` and `--prompts` a step is measured on a share of its
-rows, and hours are for the whole. Of pretraining at most six steps are measured.
+rows, and hours are for the whole: `base, update` is what the optimizer takes of a step whatever its rows. Of pretraining at most six steps
+are measured.
 
 Prints a table, then one JSON line.
 """
@@ -83,6 +84,7 @@ def pretraining(setting: Setting, model: StoryboardModel, steps: int, rows: int 
             cap.apply(50)
 
         found[f"base, {name}"] = timed(steps, step) | {"share": plan.rows / whole.rows}
+    found["base, update"] = timed(min(steps, 2), lambda _: [part.step() for part in optimizer.optimizers])
     model.eval()
     return found
 
@@ -97,7 +99,12 @@ def hours(found: dict[str, dict[str, float]], setting: Setting, steps: dict[str,
     share = setting.base_steps
     parts = {"base, facts": share / 4, "base, words": share / 6, "base, alone": share * 7 / 24, "base, amid": share * 7 / 24}
     counts = {"codec": setting.codec_steps, **parts, **steps}
-    return {name: counts[name] * found[name]["cpu_seconds"] / found[name].get("share", 1) / 3600 for name in found}
+    update = found["base, update"]["cpu_seconds"]
+    result = {}
+    for name, count in counts.items():
+        whole, fixed = found[name]["cpu_seconds"], update if name.startswith("base") else 0.0
+        result[name] = count * ((whole - fixed) / found[name].get("share", 1) + fixed) / 3600
+    return result
 
 
 def main() -> None:
@@ -155,7 +162,8 @@ def main() -> None:
     )
     for name, values in found.items():
         seconds = f"{values['seconds']:.2f} | {values['cpu_seconds']:.2f} | {values['measured']:.0f}"
-        print(f"| {name} | {values.get('share', 1):.2g} | {seconds} | {all_hours[name]:.2f} |")
+        hours_of_it = f"{all_hours[name]:.2f}" if name in all_hours else "(in these)"
+        print(f"| {name} | {values.get('share', 1):.2g} | {seconds} | {hours_of_it} |")
     print(f"| all | | | | | {sum(all_hours.values()):.2f} |")
     shown = {k: v for k, v in metrics.items() if k.startswith(("rewards/", "parity/", "seconds/")) and not k.endswith("/std")}
     print(json.dumps({
