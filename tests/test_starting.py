@@ -11,7 +11,7 @@ import pytest
 
 import diptych
 
-HEAVY = {"torch", "transformers", "accelerate", "peft", "scipy", "tokenizers", "pyarrow"}
+HEAVY = {"torch", "transformers", "accelerate", "peft", "scipy", "tokenizers", "pyarrow", "fastapi", "uvicorn"}
 # Runs a command and notes what came of it and what is loaded at its end.
 RUN = """
 import json, sys
@@ -38,7 +38,7 @@ def loaded_by(tmp_path, *arguments: str) -> tuple[str, set[str]]:
 
 
 COMMANDS = (
-    "demo warmup grpo view pretrain ablate generate merge doctor",
+    "demo warmup grpo view pretrain ablate generate merge doctor serve",
     "rewards,rewards list,rewards try,data,data kinds,data convert,data inspect",
     "evaluate,evaluate storyboard,evaluate mmie,evaluate geneval,evaluate compare",
 )
