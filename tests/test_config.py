@@ -23,8 +23,8 @@ from diptych.overrides import parse_overrides
 
 RECIPES = sorted(path for path in (resources.files("diptych") / "recipes").iterdir() if path.name.endswith(".yaml"))
 CLASS_OF: dict[str, type[Config]] = {
-    "demo": DemoConfig, "demo_full": DemoConfig, "warmup": WarmupConfig, "grpo": GRPOConfig, "paper_warmup": WarmupConfig, "paper_grpo": GRPOConfig,
-    "terse_warmup": WarmupConfig, "large_warmup": WarmupConfig,
+    "demo": DemoConfig, "demo_full": DemoConfig, "warmup": WarmupConfig, "grpo": GRPOConfig, "paper_warmup": WarmupConfig,
+    "paper_grpo": GRPOConfig, "terse_warmup": WarmupConfig, "large_warmup": WarmupConfig,
 }  # fmt: skip
 
 GRPO = """
