@@ -28,6 +28,7 @@ from diptych.ablation import documents, pages, runner, sentences, summary, trial
 from diptych.ablation.measures import MEASURES
 from diptych.ablation.runner import grid, run_grid
 from diptych.ablation.suite import Suite, evaluated_steps, load_suite, packaged_suites, variant_config
+from diptych.ablation.summary import by_seed
 from diptych.ablation.trials import Trial, run_trial
 from diptych.cli import app
 from diptych.config import Config, EvaluateConfig, GRPOConfig, PTXConfig, RewardConfig, SamplingParams, WarmupConfig, build
@@ -623,11 +624,20 @@ def test_what_the_paper_says_is_answered(tmp_path, better, noise, order, shown):
     record["claims"][0]["measure"] = record["measures"][1]
     (other,) = sentences.verdicts(record)
     assert other.shown.startswith(MEASURES[record["measures"][1]].label)
+    record["claims"][0] |= {"measure": None, "step": 2}
+    (early,) = sentences.verdicts(record)
+    at_2 = [by_seed({v["name"]: v for v in record["variants"]}[name], "greedy/score", 2) for name in (better, worse)]
+    gap = 100 * sum(at_2[0][seed] - at_2[1][seed] for seed in at_2[0]) / 3
+    assert early.shown.startswith(f"score, greedy at step 2 {gap:+.1f} (")
 
 
-def test_a_claim_about_an_unknown_measure_is_refused(tmp_path):
-    told = {"claims": [{**claims("outcome", "packaged")["claims"][0], "measure": "greedy/taste"}]}
-    with pytest.raises(ValueError, match="unknown measures greedy/taste"):
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [({"measure": "greedy/taste"}, "unknown measures greedy/taste"), ({"step": 3}, r"step 3, none of its checkpoints \[2\]")],
+)
+def test_a_claim_about_what_is_not_measured_is_refused(tmp_path, more, message):
+    told = {"claims": [{**claims("outcome", "packaged")["claims"][0], **more}]}
+    with pytest.raises(ValueError, match=message):
         load_suite(str(suite_of(tmp_path, **told)))
 
 

@@ -124,11 +124,12 @@ def verdicts(record: Record) -> list[Verdict]:
     for claim in record.get("claims", []):
         measure = claim.get("measure") or record["measures"][0]
         better, worse = variants[claim["better"]], variants[claim["worse"]]
-        gap = difference(better, worse, measure)
+        gap = difference(better, worse, measure, claim.get("step"))
         words = ""
         order: Order = "not run"
         if gap is not None:
-            words = f"{MEASURES[measure].label} {MEASURES[measure].show(gap.mean, signed=True)}"
+            when = f" at step {claim['step']}" if claim.get("step") else ""
+            words = f"{MEASURES[measure].label}{when} {MEASURES[measure].show(gap.mean, signed=True)}"
             order = "not shown"
             if gap.low is None or gap.high is None:
                 words += " (one seed, no interval)"

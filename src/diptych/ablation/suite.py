@@ -48,6 +48,7 @@ class Claim(Config):
     worse: str
     paper: str = Field(description="the paper's numbers, better against worse")
     measure: str | None = Field(None, description="what the order is about; None: the suite's first measure")
+    step: int | None = Field(None, ge=1, description="one of the suite's `checkpoints`; None: the end of training")
 
 
 class Suite(Config):
@@ -74,6 +75,9 @@ class Suite(Config):
             raise ValueError(f"reference {self.reference!r} is no variant; allowed are: {', '.join(names)}")
         for claim in self.claims:
             wrong = [name for name in (claim.better, claim.worse) if name not in names]
+            if claim.step is not None and claim.step not in self.checkpoints:
+                about = f"claim {claim.better!r} above {claim.worse!r} is about step {claim.step}"
+                raise ValueError(f"{about}, none of its checkpoints {list(self.checkpoints)}")
             if wrong or claim.better == claim.worse:
                 raise ValueError(f"claim {claim.better!r} above {claim.worse!r}: give two different ones of: {', '.join(names)}")
         named = (*self.measures, *(m for chart in self.overlays for m in chart), *(c.measure for c in self.claims if c.measure))

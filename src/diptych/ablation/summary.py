@@ -113,9 +113,9 @@ def table(record: Record) -> list[dict[str, Any]]:
     return rows
 
 
-def difference(variant: dict[str, Any], reference: dict[str, Any], measure: str) -> Estimate | None:
-    """variant - reference at their last steps, over the seeds that both have; None where they have none."""
-    ours, theirs = by_seed(variant, measure), by_seed(reference, measure)
+def difference(variant: dict[str, Any], reference: dict[str, Any], measure: str, step: int | None = None) -> Estimate | None:
+    """variant - reference at a step, or at their last ones, over the seeds that both have; None where they have none."""
+    ours, theirs = by_seed(variant, measure, step), by_seed(reference, measure, step)
     seeds = [seed for seed in ours if seed in theirs]
     return paired([ours[s] for s in seeds], [theirs[s] for s in seeds]) if seeds else None
 
