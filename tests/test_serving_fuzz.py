@@ -19,7 +19,8 @@ def test_no_request_harms_the_server(tiny_model):
         finally:
             logging.getLogger("diptych.serving").removeHandler(listener)
         assert problems == []
-        assert min(statuses[200], statuses[400], statuses[404]) >= 3
+        assert min(statuses[200], statuses[400]) >= 10
+        assert statuses[404] >= 1
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
         assert server.scheduler.alive
     assert listener.heard == []
