@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP)  ## the environment in .venv, with locked versions (every target makes it when it is needed)
 
 demo: $(STAMP)  ## the whole method on the packaged model: warm-up, GRPO, evaluation, report (ARGS="--seed 1" is passed on)
-	@echo "Running the demo (about 15 minutes on 2 cores; the same command resumes it) ..."
+	@echo "Running the demo (about 5 minutes on 2 cores; the same command resumes it) ..."
 	@$(BIN)/diptych demo $(ARGS)
 
 test: $(STAMP)  ## all tests that need no GPU (ARGS="-k losses" is passed on)
