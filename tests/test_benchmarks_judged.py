@@ -812,7 +812,8 @@ def invoke(*arguments: object) -> Result:
 
 
 def judge_options(server, *more: str) -> list[str]:
-    given = [f"base_url={server.options['base_url']}", "model=toy", "retries=0", "backoff_seconds=0", "timeout_seconds=60", *more]
+    patience = ("retries=0", "backoff_seconds=0", "probe_seconds=0.2", "wait_seconds=2", "timeout_seconds=60")
+    given = [f"base_url={server.options['base_url']}", "model=toy", *patience, *more]
     return [word for option in given for word in ("--judge", option)]
 
 

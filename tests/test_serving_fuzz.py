@@ -14,13 +14,12 @@ def test_no_request_harms_the_server(tiny_model):
     with serving({"m": tiny_model}, max_waiting=1000, max_body=2_000_000) as server:
         logging.getLogger("diptych.serving").addHandler(listener)
         try:
-            statuses, problems = fuzz(server.port, 200, 5)
-            result = schemathesis(server.url, 40, 5)
+            statuses, problems = fuzz(server.port, 120, 5)
+            result = schemathesis(server.url, 15, 5)
         finally:
             logging.getLogger("diptych.serving").removeHandler(listener)
         assert problems == []
         assert min(statuses[200], statuses[400]) >= 10
-        assert statuses[404] >= 1
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
         assert server.scheduler.alive
     assert listener.heard == []
