@@ -26,8 +26,8 @@ from diptych.rewards.base import check_columns
 from diptych.rewards.format import format
 from diptych.runs import read_jsonl
 from diptych.runtime import run_async
-from diptych.training.experience import Silence
 from diptych.training.grpo import grpo
+from diptych.training.step_report import Silence
 
 MINE = RewardConfig(name="mine")
 STORY = Document((Text("a"), Text("b")))

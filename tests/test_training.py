@@ -27,6 +27,7 @@ from diptych.sampling.logprobs import score
 from diptych.tokens import collate
 from diptych.training import experience as experience_module
 from diptych.training import grpo as grpo_module
+from diptych.training import step_report
 from diptych.training.experience import collect, groups_without_spread, seen_by_all
 from diptych.training.grpo import ParityError, accumulate_gradient, check_parity, grpo, minibatches, replay
 from diptych.training.supervised import encode, encode_batch, supervised_gradient
@@ -270,9 +271,9 @@ def test_groups_without_spread_are_sampled_again(tiny_folder, tmp_path):
     assert len(again.rollouts) == len(flat.rollouts)
     assert again.rewards.steps.shape[:2] == flat.rewards.steps.shape[:2]
     assert (flat.num_resampled, again.num_resampled) == (0, 2 * config.prompts_per_step)  # every group, in both attempts
-    metrics = experience_module.reward_metrics(seen_by_all(again, config), config.model_copy(update={"resample_attempts": 2}))
+    metrics = step_report.reward_metrics(seen_by_all(again, config), config.model_copy(update={"resample_attempts": 2}))
     assert (metrics["frac_groups_resampled"], metrics["frac_reward_zero_std"]) == (2, 1)
-    assert "frac_groups_resampled" not in experience_module.reward_metrics(seen_by_all(flat, config), config)
+    assert "frac_groups_resampled" not in step_report.reward_metrics(seen_by_all(flat, config), config)
 
 
 @pytest.mark.parametrize(

@@ -52,13 +52,10 @@ from diptych.training.checkpoints import Checkpoints, restore
 from diptych.training.credit import token_advantages
 from diptych.training.experience import (
     RewardFunctions,
-    Silence,
     collect,
     held_out_rewards,
     prompt_length,
     refuse_missing,
-    reward_metrics,
-    sample_records,
     seen_by_all,
     usable_prompt,
 )
@@ -67,6 +64,7 @@ from diptych.training.losses import Counts, ModalityTerms, PolicyBatch, policy_l
 from diptych.training.optim import make_optimizer, move_state, optimizer_step
 from diptych.training.parallel import parallelize
 from diptych.training.preemption import Requests, asked_to_stop, preemptible
+from diptych.training.step_report import Silence, reward_metrics, sample_records
 from diptych.training.supervised import encode_batch, example_length, supervised_gradient
 
 Progress = Callable[[int, int, dict[str, float]], None]
