@@ -13,7 +13,11 @@ from diptych.models import UnifiedModel, load_model
 from diptych.models.storyboard import StoryboardConfig, StoryboardModel, build_tokenizer
 from diptych.worlds.storyboard.language import vocabulary
 
-torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Whatever a training before it has set: many threads on few cores wait for one another."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

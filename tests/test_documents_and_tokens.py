@@ -307,6 +307,20 @@ def test_the_choice_to_draw_without_words_before_it_belongs_to_the_picture(tiny_
     assert (empty.text_ids.tolist(), empty.step_ids.tolist(), empty.completion_mask.tolist()) == ([tiny_model.eos_id], [0], [True])
 
 
+def test_patches_that_are_alike_are_decoded_once_and_the_pixels_are_the_same(tiny_model):
+    codec = tiny_model.codec
+    codes = torch.randint(3, (6, 9, 3), generator=torch.Generator().manual_seed(0))  # of 27 combinations some come twice, some never
+    codes[2] = codes[5]
+    decoded = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codec.decoder, "forward", lambda latent, own=codec.decoder.forward: decoded.append(len(latent)) or own(latent))
+        found = codec.decode(codes)
+    assert decoded == [len({tuple(one) for one in codes.flatten(0, 1).tolist()})]
+    alone = torch.cat([codec.decode(codes[i : i + 1]) for i in range(6)])
+    torch.testing.assert_close(found, alone, atol=1e-6, rtol=0)
+    assert torch.equal(found[2], found[5])
+
+
 def test_pixels_become_the_codes_of_the_codec(tiny_model):
     pixels = PIL.Image.fromarray(np.random.default_rng(5).integers(0, 256, (96, 96, 3), dtype=np.uint8))
     tensor = torch.from_numpy(np.asarray(pixels).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1

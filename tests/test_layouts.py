@@ -7,7 +7,7 @@ import torch
 from family_data import prompts
 
 from diptych.models import UnifiedModel, load_model
-from diptych.models.attention import CacheAttention, KVCache
+from diptych.models.attention import FEW, CacheAttention, KVCache, attention, new_buffer
 from diptych.models.packing import pack
 from diptych.tokens import TokenRow, collate
 
@@ -117,7 +117,8 @@ def test_a_cache_with_holes_selected_rows_and_several_blocks_equal_each_sequence
 
 @torch.no_grad()
 def test_a_cache_that_was_copied_and_put_back_equals_each_sequence_alone(tiny_model):
-    """Three rows, of which two go on by themselves; a hole before that and unused memory that holds NaN; then all in another order."""
+    """Three rows, of which two go on by themselves; a hole before that and unused memory that holds NaN; then all in another order; few
+    holes stay, many are closed."""
     said = [row_of(tiny_model, words) for words in ([5, 6, 7], [8, 9], [10, 11, 12, 13])]
     cache = KVCache(3, tiny_model.device)
     batch = collate(said)
@@ -140,15 +141,39 @@ def test_a_cache_that_was_copied_and_put_back_equals_each_sequence_alone(tiny_mo
     cache.reserve(20)
     for buffer in (*cache._keys, *cache._values):
         buffer[:, :, cache.length :] = torch.nan
+    places = [buffer.data_ptr() for buffer in cache._keys]
+    cache.select(torch.arange(3), room=1)
+    assert places == [buffer.data_ptr() for buffer in cache._keys]  # all rows as they are, few holes, and room: nothing to do
     picked = torch.tensor([0, 1])
     branch = cache.copy(picked, room=2)
-    assert (branch.length, cache.length) == (4, 5)  # the longest of the two rows; all slots of the three
+    assert (branch.length, cache.length) == (5, 5)  # one slot of five holds nothing of the two: moving the others is not worth it
     feed(branch, [0, 1], [True, True])
     feed(branch, [0, 1], [False, True])
     cache.put_back(branch, picked, 2)
     feed(cache, [0, 1, 2], [True, True, True])
     order = [2, 0, 1]
     cache.select(torch.tensor(order), room=1)
-    assert cache.length == max(map(len, said))  # no holes
+    assert cache.length == max(map(len, said)) == 6  # of eight slots: no holes
     assert cache.occupied.sum(1).tolist() == [len(said[row]) for row in order]
     feed(cache, order, [True, True, True])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("num_positions", [1, 2, FEW, FEW + 1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_over_a_buffer_is_that_of_double_precision(groups, num_positions, masked):
+    """Few positions by products over slots that lie last in memory, more by the fused kernel; 6 heads that share keys and values."""
+    slots = 37
+    keys, values = (new_buffer(torch.empty(5, groups, 1, 16), 5, 50)[:, :, :slots].normal_() for _ in range(2))
+    query = torch.randn(5, 6, num_positions, 16)
+    mask = torch.rand(5, 1, num_positions, slots) < 0.6 if masked else None
+    if mask is not None:
+        mask[..., 3] = True  # a position sees itself at least
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 6 // groups, False
+    found = attention(module, query, keys, values, mask, 0.3)
+    scores = 0.3 * query.double() @ keys.double().repeat_interleave(6 // groups, 1).transpose(2, 3)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    expected = (scores.softmax(-1) @ values.double().repeat_interleave(6 // groups, 1)).transpose(1, 2)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)

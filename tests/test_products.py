@@ -140,7 +140,18 @@ def test_weights_that_change_between_two_phases_are_read_again(model):
     own = copy.deepcopy(model)
     before, _ = drawn(own, 1)
     with torch.no_grad():
+        own.depth_tie.neg_()
+    other_pictures, _ = drawn(own, 1)
+    assert any(not torch.equal(one.row.codes, other.row.codes) for one, other in zip(before, other_pictures, strict=True))
+    with torch.no_grad():
         own.lm_head.weight.zero_()
     after, _ = drawn(own, 1)
     assert any(not torch.equal(one.row.text_ids, other.row.text_ids) for one, other in zip(before, after, strict=True))
-    assert not any("forward" in module.__dict__ for module in own.modules())
+    assert not any({"forward", "_depth_outputs"} & set(module.__dict__) for module in own.modules())
+
+
+def test_what_the_model_makes_of_weights_alone_is_made_once_for_a_sampling(model, monkeypatch):
+    made, own = [], type(model)._depth_outputs
+    monkeypatch.setattr(type(model), "_depth_outputs", lambda self: made.append(0) or own(self))
+    drawn(model)
+    assert len(made) == 1

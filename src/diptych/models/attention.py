@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 _NAME = "diptych_layout"
+FEW = 8  # positions of one pass that attend by products
 
 
 class Layout(Protocol):
@@ -54,10 +55,11 @@ class KVCache:
     """The KV cache of B rows that share its slots: row b has something in slot s where `occupied[b, s]`.
 
     Every layer has a buffer (B, key-value heads, capacity, head_dim), of which the first `length` slots are in use: attention reads
-    them where they lie, and a new position is written in place.
+    them where they lie, and a new position is written in place. In memory the slots lie where the products of `attention` read them
+    fastest (`new_buffer`).
 
     full: every row has something in every slot (known without asking the device), so that no mask is needed.
-    compact: some row has something in every slot, so that `select` of all rows would free none (known likewise).
+    compact: some row has something in every slot, so that `select` would free none (known likewise).
     """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
@@ -77,24 +79,45 @@ class KVCache:
         return sum(2 * buffer[:, :, : self.length].nbytes for buffer in self._keys)
 
     def select(self, rows: Tensor, room: int) -> None:
-        """These rows, (B',) int64, in this order and without the slots that none of them needs, with room for so many more."""
-        occupied, kept, length = self._packed(rows)
-        self.num_rows, self.length, self.full, self.compact = len(rows), length, bool(occupied.all()), True
-        self._change(occupied, kept, length + room)
+        """These rows, (B',) int64, in this order, with room for so many more slots. Where a quarter of the slots or more are needed by no
+        row, each row's are moved together."""
+        places = self._together(rows)
+        if places is None and len(rows) == self.num_rows and bool((rows == torch.arange(len(rows), device=rows.device)).all()):
+            self.reserve(self.length + room)
+        else:
+            self._take(rows, places, room)
+
+    def _together(self, rows: Tensor) -> Tensor | None:
+        """For each of these rows the slots that hold something, and then others, (B', slots that are needed); None: they stay where they
+        are, because moving them would free few."""
+        if self.full:
+            return None
+        occupied = self.occupied[rows]
+        needed = int(occupied.sum(1).max()) if len(rows) else 0
+        return None if 4 * needed > 3 * self.length else (~occupied).long().argsort(dim=1, stable=True)[:, :needed]
+
+    def _take(self, rows: Tensor, places: Tensor | None, room: int) -> None:
+        occupied, length = self.occupied[rows], self.length if places is None else places.shape[1]
+        if places is None:
+            self._change(occupied, lambda buffer, into: torch.index_select(buffer[:, :, :length], 0, rows, out=into), length + room)
+        else:
+            occupied = occupied.gather(1, places)
+            spread = rows[:, None], places
+            self._change(occupied, lambda buffer, into: into.copy_(buffer.transpose(1, 2)[spread].transpose(1, 2)), length + room)
+        self.num_rows, self.length, self.full = len(rows), length, bool(occupied.all())
+        self.compact = self.full or places is not None
 
     def join(self, other: KVCache, room: int) -> None:
-        """Adds the rows of another behind its own, with room for so many more slots. Both are compact, and so is what comes of them."""
-        assert self.compact
-        assert other.compact
+        """Adds the rows of another behind its own, with room for so many more slots."""
         length, sizes = max(self.length, other.length), (self.num_rows, other.num_rows)
         occupied = self._occupied.new_zeros(sum(sizes), length + room)
         occupied[: sizes[0], : self.length], occupied[sizes[0] :, : other.length] = self.occupied, other.occupied
         for mine, theirs in ((self._keys, other._keys), (self._values, other._values)):
             for layer, (first, second) in enumerate(zip(mine, theirs, strict=True)):
-                mine[layer] = first.new_zeros(sum(sizes), first.shape[1], length + room, first.shape[3])  # NaN would reach through a mask
+                mine[layer] = new_buffer(first, sum(sizes), length + room).zero_()  # NaN would reach through a mask
                 mine[layer][: sizes[0], :, : self.length] = first[:, :, : self.length]
                 mine[layer][sizes[0] :, :, : other.length] = second[:, :, : other.length]
-        self.full = self.full and other.full and self.length == other.length
+        self.full, self.compact = self.full and other.full and self.length == other.length, False
         self.num_rows, self.length, self._occupied = sum(sizes), length, occupied
 
     def copy(self, rows: Tensor, room: int) -> KVCache:
@@ -102,7 +125,7 @@ class KVCache:
         other = KVCache(self.num_rows, self._occupied.device)
         other._occupied, other.length, other.full = self._occupied, self.length, self.full
         other._keys, other._values = list(self._keys), list(self._values)
-        other.select(rows, room)
+        other._take(rows, other._together(rows), room)
         return other
 
     def put_back(self, other: KVCache, rows: Tensor, count: int) -> None:
@@ -119,28 +142,17 @@ class KVCache:
     def reserve(self, capacity: int) -> None:
         """Room for so many slots; buffers move where they have less."""
         if capacity > self._occupied.shape[1]:
-            self._change(self.occupied, lambda buffer: buffer[:, :, : self.length], capacity)
+            self._change(self.occupied, lambda buffer, into: into.copy_(buffer[:, :, : self.length]), capacity)
 
-    def _packed(self, rows: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor], int]:
-        """For some rows, moved to the front of their slots: which are occupied, how to move a buffer, and how many slots that are."""
-        occupied = self.occupied[rows]
-        if self.full:
-            return occupied, lambda buffer: buffer[:, :, : self.length].index_select(0, rows), self.length
-        counts = occupied.sum(1)
-        length = int(counts.max()) if len(rows) else 0
-        order = (~occupied).long().argsort(dim=1, stable=True)[:, :length]  # (B', length): the slots of each row that hold something first
-        packed = torch.arange(length, device=occupied.device) < counts[:, None]
-        return packed, lambda buffer: buffer.transpose(1, 2)[rows[:, None], order].transpose(1, 2), length
-
-    def _change(self, occupied: Tensor, kept: Callable[[Tensor], Tensor], capacity: int) -> None:
-        """`kept` of every buffer, (B, heads, length, head_dim), in buffers of another capacity."""
-        self._occupied = occupied.new_zeros(self.num_rows, capacity)
-        self._occupied[:, : self.length] = occupied
+    def _change(self, occupied: Tensor, move: Callable[[Tensor, Tensor], object], capacity: int) -> None:
+        """Every buffer in one of other rows and another capacity, whose slots in use, `occupied` (B', length), are filled by `move`."""
+        size, length = occupied.shape
+        self._occupied = occupied.new_zeros(size, capacity)
+        self._occupied[:, :length] = occupied
         for buffers in (self._keys, self._values):
             for layer, buffer in enumerate(buffers):
-                states = kept(buffer)
-                buffers[layer] = states.new_empty(*states.shape[:2], capacity, states.shape[3])
-                buffers[layer][:, :, : self.length] = states
+                buffers[layer] = new_buffer(buffer, size, capacity)
+                move(buffer, buffers[layer][:, :, :length])
 
     def visible(self, new: Tensor | None, num_positions: int) -> Tensor | None:
         """Which slots each of `num_positions` new positions sees: (B, 1, T, length + T) bool; None for all before it.
@@ -160,9 +172,9 @@ class KVCache:
         """Puts (B, heads, T, head_dim) behind the slots in use; returns all of them, (B, heads, length + T, head_dim)."""
         end = self.length + key.shape[2]
         if layer == len(self._keys):  # the first pass
-            size = (*key.shape[:2], max(end, self._occupied.shape[1]), key.shape[3])
-            self._keys.append(key.new_empty(size))
-            self._values.append(value.new_empty(size))
+            capacity = max(end, self._occupied.shape[1])
+            self._keys.append(new_buffer(key, len(key), capacity))
+            self._values.append(new_buffer(value, len(value), capacity))
         for buffers, states in ((self._keys, key), (self._values, value)):
             buffers[layer][:, :, self.length : end] = states
         return self.read(layer, end)
@@ -273,17 +285,37 @@ def _split(
     return zip(blocks, masks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
 
 
+def by_products(states: Tensor) -> bool:
+    """Whether few positions of such states attend by two batched products, instead of a fused kernel."""
+    return states.device.type == "cpu" and states.dtype == torch.float32
+
+
+def new_buffer(states: Tensor, num_rows: int, capacity: int) -> Tensor:
+    """(num_rows, heads, capacity, head_dim) for keys or values like these, (.., heads, .., head_dim).
+
+    Where they are read by products, one that sums over the other slots last in memory: with slots last, both products run along
+    them, which takes half the time (docs/lab_notes.md).
+    """
+    heads, width = states.shape[1], states.shape[3]
+    if by_products(states):
+        return states.new_empty(num_rows, heads, width, capacity).transpose(2, 3)
+    return states.new_empty(num_rows, heads, capacity, width)
+
+
 def attention(module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Scaled dot-product attention, (B, T, heads, head_dim), of query (B, heads, T, head_dim) over (B, key-value heads, S, head_dim).
 
-    On a CPU a single position in float32 takes two batched products over the buffers as they lie, which is faster there than the
-    fused kernel (docs/lab_notes.md).
+    `mask` (B, 1, T, S) bool. On a CPU a few positions in float32 take two batched products over the buffers as they lie, which is faster
+    there than the fused kernel.
     """
     size, num_heads, num_positions, width = query.shape
-    if num_positions > 1 or query.device.type != "cpu" or query.dtype != torch.float32:
+    if num_positions > FEW or not by_products(query):
+        if by_products(query):  # the fused kernel wants head_dim last
+            keys, values = keys.contiguous(), values.contiguous()
         return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)[0]
-    groups = keys.shape[1]
-    scores = torch.bmm((query * scaling).view(size * groups, -1, width), keys.flatten(0, 1).transpose(1, 2))
+    rows = size * keys.shape[1]
+    scores = torch.bmm((query * scaling).reshape(rows, -1, width), keys.flatten(0, 1).transpose(1, 2))
     if mask is not None:
-        scores.view(size, num_heads, -1).masked_fill_(~mask[:, 0], -torch.inf)
-    return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(size, 1, num_heads, width)
+        scores.view(size, num_heads, num_positions, -1).masked_fill_(~mask, -torch.inf)
+    found = torch.bmm(values.flatten(0, 1).transpose(1, 2), scores.softmax(-1).transpose(1, 2))  # (rows, head_dim, heads of one * T)
+    return found.transpose(1, 2).reshape(size, num_heads, num_positions, width).transpose(1, 2)

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import PIL.Image
 import torch
@@ -37,9 +37,11 @@ class UnifiedModel(nn.Module, abc.ABC):
     hidden width, V the text vocabulary, K the codebook size, D the depth.
 
     default_sampling: how the family's release samples; its guidance scale stands in where a setting leaves it open.
+    tables: methods without arguments that give a tensor made of weights alone; it is made once for a sampling.
     """
 
     family: str
+    tables: ClassVar[tuple[str, ...]] = ()
     default_sampling: SamplingParams
     image_spec: ImageSpec
     eos_id: int

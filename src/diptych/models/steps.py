@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from diptych.models.products import FEWEST_ROWS, Prepared, available, fits
 
@@ -23,31 +24,51 @@ MOST_BYTES = 2**30  # weights are held twice while they are prepared
 
 @contextlib.contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's linear layers in float32 on the CPU multiply by oneDNN with weights laid out for it. Weights must not change
-    inside. Where torch has no oneDNN, or the weights are too large to be held twice, nothing is done."""
-    linear = [module for module in model.modules() if fits(module)] if available(model) and not torch.is_grad_enabled() else []
-    if sum(layer.weight.nbytes for layer in linear) > MOST_BYTES:
-        linear = []
-    changed: dict[nn.Module, Any] = {}
-    inside: set[nn.Module] = set()
-    for layer in model.modules() if linear else ():
-        if type(layer) is LlamaDecoderLayer and all(map(fits, _products(layer))):
-            changed[layer] = _LlamaStep(layer)
-            inside |= set(_products(layer))
-    for layer in linear:
-        if layer not in inside:
-            changed[layer] = functools.partial(_product, layer.weight, Prepared(layer.weight))
-    before = {layer: layer.__dict__.get("forward") for layer in changed}
-    for layer, forward in changed.items():
-        layer.forward = forward
+    """Inside, the model's linear layers in float32 on the CPU multiply by oneDNN with weights laid out for it (where torch has oneDNN and
+    they are small enough to be held twice), and what the model makes of weights alone (`UnifiedModel.tables`) is made once. Weights must
+    not change inside."""
+    changed = {} if torch.is_grad_enabled() else {**_tables(model), **_forwards(model)}
+    before = {place: place[0].__dict__.get(place[1]) for place in changed}
+    for (module, name), stand_in in changed.items():
+        setattr(module, name, stand_in)
     try:
         yield
     finally:
-        for layer, forward in before.items():
-            if forward is None:
-                del layer.forward
+        for (module, name), own in before.items():
+            if own is None:
+                delattr(module, name)
             else:
-                layer.forward = forward
+                setattr(module, name, own)
+
+
+def _tables(model: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+    made = {name: getattr(model, name)() for name in getattr(model, "tables", ())}
+    return {(model, name): functools.partial(_as_it_is, table) for name, table in made.items()}
+
+
+def _as_it_is(table: Tensor) -> Tensor:
+    return table
+
+
+def _forwards(model: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+    linear = [module for module in model.modules() if fits(module)] if available(model) else []
+    if not linear or sum(layer.weight.nbytes for layer in linear) > MOST_BYTES:
+        return {}
+    changed: dict[nn.Module, Any] = {}
+    inside: set[nn.Module] = set()
+    for layer in model.modules():
+        if type(layer) is LlamaDecoderLayer and all(map(fits, _products(layer))):
+            changed[layer] = _LlamaStep(layer)
+            inside |= set(_products(layer))
+    for decoder in model.modules():
+        if type(decoder) is LlamaModel and all(layer in changed for layer in decoder.layers):
+            changed[decoder] = functools.partial(_decoded, decoder, _forward_of(decoder))
+    changed |= {layer: functools.partial(_product, layer.weight, Prepared(layer.weight)) for layer in linear if layer not in inside}
+    return {(module, "forward"): forward for module, forward in changed.items()}
+
+
+def _forward_of(module: nn.Module) -> Any:
+    return module.__dict__.get("forward") or functools.partial(type(module).forward, module)
 
 
 def _products(layer: Any) -> list[Any]:
@@ -61,6 +82,18 @@ def _product(weight: Tensor, ready: Prepared, states: Tensor) -> Tensor:
     return ready(states)
 
 
+def _decoded(decoder: Any, plain: Any, **named: Any) -> Any:
+    """The forward of a `LlamaModel`, for positions that attend through a layout: its layers in turn, without transformers' masks and
+    hooks."""
+    states, positions, layout = named.get("inputs_embeds"), named.get("position_ids"), named.get("layout")
+    if states is None or positions is None or layout is None:
+        return plain(**named)
+    tables = decoder.rotary_emb(states, position_ids=positions)
+    for layer in decoder.layers:
+        states = layer.forward(states, position_embeddings=tables, layout=layout)
+    return BaseModelOutput(last_hidden_state=decoder.norm(states))
+
+
 class _LlamaStep:
     """The forward of a `LlamaDecoderLayer`, for positions that attend through a layout."""
 
@@ -72,7 +105,7 @@ class _LlamaStep:
         self.inner = gate.shape[0]
         self.qkv, self.out = Prepared(torch.cat([query, key, value])), Prepared(out)
         self.gate_up, self.down = Prepared(torch.cat([gate, up])), Prepared(down)
-        self.plain = layer.__dict__.get("forward") or functools.partial(type(layer).forward, layer)
+        self.plain = _forward_of(layer)
 
     def __call__(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
         layout, tables = named.get("layout"), named.get("position_embeddings")

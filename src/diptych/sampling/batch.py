@@ -110,8 +110,6 @@ class Batch:
         repeat = torch.arange(len(asked)).repeat_interleave(torch.tensor([one.count for one in asked]))
         stream = Stream(self.model, [one.prompt for one in asked], repeat, self.room)
         if self.partials:
-            if not self.stream.cache.compact:
-                self._keep(torch.ones(len(self.partials), dtype=torch.bool, device=self.device))
             self.rows.join(rows)
             self.stream.join(stream, self.room)
         else:

@@ -72,6 +72,7 @@ class PatchCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """codes (N, grid * grid, depth) -> (N, 3, S, S) float in -1..1."""
-        latent = self.quantizer.get_output_from_indices(codes.reshape(-1, 1, self.depth)).squeeze(1)
-        return self.from_patches(self.decoder(latent).clamp(-1, 1))
+        """codes (N, grid * grid, depth) -> (N, 3, S, S) float in -1..1. Patches that are alike are decoded once: most are background."""
+        different, which = codes.reshape(-1, self.depth).unique(dim=0, return_inverse=True)
+        latent = self.quantizer.get_output_from_indices(different[:, None]).squeeze(1)
+        return self.from_patches(self.decoder(latent).clamp(-1, 1)[which])

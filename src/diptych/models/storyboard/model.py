@@ -57,6 +57,7 @@ def build_tokenizer(words: list[str]) -> Tokenizer:
 
 class StoryboardModel(UnifiedModel):
     family = "storyboard"
+    tables = ("_depth_outputs",)
     default_sampling = SamplingParams(
         image=ImageSampling(guidance_scale=1.5)
     ).greedy()  # more guidance breaks pictures: see docs/lab_notes.md
