@@ -1,22 +1,19 @@
 """Products of linear layers in float32 on a CPU, by oneDNN.
 
 torch multiplies float32 matrices by MKL, which keeps to AVX2 on processors that are not Intel's; oneDNN does not, and is about twice as
-fast there. Sums are taken in MKL's order (by blocks of the width, each from its first to its last term), so that on such a processor
-both give the same bits, gradients included: tests/test_products.py.
+fast there. Both sum in float32, in orders of their own (tests/test_products.py: how far they differ).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-BLOCK = 192  # terms that MKL sums before it adds them to the result
-FEWEST_ROWS = 4  # below, MKL sums in another order, and there is little to gain
+FEWEST_ROWS = 4  # below, MKL is as fast
 WORTH_IT = 128  # rows from which it pays to lay out a weight for one product
 
 
@@ -35,44 +32,19 @@ def fits(module: nn.Module) -> TypeGuard[nn.Linear]:
     return type(weight) is nn.Parameter and not isinstance(weight.data, DTensor) and weight.dtype == torch.float32 and weight.is_cpu
 
 
-def block_size(width: int) -> int:
-    """How many terms MKL sums at a time."""
-    if width <= BLOCK:
-        return width
-    return width // 2 if width <= 2 * BLOCK else BLOCK  # of an odd width one term is left for a third block
-
-
-def multiply(states: Tensor, weight: Tensor) -> Tensor:
-    """states (..., width) by weight (out, width), plain or laid out: (..., out); the width is summed at once."""
-    return torch.ops.mkldnn._linear_pointwise(states, weight, None, "none", [], "")
-
-
 def product(states: Tensor, weight: Tensor) -> Tensor:
-    """`nn.functional.linear`, without gradients."""
-    size = block_size(states.shape[-1])
-    parts = zip(states.split(size, -1), weight.split(size, 1), strict=True)
-    return _added(multiply(part.contiguous(), block.contiguous()) for part, block in parts)
-
-
-def _added(terms: Iterator[Tensor]) -> Tensor:
-    found = next(terms)
-    for term in terms:
-        found += term
-    return found
+    """`nn.functional.linear`, without gradients: states (..., width) by weight (out, width), plain, transposed or laid out."""
+    return torch.ops.mkldnn._linear_pointwise.default(states, weight, None, "none", [], "")
 
 
 class Prepared:
     """Weights (out, width) laid out once for many products, during which they must not change."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.size = block_size(weight.shape[1])
-        self.blocks = [torch.ops.mkldnn._reorder_linear_weight(part.contiguous()) for part in weight.detach().split(self.size, 1)]
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
 
     def __call__(self, states: Tensor) -> Tensor:
-        if len(self.blocks) == 1:
-            return multiply(states, self.blocks[0])
-        parts = zip(states.split(self.size, -1), self.blocks, strict=True)
-        return _added(multiply(part.contiguous(), block) for part, block in parts)
+        return product(states, self.weight)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 A position of a small model is a few dozen small operations, which cost more by their number than by what they compute. Inside `prepared`
 a Llama layer is written with fewer of them: queries, keys and values are one product, gate and up are one, rotation takes queries and
-keys together, and what can be done in place is. Every number is computed as transformers computes it: the bits are the same.
+keys together, and what can be done in place is. Every number is computed as transformers computes it, but for the order of sums.
 """
 
 from __future__ import annotations
