@@ -133,8 +133,9 @@ def test_gradients_of_a_score_are_those_of_the_plain_way(model):
         assert ("forward" in own.lm_head.__dict__) == (use is products.use)
         gradients.append({name: p.grad for name, p in own.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        assert (gradient - gradients[1][name]).norm() <= 1e-4 * gradients[1][name].norm(), name  # sums in another order
+    whole = torch.stack([gradient.norm() for gradient in gradients[1].values()]).norm()
+    for name, gradient in gradients[0].items():  # sums in another order
+        assert (gradient - gradients[1][name]).norm() <= 1e-4 * gradients[1][name].norm() + 1e-7 * whole, name
 
 
 def test_weights_that_change_between_two_phases_are_read_again(model):
