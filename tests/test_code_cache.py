@@ -11,10 +11,13 @@ import torch
 from family_data import picture
 from test_training import warmup_config
 
-from diptych.document import Image
+from diptych.document import Document, Image, Text
 from diptych.models.base import UnifiedModel
-from diptych.models.codes import CodeCache, tokenizer_hash
+from diptych.models.codes import CodeCache, RecentCodes, tokenizer_hash
 from diptych.models.storyboard.model import StoryboardModel
+from diptych.rewards.image_likelihood import ImageLikelihood
+from diptych.rewards.protocol import conversation
+from diptych.rewards.text_likelihood import TextLikelihood
 from diptych.runs import read_jsonl
 from diptych.training.warmup import warmup
 
@@ -49,6 +52,29 @@ def test_codes_come_back_bit_by_bit(tiny_model, tmp_path, encoded):
     again.code_cache = CodeCache(tmp_path, again)  # another run of the same model
     assert torch.equal(again.image_codes(pictures[0]), expected[0])
     assert encoded == [1, 1, 1]
+
+
+def test_the_codes_of_the_last_pictures_are_remembered(tiny_model, encoded):
+    pictures = [Image(picture(i)) for i in range(3)]
+    expected = [tiny_model.image_codes(image) for image in pictures]
+    own = copy.deepcopy(tiny_model)
+    own.code_cache = RecentCodes(size=2)
+    for order, times in (([0, 1, 0, 1], 2), ([2, 0], 4), ([0, 2], 4), ([1], 5), ([2, 1], 5), ([0], 6)):  # who was used last stays longest
+        for i in order:
+            assert torch.equal(own.image_codes(Image(picture(i))), expected[i])
+        assert len(encoded) == 3 + times
+
+
+@pytest.mark.parametrize("judge", [ImageLikelihood, TextLikelihood])
+def test_rewards_encode_the_prompt_of_a_group_once(judge, encoded):
+    reward = judge(model="storyboard_terse", device="cpu")
+    asked, other = (Document((Image(picture(i)), Text("then the ball grows ."))) for i in range(2))
+    prompts = [conversation("user", document, "blocks") for document in (asked, asked, asked, other)]
+    codes = torch.zeros(9, 2, dtype=torch.long)
+    answers = [Document((Text("the ball grows ."), Image(picture(5), codes)))] * 4
+    completions = [conversation("assistant", document, "blocks") for document in answers]
+    reward(prompts=prompts, completions=completions, completion_documents=answers)
+    assert encoded == [1, 1]
 
 
 def test_another_tokenizers_codes_are_never_used(tiny_model, tmp_path, encoded):

@@ -72,6 +72,23 @@ class CodeCache:
             raise ValueError(f"cannot write to code_cache {self.folder}: {hint}. Give another folder, or leave code_cache out") from error
 
 
+class RecentCodes:
+    """Stands in the place of a model's `code_cache`: the codes of the last `size` pictures, in memory. For models that are shown the same
+    few pictures many times in a row."""
+
+    def __init__(self, size: int = 256) -> None:
+        self.size = size
+        self._codes: dict[str, Tensor] = {}  # the newest last
+
+    def __call__(self, pixels: Tensor, encode: Callable[[], Tensor]) -> Tensor:
+        name = _hash(pixels)
+        codes = self._codes.pop(name) if name in self._codes else encode()
+        self._codes[name] = codes
+        if len(self._codes) > self.size:
+            del self._codes[next(iter(self._codes))]
+        return codes
+
+
 # --- in other threads ----------------------------------------------------------------------------------------------------
 
 _thread = threading.local()  # `noted`: pictures whose codes this thread leaves out

@@ -16,6 +16,7 @@ from pydantic import Field
 from diptych.config import Config, ImageSampling, SamplingParams, build
 from diptych.document import Document, Image, Text
 from diptych.models import load_model
+from diptych.models.codes import RecentCodes
 from diptych.runtime import pick_device
 from diptych.sampling.logprobs import score
 from diptych.tokens import AnswerForm, TokenRow, collate
@@ -57,6 +58,7 @@ class ImageLikelihood:
         self.options = build(ImageLikelihoodOptions, options)
         loaded = load_model(self.options.model, dtype=self.options.dtype, image_size=self.options.image_size)
         self.model = loaded.to(pick_device(self.options.device)).requires_grad_(False)
+        self.model.code_cache = RecentCodes()  # a group has one prompt
         self._faults: Counter[str] = Counter()
         self._told = ""
 

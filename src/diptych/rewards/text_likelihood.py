@@ -15,6 +15,7 @@ from pydantic import Field
 from diptych.config import Config, build
 from diptych.document import Document, Text
 from diptych.models import load_model
+from diptych.models.codes import RecentCodes
 from diptych.runtime import pick_device
 from diptych.sampling.logprobs import score
 from diptych.tokens import TokenRow, collate
@@ -45,6 +46,7 @@ class TextLikelihood:
         """Raises ValueError for wrong options and for a model that cannot be loaded."""
         self.options = build(TextLikelihoodOptions, options)
         self.model = load_model(self.options.model, dtype=self.options.dtype).to(pick_device(self.options.device)).requires_grad_(False)
+        self.model.code_cache = RecentCodes()  # a group has one prompt
         self._too_long, self._told = 0, ""
 
     def about(self) -> str:
