@@ -12,6 +12,9 @@ a random time (exponential: together the requests arrive as a Poisson process), 
 The model is the packaged `storyboard`, which seldom draws before it was trained to: its token that begins a picture is made as likely as
 its end of a text and a little more, so that documents have up to four pictures (`tests/served.py`). At the end every answer is compared
 with the one that `diptych generate` writes alone for its prompt and seed. Prints a table, then one JSON line.
+
+`passes`: forward passes of the decoder a document, and the mean number of rows in one (an unconditional branch is a row). On a CPU a pass
+costs by the row, on an accelerator that has room for more rows it costs about the same.
 """
 
 from __future__ import annotations
@@ -43,17 +46,20 @@ WARM_UP = 6
 
 
 def serve(way: str, clients: int) -> None:
-    """In a process of its own: says its port, and on a line of its standard input how long its processor worked; then ends."""
+    """In a process of its own: says its port, and on a line of its standard input what was spent; then ends."""
     import torch
     from served import drawing, serving
 
     torch.set_num_threads(1)
     options = {"max_batch": clients, "max_waiting": 4 * clients, **WAYS[way]}
-    with serving({"storyboard": drawing("storyboard")}, **options) as server:
+    model, rows = drawing("storyboard"), []
+    plain = model.backbone
+    model.backbone = lambda embeds, *others: (rows.append(len(embeds)), plain(embeds, *others))[1]  # type: ignore[method-assign]
+    with serving({"storyboard": model}, **options) as server:
         print(server.port, flush=True)
         began = time.process_time()
         sys.stdin.readline()
-        print(time.process_time() - began, flush=True)
+        print(json.dumps({"cpu_seconds": time.process_time() - began, "passes": len(rows), "rows": sum(rows)}), flush=True)
 
 
 class Answer:
@@ -142,7 +148,7 @@ def measure(way: str, clients: int, seconds: float, pause: float) -> dict[str, A
         port = int(process.stdout.readline())
         answers, took = asyncio.run(traffic(port, clients, seconds, pause))
         print(file=process.stdin, flush=True)
-        busy = float(process.stdout.readline())
+        spent = json.loads(process.stdout.readline())
     finally:
         process.stdin.close()
         process.wait(60)
@@ -150,9 +156,11 @@ def measure(way: str, clients: int, seconds: float, pause: float) -> dict[str, A
         answer.parts = [pixels_of(part) if part.startswith("data:") else part for part in answer.parts]
     texts = [answer.first_text - answer.sent for answer in answers if answer.first_text]
     pictures = [answer.first_picture - answer.sent for answer in answers if answer.first_picture]
+    written = len(answers) + WARM_UP
     return {
         "way": way, "documents": len(answers), "seconds": took, "documents_per_minute": 60 * len(answers) / took,
-        "cpu_seconds": busy, "documents_per_cpu_minute": 60 * (len(answers) + WARM_UP) / busy,
+        "cpu_seconds": spent["cpu_seconds"], "documents_per_cpu_minute": 60 * written / spent["cpu_seconds"],
+        "passes_per_document": spent["passes"] / written, "rows_per_pass": spent["rows"] / max(1, spent["passes"]),
         "pictures": sum(part.startswith("picture ") for answer in answers for part in answer.parts),
         "first_text": quantiles(texts), "first_picture": quantiles(pictures),
         "whole": quantiles([answer.end - answer.sent for answer in answers]), "answers": answers,
@@ -211,10 +219,14 @@ def main() -> None:
     results = [measure(way, arguments.clients, arguments.seconds, arguments.pause) for way in WAYS]
     counts = compare(results)
     print(f"{arguments.clients} clients, a pause of {arguments.pause:g} s on average, {arguments.seconds:g} s of traffic for each way")
-    print(f"{'':<12}{'documents/min':>14}{'a CPU minute':>14}{'pictures':>10}{'first text':>20}{'first picture':>20}{'whole document':>20}")
+    print(
+        f"{'':<12}{'documents/min':>14}{'a CPU minute':>14}{'passes (rows)':>16}{'pictures':>10}{'first text':>20}{'first picture':>20}{'whole document':>20}"
+    )
     for one in results:
         times = "".join(f"{f'{one[name][0]:.2f} / {one[name][1]:.2f} s':>20}" for name in ("first_text", "first_picture", "whole"))
-        print(f"{one['way']:<12}{one['documents_per_minute']:>14.0f}{one['documents_per_cpu_minute']:>14.0f}{one['pictures']:>10}{times}")
+        passes = f"{one['passes_per_document']:.1f} ({one['rows_per_pass']:.1f})"
+        rates = f"{one['documents_per_minute']:>14.0f}{one['documents_per_cpu_minute']:>14.0f}"
+        print(f"{one['way']:<12}{rates}{passes:>16}{one['pictures']:>10}{times}")
     kinds = ("documents_per_minute", "documents_per_cpu_minute")
     ratios = {kind: {one["way"]: results[0][kind] / one[kind] for one in results[1:]} for kind in kinds}
     print("times: median / 99th percentile")

@@ -317,6 +317,8 @@ def test_patches_that_are_alike_are_decoded_once_and_the_pixels_are_the_same(tin
         found = codec.decode(codes)
     assert decoded == [len({tuple(one) for one in codes.flatten(0, 1).tolist()})]
     alone = torch.cat([codec.decode(codes[i : i + 1]) for i in range(6)])
+    quantized = codec.quantizer.get_output_from_indices(codes.flatten(0, 1)[:, None]).squeeze(1)
+    torch.testing.assert_close(found, codec.from_patches(codec.decoder(quantized).clamp(-1, 1)), atol=1e-6, rtol=0)
     torch.testing.assert_close(found, alone, atol=1e-6, rtol=0)
     assert torch.equal(found[2], found[5])
 

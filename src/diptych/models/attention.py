@@ -114,9 +114,10 @@ class KVCache:
         occupied[: sizes[0], : self.length], occupied[sizes[0] :, : other.length] = self.occupied, other.occupied
         for mine, theirs in ((self._keys, other._keys), (self._values, other._values)):
             for layer, (first, second) in enumerate(zip(mine, theirs, strict=True)):
-                mine[layer] = new_buffer(first, sum(sizes), length + room).zero_()  # NaN would reach through a mask
-                mine[layer][: sizes[0], :, : self.length] = first[:, :, : self.length]
-                mine[layer][sizes[0] :, :, : other.length] = second[:, :, : other.length]
+                mine[layer] = new_buffer(first, sum(sizes), length + room)
+                for part, states, used in zip(mine[layer].split(sizes), (first, second), (self.length, other.length), strict=True):
+                    part[:, :, :used] = states[:, :, :used]
+                    part[:, :, used:length] = 0  # what memory held there before might be NaN, which no mask takes away
         self.full, self.compact = self.full and other.full and self.length == other.length, False
         self.num_rows, self.length, self._occupied = sum(sizes), length, occupied
 

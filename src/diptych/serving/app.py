@@ -282,6 +282,7 @@ class _Desk:
         """Server-sent events, behind an empty piece when writing begins. What goes wrong after that is told as one of them."""
         finished: list[Finished] = []
         drawn = [0] * job.count  # pictures of each choice
+        pieces: list[bytes] = []  # that were not sent yet
         async with self._watched(job, request):
             completion, usage = Completion(job), Usage((await self._begin(job, request)).prompt_tokens)
             try:
@@ -289,23 +290,26 @@ class _Desk:
                 for choice in range(job.count):
                     yield completion.chunk(choice, {"role": "assistant", "content": ""})
                 while len(finished) < job.count:
-                    event = await self._next(job)
-                    if isinstance(event, Words):
-                        yield completion.chunk(event.choice, {"content": event.text})
-                    elif isinstance(event, Picture):
-                        part = await asyncio.to_thread(answers.picture_part, event.pixels)
-                        yield completion.chunk(event.choice, {"images": [{"index": drawn[event.choice], **part}]})
-                        drawn[event.choice] += 1
-                    elif isinstance(event, Finished):
-                        finished.append(event)
-                        usage.add(event)
-                        yield completion.chunk(event.choice, {}, answers.reason(event))
+                    while not pieces or not job.events.empty():  # what is there goes out together
+                        event = await self._next(job)
+                        if isinstance(event, Words):
+                            pieces.append(completion.chunk(event.choice, {"content": event.text}))
+                        elif isinstance(event, Picture):
+                            part = await asyncio.to_thread(answers.picture_part, event.pixels)
+                            pieces.append(completion.chunk(event.choice, {"images": [{"index": drawn[event.choice], **part}]}))
+                            drawn[event.choice] += 1
+                        elif isinstance(event, Finished):
+                            finished.append(event)
+                            usage.add(event)
+                            pieces.append(completion.chunk(event.choice, {}, answers.reason(event)))
+                    yield b"".join(pieces)
+                    pieces = []
                 if tells_usage:
                     yield completion.usage_chunk(usage)
                 yield answers.DONE
             except APIError as error:
                 request.state.note["end"] = error.code or "failed"
-                yield answers.event(error.body())
+                yield b"".join([*pieces, answers.event(error.body())])
                 yield answers.DONE
             finally:
                 if len(finished) < job.count:

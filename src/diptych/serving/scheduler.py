@@ -36,6 +36,7 @@ from diptych.serving.wording import Wording
 from diptych.tokens import Modality
 
 logger = logging.getLogger(__name__)
+TELL_EVERY = 0.01  # seconds between two times that loops are woken for words: small models write faster than anybody reads
 
 
 class Scheduler:
@@ -47,6 +48,7 @@ class Scheduler:
         self._waiting: collections.deque[Job] = collections.deque()
         self._lanes: list[_Lane] = []
         self._told: list[tuple[Job, Event]] = []  # events of this moment
+        self._told_at = 0.0
         self._changed = threading.Condition()
         self._ending = False
         self._mean_seconds = 1.0  # of a document, lately
@@ -197,7 +199,8 @@ class Scheduler:
                 written = lane.written[partial]
                 if written.job.streams and not written.job.gone and (text := written.wording.more(ids)):
                     self._say(written.job, Words(written.choice, text))
-            self._tell()
+            if time.monotonic() - self._told_at >= TELL_EVERY:
+                self._tell()
 
         return take
 
@@ -268,7 +271,7 @@ class Scheduler:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, Event]]] = {}
         for job, event in self._told:
             by_loop.setdefault(job.loop, []).append((job, event))
-        self._told = []
+        self._told, self._told_at = [], time.monotonic()
         for loop, events in by_loop.items():
             with contextlib.suppress(RuntimeError):  # a loop that ended; nobody waits there any more
                 loop.call_soon_threadsafe(_deliver, events)

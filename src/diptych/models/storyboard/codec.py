@@ -64,6 +64,10 @@ class PatchCodec(nn.Module):
         quantized, codes = self.quantizer(latent.unsqueeze(1))
         return quantized.squeeze(1), codes.squeeze(1)
 
+    def _vectors(self) -> Tensor:
+        """(depth, codebook_size, C): what each code adds to a patch's quantized vector."""
+        return self.quantizer.codebooks * self.quantizer.scales[:, None]
+
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) float in -1..1 -> codes (N, grid * grid, depth) int64."""
@@ -74,5 +78,5 @@ class PatchCodec(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """codes (N, grid * grid, depth) -> (N, 3, S, S) float in -1..1. Patches that are alike are decoded once: most are background."""
         different, which = codes.reshape(-1, self.depth).unique(dim=0, return_inverse=True)
-        latent = self.quantizer.get_output_from_indices(different[:, None]).squeeze(1)
+        latent = self._vectors()[torch.arange(self.depth, device=codes.device), different].sum(1)
         return self.from_patches(self.decoder(latent).clamp(-1, 1)[which])
