@@ -219,10 +219,8 @@ def main() -> None:
     results = [measure(way, arguments.clients, arguments.seconds, arguments.pause) for way in WAYS]
     counts = compare(results)
     print(f"{arguments.clients} clients, a pause of {arguments.pause:g} s on average, {arguments.seconds:g} s of traffic for each way")
-    print(
     counted = f"{'documents/min':>14}{'a CPU minute':>14}{'passes (rows)':>16}{'pictures':>10}"
     print(f"{'':<12}{counted}{'first text':>20}{'first picture':>20}{'whole document':>20}")
-    )
     for one in results:
         times = "".join(f"{f'{one[name][0]:.2f} / {one[name][1]:.2f} s':>20}" for name in ("first_text", "first_picture", "whole"))
         passes = f"{one['passes_per_document']:.1f} ({one['rows_per_pass']:.1f})"
