@@ -247,7 +247,12 @@ def test_a_fault_in_the_decode_loop_is_seen(machine, tiny_model, monkeypatch, fa
     """The test of the tests above and below."""
     plain = stream.Stream.select, stream.Steps._step
     if fault == "a tensor on the CPU":
-        monkeypatch.setattr(stream.Stream, "select", lambda self, rows, room: plain[0](self, rows.cpu(), room))
+
+        def select(self, rows, room):
+            plain[0](self, rows, room)
+            self.hidden = self.hidden.cpu()
+
+        monkeypatch.setattr(stream.Stream, "select", select)
         message = "at least two devices: cpu, cuda:0"
     else:
         monkeypatch.setattr(stream.Steps, "_step", lambda self: (plain[1](self), bool(self.active.all())))

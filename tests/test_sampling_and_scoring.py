@@ -10,7 +10,7 @@ import torch
 from diptych.config import ImageSampling, SamplingParams, TextSampling
 from diptych.document import Document, Image, Text
 from diptych.models import load_model
-from diptych.sampling import batch, engine, stream
+from diptych.sampling import batch, engine, stream, texts
 from diptych.sampling import logprobs as scorer
 from diptych.sampling.distribution import draw, log_distribution
 from diptych.sampling.engine import sample
@@ -300,7 +300,7 @@ def test_steps_of_unchanging_shape_sample_the_same_documents(models, family, tin
 
     plainly = run()
     stepwise = run(graphs=True)
-    monkeypatch.setattr(batch, "ASK_EVERY", {"cpu": 5})
+    monkeypatch.setattr(texts, "ASK_EVERY", {"cpu": 5})
     monkeypatch.setattr(stream, "POSITIONS_PER_GRAPH", 3)
     rarely = run(graphs=True)
     assert len({len(r.document.images) for r in plainly}) >= 2

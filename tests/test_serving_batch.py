@@ -191,3 +191,28 @@ def test_a_character_in_pieces_is_said_when_it_is_whole():
     assert wording.end() == ""
     cut = Wording(Bytes())
     assert [cut.more([0x61]), cut.more([0xE2]), cut.end()] == ["a", "", "\ufffd"]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@torch.no_grad()
+def test_who_does_not_draw_writes_on_in_the_passes_of_those_who_do(tiny_model, monkeypatch, graphs):
+    params = warm(0.8, 3.0, max_text_tokens=8)
+    ends, plain = [tiny_model.eos_id, tiny_model.image_spec.begin_id], type(tiny_model).text_logits
+    monkeypatch.setattr(type(tiny_model), "text_logits", lambda self, hidden: plain(self, hidden).index_fill(-1, torch.tensor(ends), -1e4))
+    rows = [tiny_model.encode_prompt(Document((Text(PROMPTS[0]),)), form) for form in (AnswerForm.TEXT, AnswerForm.IMAGE)]
+    batch, passes = Batch(tiny_model, params, graphs, yields=True), []
+    backbone = tiny_model.backbone
+    text, image = batch.join([Asked(row, generator(i), 1, 1) for i, row in enumerate(rows)])
+    monkeypatch.setattr(tiny_model, "backbone", lambda embeds, *others: passes.append(tuple(embeds.shape[:2])) or backbone(embeds, *others))
+    assert batch.advance() == []
+    assert [len(piece.ids) for piece in text.pieces] == [1]  # half of the rows draw: their turn
+    assert batch.drawing
+    del passes[:]
+    assert batch.advance() == [text, image]
+    assert [len(piece.ids) for piece in text.pieces] == [8]  # it was cut meanwhile
+    assert text.truncated
+    spec = tiny_model.image_spec
+    both, later = [one for one in passes if one[0] == 3], [one for one in passes if one[0] == 2]  # an unconditional branch is a row
+    assert both == [(3, 1)] * spec.code_offsets[-1]
+    assert later == [(2, 1)] * (len(spec.layout) - spec.code_offsets[-1])
+    assert len(image.pieces[0].ids) == spec.num_positions

@@ -65,12 +65,11 @@ def advance(model: UnifiedModel, streams: Sequence[Stream], embeds: Sequence[Ten
 
     Args:
         embeds: for each stream (B, T, H).
-        active: (B,) bool for a single stream and T = 1: rows that are not active wait.
+        active: (B,) bool of the first stream, for T = 1: rows that are not active wait. Those of other streams never do.
     """
     num_positions = embeds[0].shape[1]
-    layout = CacheAttention(
-        [stream.cache for stream in streams], num_positions, [None if active is None else active[:, None]] * len(streams)
-    )
+    new = [None if active is None else active[:, None], *[None] * (len(streams) - 1)]
+    layout = CacheAttention([stream.cache for stream in streams], num_positions, new)
     positions = torch.cat([stream.position for stream in streams])[:, None] + torch.arange(num_positions, device=embeds[0].device)
     hidden = model.backbone(torch.cat(list(embeds)), positions, layout)[:, -1]
     layout.finish()
@@ -100,7 +99,7 @@ class Steps:
                 self._begin()
             self.embeds.copy_(position)
             if active is not None:
-                self.active.copy_(active)
+                self.active[: len(active)].copy_(active)
             if self.graph is None:
                 self._step()
             else:
@@ -146,7 +145,7 @@ class Steps:
 
 def _hand_out(streams: Sequence[Stream], hidden: Tensor, active: Tensor | None, num_positions: int) -> None:
     for stream, states in zip(streams, hidden.split([len(stream.position) for stream in streams]), strict=True):
-        if active is None:
+        if active is None or stream is not streams[0]:
             stream.hidden, stream.position = states, stream.position + num_positions
         else:
             stream.hidden = torch.where(active[:, None], states, stream.hidden)

@@ -2,7 +2,7 @@
 
 Documents with the same sampling settings are written together (`sampling.engine.Batch`). At each round the thread drops the documents whose
 client left, lets waiting requests in, in the order in which they came, and runs one phase of every batch: texts until half of them have
-begun a picture or ended, or the pictures that were begun.
+begun a picture or ended, or the pictures that were begun, while the other texts are written on.
 """
 
 from __future__ import annotations
