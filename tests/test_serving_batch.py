@@ -13,6 +13,7 @@ from diptych.document import Document, Text
 from diptych.forms import AnswerForm
 from diptych.models.base import UnifiedModel
 from diptych.runtime import generator
+from diptych.sampling import texts
 from diptych.sampling.batch import Asked, Batch
 from diptych.sampling.engine import sample
 from diptych.sampling.rollout import Rollout, finish
@@ -142,9 +143,16 @@ def test_all_texts_of_a_document_together_have_a_limit(tiny_model, limit, yields
     assert cut >= (limit < 9)
 
 
+@pytest.mark.parametrize("endless", [False, True])
+@pytest.mark.parametrize("ask_every", [1, 3, 8])
 @torch.no_grad()
-def test_tokens_are_told_as_they_are_chosen(tiny_model):
-    params, asked = warm(0.8, 3.0, max_text_tokens=6), asked_of(tiny_model, 10)
+def test_tokens_are_told_as_they_are_chosen(tiny_model, monkeypatch, ask_every, endless):
+    """All of them, however seldom the device is asked, and in whichever phase they are written."""
+    monkeypatch.setattr(texts, "ASK_EVERY", {"cpu": ask_every})
+    if endless:
+        ends, plain = torch.tensor([tiny_model.eos_id, tiny_model.image_spec.begin_id]), type(tiny_model).text_logits
+        monkeypatch.setattr(type(tiny_model), "text_logits", lambda self, hidden: plain(self, hidden).index_fill(-1, ends, -1e4))
+    params, asked = warm(0.8, 3.0, max_text_tokens=25 if endless else 6), asked_of(tiny_model, 10)
     batch, told = Batch(tiny_model, params, yields=True), {}
     partials = batch.join(asked)
     steps = []
@@ -159,7 +167,24 @@ def test_tokens_are_told_as_they_are_chosen(tiny_model):
     for partial, rollout in zip(partials, finish(tiny_model, partials, params), strict=True):
         chosen = rollout.row.completion_mask & (rollout.row.modality == 1)
         assert told.get(partial, []) == rollout.row.text_ids[chosen].tolist()
-    assert len(steps) > 6
+    assert len(steps) > 6 / ask_every
+
+
+@torch.no_grad()
+def test_when_all_who_would_draw_have_left_the_others_write_on(tiny_model):
+    params = warm(0.8, 3.0, max_text_tokens=6)
+    rows = [tiny_model.encode_prompt(Document((Text(PROMPTS[0]),)), form) for form in (AnswerForm.TEXT, AnswerForm.IMAGE)]
+    asked = [Asked(row, generator(i), 1, 1) for i, row in enumerate(rows)]
+    expected = alone(tiny_model, asked[0], params)[0]
+    batch = Batch(tiny_model, params, yields=True)
+    text, image = batch.join(asked)
+    batch.advance()
+    assert batch.partials == [text, image]
+    assert batch.drawing
+    batch.drop([image])
+    while batch.partials:
+        batch.advance()
+    same(finish(tiny_model, [text], params)[0], expected)
 
 
 def test_parts_of_a_text_are_the_text_in_every_family(models, family):

@@ -42,6 +42,9 @@ def prepared(model: nn.Module) -> Iterator[None]:
 
 
 def _tables(model: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+    """Not of a sharded model: outside `UnifiedModel.run` its weights are parts."""
+    if getattr(model, "sharding", None) is not None:
+        return {}
     made = {name: getattr(model, name)() for name in getattr(model, "tables", ())}
     return {(model, name): functools.partial(_as_it_is, table) for name, table in made.items()}
 

@@ -88,6 +88,7 @@ class Batch:
         """Leaves these documents unfinished."""
         gone = {id(one) for one in partials}
         self._keep(torch.tensor([id(one) not in gone for one in self.partials], device=self.device))
+        self.drawing = self.drawing and bool(self.partials) and bool(self.rows.draws.any())
 
     def advance(self, watch: Watch | None = None) -> list[PartialRollout]:
         """One phase: texts until each row has begun an image or ended, or one image for each row that began one. Returns the documents
@@ -101,7 +102,7 @@ class Batch:
             self.drawing = bool(self.partials) and (not self.yields or bool(self.rows.draws.any()))
         else:
             self._image_phase(watch)
-            self.drawing = False
+            self.drawing = self.yields and bool(self.partials) and bool(self.rows.draws.all())  # who began one meanwhile
         left = {id(one) for one in self.partials}
         return [one for one in before if id(one) not in left]
 
@@ -249,7 +250,9 @@ class Batch:
             step([torch.stack(list(waiting), 1)] * (1 + num_branches))
             return
         for drawn in waiting:
-            if texts.count < texts.limit:
+            if not texts.over and texts.asks:
+                texts.over = texts.count == texts.limit or not bool(texts.writing.any())
+            if not texts.over:
                 token, fed = texts.choose(self.stream.hidden)
                 embeds = self.model.embed_text(token)
             else:

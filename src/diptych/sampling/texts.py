@@ -55,7 +55,7 @@ class Texts:
     """The texts of one phase. A row that has begun its image, ended or been cut waits.
 
     rows: (B',) int64, the rows that are computed. writing: (B',) bool, which of them write on. count: tokens chosen of each.
-    truncated: (B,) bool, whose text was cut.
+    over: nobody writes any more, as far as it was asked. truncated: (B,) bool, whose text was cut.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class Texts:
         self.truncated = ~known.draws & (known.text_left <= 0)
         self.writing = ~known.draws & ~self.truncated
         self.count = self._num_told = 0
+        self.over = False
 
     @property
     def asks(self) -> bool:
@@ -104,25 +105,28 @@ class Texts:
             self.truncated[rows] |= cut
             going_on = going_on & ~cut
         self.count, self.writing = self.count + 1, going_on
-        if self.asks and self.watch is not None:
-            self._tell(self.watch)
+        if self.asks:
+            self._tell()
         return token, going_on | begins
 
     def narrow(self, picked: Tensor) -> None:
         """Only these of the rows, (B'',) int64, are computed from now on."""
         self.rows, self.writing = self.rows[picked], self.writing[picked]
 
-    def _tell(self, watch: Watch) -> None:
-        """The tokens since it was told last."""
+    def _tell(self) -> None:
+        """Gives `watch` the tokens since the last time."""
+        if self.watch is None or self._num_told == self.count:
+            return
         told, since = [], slice(self._num_told, self.count)
         for one, ids, kept in zip(self.partials, self.tokens[:, since].tolist(), self.wrote[:, since].tolist(), strict=True):
             if any(kept):
                 told.append((one, [token for token, its in zip(ids, kept, strict=True) if its]))
         self._num_told = self.count
-        watch(told)
+        self.watch(told)
 
     def record(self) -> None:
         """At the end of the phase: the documents have their tokens."""
+        self._tell()
         num_written = self.wrote.sum(1)
         begun = self.known.place.tolist() if self.goes_on else [0] * len(self.partials)
         tokens, values, wrote = self.tokens.cpu(), self.values.cpu(), self.wrote.cpu()

@@ -290,7 +290,7 @@ class _Desk:
                 for choice in range(job.count):
                     yield completion.chunk(choice, {"role": "assistant", "content": ""})
                 while len(finished) < job.count:
-                    while not pieces or not job.events.empty():  # what is there goes out together
+                    while len(finished) < job.count and not (pieces and job.events.empty()):  # what is there goes out together
                         event = await self._next(job)
                         if isinstance(event, Words):
                             pieces.append(completion.chunk(event.choice, {"content": event.text}))

@@ -123,7 +123,7 @@ class Scheduler:
                 self._tell()
                 for lane in list(self._lanes):
                     self._phase(lane)
-                self._tell()
+                    self._tell()
 
     def _wait(self) -> bool:
         """Until there is something to do. Returns False at the end."""
