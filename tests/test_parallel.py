@@ -127,7 +127,7 @@ def moments(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 
 
 def far(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """The largest |a - b| / |a| of a tensor; below 1e-5 is rounding (biases of keys have no gradient but that).
+    """The largest |a - b| / |a| of a tensor; up to a few 1e-5 is rounding (biases of keys have no gradient but that).
 
     What only the second has is 0: of weights that were never used.
     """
@@ -139,7 +139,7 @@ def far(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float
 def assert_same_run(one: Path, other: Path) -> None:
     assert trained(one).keys() == trained(other).keys()
     assert far(trained(one), trained(other)) <= 1e-5
-    assert far(moments(one), moments(other)) <= 2e-5  # gradients of five steps
+    assert far(moments(one), moments(other)) <= 4e-5  # gradients of five steps: sums in another order; a part left out is 1e-2 and more
     for a, b in zip(read_jsonl(one / "metrics.jsonl"), read_jsonl(other / "metrics.jsonl"), strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - {"step_time", "seconds/rollout"}:
