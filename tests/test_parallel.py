@@ -139,7 +139,7 @@ def far(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float
 def assert_same_run(one: Path, other: Path) -> None:
     assert trained(one).keys() == trained(other).keys()
     assert far(trained(one), trained(other)) <= 1e-5
-    assert far(moments(one), moments(other)) <= 4e-5  # gradients of five steps: sums in another order; a part left out is 1e-2 and more
+    assert far(moments(one), moments(other)) <= 4e-5  # gradients of five steps, summed in another order
     for a, b in zip(read_jsonl(one / "metrics.jsonl"), read_jsonl(other / "metrics.jsonl"), strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - {"step_time", "seconds/rollout"}:
