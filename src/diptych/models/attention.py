@@ -59,11 +59,10 @@ class KVCache:
     fastest (`new_buffer`).
 
     full: every row has something in every slot (known without asking the device), so that no mask is needed.
-    compact: some row has something in every slot, so that `select` would free none (known likewise).
     """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
-        self.num_rows, self.length, self.full, self.compact = num_rows, 0, True, True
+        self.num_rows, self.length, self.full = num_rows, 0, True
         self._occupied = torch.zeros(num_rows, 0, dtype=torch.bool, device=device)  # (B, capacity)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
@@ -79,12 +78,11 @@ class KVCache:
         return sum(2 * buffer[:, :, : self.length].nbytes for buffer in self._keys)
 
     def select(self, rows: Tensor, room: int) -> None:
-        """These rows, (B',) int64, in this order, with room for so many more slots. Where a quarter of the slots or more are needed by no
-        row, each row's are moved together."""
+        """These rows, (B',) int64, in this order. Where a quarter of the slots or more are needed by no row, each row's are moved together.
+        Where anything is moved, there is room for so many more slots behind."""
         places = self._together(rows)
-        if places is None and len(rows) == self.num_rows and bool((rows == torch.arange(len(rows), device=rows.device)).all()):
-            self.reserve(self.length + room)
-        else:
+        same = len(rows) == self.num_rows and bool((rows == torch.arange(len(rows), device=rows.device)).all())
+        if places is not None or not same:
             self._take(rows, places, room)
 
     def _together(self, rows: Tensor) -> Tensor | None:
@@ -105,7 +103,6 @@ class KVCache:
             spread = rows[:, None], places
             self._change(occupied, lambda buffer, into: into.copy_(buffer.transpose(1, 2)[spread].transpose(1, 2)), length + room)
         self.num_rows, self.length, self.full = len(rows), length, bool(occupied.all())
-        self.compact = self.full or places is not None
 
     def join(self, other: KVCache, room: int) -> None:
         """Adds the rows of another behind its own, with room for so many more slots."""
@@ -118,7 +115,7 @@ class KVCache:
                 for part, states, used in zip(mine[layer].split(sizes), (first, second), (self.length, other.length), strict=True):
                     part[:, :, :used] = states[:, :, :used]
                     part[:, :, used:length] = 0  # what memory held there before might be NaN, which no mask takes away
-        self.full, self.compact = self.full and other.full and self.length == other.length, False
+        self.full = self.full and other.full and self.length == other.length
         self.num_rows, self.length, self._occupied = sum(sizes), length, occupied
 
     def copy(self, rows: Tensor, room: int) -> KVCache:
@@ -138,7 +135,7 @@ class KVCache:
             for buffer, states in zip(mine, theirs, strict=True):
                 buffer[:, :, self.length : end] = 0  # what memory held there before might be NaN, which no mask takes away
                 buffer[rows, :, self.length : end] = states[:, :, since : other.length]
-        self.length, self.full, self.compact = end, False, False
+        self.length, self.full = end, False
 
     def reserve(self, capacity: int) -> None:
         """Room for so many slots; buffers move where they have less."""
@@ -193,7 +190,6 @@ class KVCache:
         """After a pass: its positions' slots are in use."""
         self._occupied[:, self.length : self.length + num_positions] = self._ones(num_positions) if new is None else new
         self.full &= new is None
-        self.compact &= new is None
         self.length += num_positions
 
     def clear(self) -> None:
@@ -271,7 +267,6 @@ class StepAttention:
         for number, block in enumerate(self.blocks):
             block.length += 1
             block.full &= all_active or number > 0
-            block.compact &= all_active or number > 0
 
     def rewind(self) -> None:
         """Undoes what steps did that were not counted."""

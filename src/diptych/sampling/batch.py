@@ -134,11 +134,10 @@ class Batch:
         )
 
     def _keep(self, keep: Tensor) -> None:
-        if not self.stream.cache.compact or not bool(keep.all()):
-            rows = keep.nonzero().squeeze(1)
-            self.partials = [self.partials[row] for row in rows.tolist()]
-            self.rows.select(rows)
-            self.stream.select(rows, self.room)
+        rows = keep.nonzero().squeeze(1)
+        self.partials = [self.partials[row] for row in rows.tolist()]
+        self.rows.select(rows)
+        self.stream.select(rows, self.room)
 
     # --- texts -----------------------------------------------------------------------------------------------------------
     def _texts(self, watch: Watch | None) -> Texts:
@@ -238,11 +237,10 @@ class Batch:
         known.round += drew
         known.place.masked_fill_(drew, 0)
         known.draws &= ~drew
-        ends = drew & known.ends_with_image if any(one.form.ends_with_image for one in partials) else torch.zeros_like(drew)
+        ends = drew & known.ends_with_image
         for row in ends.nonzero().flatten().tolist():  # with their picture; the end stands behind it
             self.partials[row].pieces.append(Piece.forced(self.model.answer_end_ids))
-        if texts is not None or bool(ends.any()):
-            self._keep(goes_on & ~ends)
+        self._keep(goes_on & ~ends)
 
     def _feed(self, step: Callable[..., None], waiting: Sequence[Tensor], num_branches: int, rows: Tensor, texts: Texts | None) -> None:
         """Feeds the rows that draw, and their branches, `waiting`, (B', H) each; the other rows are fed what they write meanwhile."""
