@@ -7,7 +7,7 @@ import torch
 from family_data import prompts
 
 from diptych.models import UnifiedModel, load_model
-from diptych.models.attention import FEW, CacheAttention, KVCache, attention, new_buffer
+from diptych.models.attention import FEW, CacheAttention, KVCache, StepAttention, attention, new_buffer
 from diptych.models.packing import pack
 from diptych.tokens import TokenRow, collate
 
@@ -144,6 +144,7 @@ def test_a_cache_that_was_copied_and_put_back_equals_each_sequence_alone(tiny_mo
     places = [buffer.data_ptr() for buffer in cache._keys]
     cache.select(torch.arange(3), room=1)
     assert places == [buffer.data_ptr() for buffer in cache._keys]  # all rows as they are, few holes, and room: nothing to do
+    assert not {buffer.data_ptr() for buffer in cache.copy(torch.arange(3), room=1)._keys} & set(places)  # a copy of all shares none
     picked = torch.tensor([0, 1])
     branch = cache.copy(picked, room=2)
     assert (branch.length, cache.length) == (5, 5)  # one slot of five holds nothing of the two: moving the others is not worth it
@@ -156,6 +157,24 @@ def test_a_cache_that_was_copied_and_put_back_equals_each_sequence_alone(tiny_mo
     assert cache.length == max(map(len, said)) == 6  # of eight slots: no holes
     assert cache.occupied.sum(1).tolist() == [len(said[row]) for row in order]
     feed(cache, order, [True, True, True])
+
+
+@torch.no_grad()
+def test_rows_that_wait_make_holes_in_the_cache_of_their_stream_alone(tiny_model):
+    blocks = [KVCache(2, tiny_model.device), KVCache(1, tiny_model.device)]
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
+    layout = CacheAttention(blocks, 3, [None, None])
+    tiny_model.backbone(tiny_model.embed_text(ids), torch.arange(3)[None], layout)
+    layout.finish()
+    assert [block.full for block in blocks] == [True, True]
+    steps = StepAttention(blocks, 2)
+    for active, full in (([True, True, True], [True, True]), ([True, False, True], [False, True])):
+        steps.begin()
+        tiny_model.backbone(tiny_model.embed_text(ids[:, :1]), torch.full((3, 1), blocks[0].length), steps)
+        steps.finish(torch.tensor(active))
+        steps.count(all(active))
+        assert [block.full for block in blocks] == full
+        assert [bool(block.occupied.all()) for block in blocks] == full
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
